@@ -1,0 +1,240 @@
+"""The one format between every source and everything that trains or measures.
+
+A dataset is a folder with `captions.jsonl`, one line a photo,
+
+    {"id": "...", "image": "relative/path.jpg", "captions": ["...", ...], "split": "train"}
+
+(`scenes` adds `"scene"`, the drawn truth), and `dataset.json`, which says how many there are, what
+was skipped and why, and under which folder the photos lie (`image_root`: absolute, or relative to
+the dataset's folder). The photos themselves stay where they are.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from handler.errors import UserError
+
+SPLITS = ("train", "val", "test")
+CAPTIONS_FILE = "captions.jsonl"
+DATASET_FILE = "dataset.json"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One photo: `image` is relative to the manifest's image root, with forward slashes.
+
+    Raises UserError on construction, naming the field, for anything that could not be written,
+    read back and opened again.
+    """
+
+    id: str
+    image: str
+    captions: tuple[str, ...]
+    split: str
+    scene: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("id", self.id)
+        _check_text("image", self.image)
+        check_inside(self.image, "field 'image'")
+        if not isinstance(self.captions, tuple) or not self.captions:
+            raise UserError("field 'captions' must be a list of at least one caption")
+        for number, caption in enumerate(self.captions):
+            _check_text(f"captions[{number}]", caption)
+        if self.split not in SPLITS:
+            raise UserError(f"field 'split' must be one of {', '.join(SPLITS)}, not {self.split!r}")
+        if self.scene is not None and not isinstance(self.scene, dict):
+            raise UserError("field 'scene' must be an object")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset as read: its rows in file order, and the folder that their photos lie in."""
+
+    name: str
+    rows: tuple[Row, ...]
+    image_root: Path
+
+    def split(self, name: str) -> list[Row]:
+        """The rows of one split; UserError where it has none."""
+        rows = [row for row in self.rows if row.split == name]
+        if not rows:
+            there = ", ".join(f"{split} ({n})" for split, n in count_splits(self.rows).items())
+            raise UserError(
+                f"dataset '{self.name}' has no split '{name}'; it has {there or 'no photos'}"
+            )
+        return rows
+
+    def path(self, row: Row) -> Path:
+        return self.image_root / row.image
+
+
+def count_splits(rows: Iterable[Row]) -> dict[str, int]:
+    """Photos a split, in the order of `SPLITS`, splits without photos left out."""
+    counts = Counter(row.split for row in rows)
+    return {split: counts[split] for split in SPLITS if counts[split]}
+
+
+def check_inside(name: str, what: str) -> None:
+    """Refuses a photo's name that could leave its folder: `../x.jpg`, `/etc/x.jpg`."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+        raise UserError(f"{what} must name a file inside the image folder, not {name!r}")
+
+
+def write_manifest(
+    directory: Path,
+    name: str,
+    rows: Iterable[Row],
+    image_root: Path,
+    skipped: Iterable[Mapping[str, str]],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `captions.jsonl` and `dataset.json` into `directory`; until both are complete, what
+    was there stays.
+
+    skipped: `{"image" or "id": ..., "reason": ...}` for everything the source left out.
+    notes: further fields of `dataset.json`, such as the rule that made the splits.
+    Raises UserError for an id that occurs twice, or where nothing is left to write.
+    """
+    directory = Path(os.path.abspath(directory))
+    root = Path(os.path.abspath(image_root))
+    rows = list(rows)
+    if not rows:
+        raise UserError(f"dataset '{name}': no photo with a caption is left, nothing written")
+    repeated = [key for key, count in Counter(row.id for row in rows).items() if count > 1]
+    if repeated:
+        raise UserError(f"dataset '{name}': id {repeated[0]!r} occurs more than once")
+    lines = []
+    for row in rows:
+        record = {"id": row.id, "image": row.image, "captions": row.captions, "split": row.split}
+        if row.scene is not None:
+            record["scene"] = row.scene
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    dataset = {
+        "name": name,
+        "counts": count_splits(rows),
+        **(notes or {}),
+        "skipped": list(skipped),
+        # Relative where it can be, so that the folder can be moved with its photos.
+        "image_root": root.relative_to(directory).as_posix()
+        if root.is_relative_to(directory)
+        else str(root),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as beside:
+        captions_file, dataset_file = Path(beside, CAPTIONS_FILE), Path(beside, DATASET_FILE)
+        captions_file.write_bytes("".join(lines).encode())
+        dataset_file.write_bytes((json.dumps(dataset, ensure_ascii=False, indent=2) + "\n").encode())
+        os.replace(captions_file, directory / CAPTIONS_FILE)
+        os.replace(dataset_file, directory / DATASET_FILE)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads a dataset's folder (or its `captions.jsonl`).
+
+    Raises UserError, naming file, line and field, for any damage. That the photos can be opened
+    was checked when the manifest was written; here only their folder is looked for.
+    """
+    directory = Path(directory)
+    captions_file = directory
+    if directory.name == CAPTIONS_FILE and not directory.is_dir():
+        directory = directory.parent
+    else:
+        captions_file = directory / CAPTIONS_FILE
+    dataset_file = directory / DATASET_FILE
+
+    dataset = _parse_object(_read_bytes(dataset_file), str(dataset_file))
+    name = dataset.get("name", directory.name)
+    image_root = dataset.get("image_root")
+    for field, value in (("name", name), ("image_root", image_root)):
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            raise UserError(f"{dataset_file}: field '{field}' must be a text that is not empty")
+    root = directory / image_root
+    if not os.path.isdir(root):
+        raise UserError(
+            f"{dataset_file}: field 'image_root' names {root}, which is no folder; "
+            "put the photos back or run `make data` again"
+        )
+
+    rows: list[Row] = []
+    line_of: dict[str, int] = {}
+    # Split at newlines alone: str.splitlines would also cut at U+2028 inside a caption.
+    for number, line in enumerate(_read_bytes(captions_file).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{captions_file}, line {number}"
+        row = _parse_row(line, where)
+        if row.id in line_of:
+            raise UserError(f"{where}: id {row.id!r} stands already in line {line_of[row.id]}")
+        line_of[row.id] = number
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{captions_file} holds no photos; run `make data` again")
+    if "counts" in dataset and dataset["counts"] != count_splits(rows):
+        # Somebody may have shortened the list on purpose, so this is said, not refused.
+        log.warning(
+            "warning: %s holds %s, but %s counts %s",
+            captions_file, count_splits(rows), dataset_file.name, dataset["counts"],
+        )  # fmt: skip
+    return Manifest(name, tuple(rows), root)
+
+
+def _parse_row(line: bytes, where: str) -> Row:
+    record = _parse_object(line, where)
+    unknown = record.keys() - {"id", "image", "captions", "split", "scene"}
+    missing = {"id", "image", "captions", "split"} - record.keys()
+    if missing or unknown:
+        kind, field = ("missing", min(missing)) if missing else ("unknown", min(unknown))
+        raise UserError(f"{where}: field {field!r} is {kind}")
+    captions = record["captions"]
+    try:
+        return Row(
+            id=record["id"],
+            image=record["image"],
+            captions=tuple(captions) if isinstance(captions, list) else captions,
+            split=record["split"],
+            scene=record.get("scene"),
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _parse_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise UserError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    return record
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: {reason}; `make data` writes it") from None
+
+
+def _check_text(field: str, text: object) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"field '{field}' must be a text that is not empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
+        raise UserError(f"field '{field}' holds half a surrogate pair") from None
