@@ -1,0 +1,447 @@
+"""The captioner: a Vision Transformer encoder and a GPT-style decoder with cross-attention.
+
+Encoder after Dosovitskiy et al. 2021 (ViT, arXiv:2010.11929), decoder after Radford et al. 2019
+(GPT-2) with the cross-attention of Vaswani et al. 2017 between self-attention and MLP.
+Everything is pre-norm. Read from top to bottom: attention, block, encoder, decoder, whole.
+
+Dimension key, used as suffixes:
+    B photos        Q queries: the tokens of one photo that are run at once, whatever they belong
+    P memory tokens    to (beams while decoding, all its captions while training)
+    D width         S key slots of the self-attention
+    H heads         d head width (D / H)
+    V vocabulary
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from handler.errors import UserError
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+
+
+def _refuse_unless(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of the Vision Transformer.
+
+    `prefix_tokens` counts the learned tokens before the patches (class, distillation, registers);
+    `prefix_positions` says whether they have position embeddings of their own; `pre_norm` is the
+    layer norm that CLIP puts before the first block; `layer_scale` the per-channel gain after each
+    branch (Touvron et al. 2021).
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    image_size: int = 224
+    patch_size: int = 16
+    prefix_tokens: int = 1
+    prefix_positions: bool = True
+    pre_norm: bool = False
+    final_norm: bool = True
+    layer_scale: bool = False
+    qkv_bias: bool = True
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _refuse_unless(
+            self.image_size % self.patch_size == 0,
+            f"encoder.image_size {self.image_size} is no multiple of "
+            f"encoder.patch_size {self.patch_size}",
+        )
+        _check_transformer("encoder", self.width, self.heads, self.layers, self.activation)
+        _refuse_unless(self.prefix_tokens >= 0, "encoder.prefix_tokens must be 0 or more")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the text decoder. GPT-2's own is width 768, 12 layers, 12 heads, mlp_width 3072,
+    vocab_size 50257, max_positions 1024, activation gelu_tanh (its `gelu_new`), eps 1e-5."""
+
+    vocab_size: int
+    max_positions: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    memory_width: int
+    activation: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_transformer("decoder", self.width, self.heads, self.layers, self.activation)
+        _refuse_unless(self.max_positions >= 2, "decoder.max_positions must be 2 or more")
+        _refuse_unless(self.vocab_size >= 2, "decoder.vocab_size must be 2 or more")
+
+
+def _check_transformer(part: str, width: int, heads: int, layers: int, activation: str) -> None:
+    _refuse_unless(
+        heads > 0 and width % heads == 0, f"{part}.width {width} is no multiple of {heads} heads"
+    )
+    _refuse_unless(layers > 0, f"{part}.layers must be 1 or more")
+    _refuse_unless(
+        activation in ACTIVATIONS,
+        f"{part}.activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}",
+    )
+
+
+def split_heads(x_BQD: Tensor, heads: int) -> Tensor:
+    """(B, Q, D) -> (B, H, Q, d)."""
+    return x_BQD.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x_BHQd: Tensor) -> Tensor:
+    """(B, H, Q, d) -> (B, Q, D)."""
+    return x_BHQd.transpose(1, 2).flatten(2)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.activation == "quick_gelu":
+            x = x * torch.sigmoid(1.702 * x)
+        elif self.activation == "gelu_tanh":
+            x = F.gelu(x, approximate="tanh")
+        else:
+            x = F.gelu(x)
+        return self.down(x)
+
+
+class SelfAttention(nn.Module):
+    """Attention of the queries to themselves and, with a cache, to what came before them."""
+
+    def __init__(self, width: int, heads: int, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        mask_B1QS: Tensor | None = None,
+        cache_k_BHSd: Tensor | None = None,
+        cache_v_BHSd: Tensor | None = None,
+        used: int = 0,
+    ) -> Tensor:
+        q, k, v = self.qkv(x_BQD).chunk(3, dim=-1)
+        q = split_heads(q, self.heads)
+        k = split_heads(k, self.heads)
+        v = split_heads(v, self.heads)
+        if cache_k_BHSd is not None and cache_v_BHSd is not None:
+            end = used + x_BQD.size(1)
+            cache_k_BHSd[:, :, used:end] = k
+            cache_v_BHSd[:, :, used:end] = v
+            k = cache_k_BHSd[:, :, :end]
+            v = cache_v_BHSd[:, :, :end]
+        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1QS)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of the queries to the photo. Its keys and values are computed once a photo."""
+
+    def __init__(self, width: int, heads: int, memory_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        k_BHPd: Tensor,
+        v_BHPd: Tensor,
+        weights: list[Tensor] | None = None,
+    ) -> Tensor:
+        q_BHQd = split_heads(self.q(x_BQD), self.heads)
+        if weights is None:
+            return self.out(merge_heads(F.scaled_dot_product_attention(q_BHQd, k_BHPd, v_BHPd)))
+        logits_BHQP = q_BHQd @ k_BHPd.transpose(-1, -2) / math.sqrt(q_BHQd.size(-1))
+        weights.append(logits_BHQP.softmax(-1))
+        return self.out(merge_heads(weights[-1] @ v_BHPd))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width, eps = config.width, config.layer_norm_eps
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(width, config.heads, config.qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, config.mlp_width, config.activation)
+        self.dropout = nn.Dropout(config.dropout)
+        self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
+        self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
+
+    def forward(self, x_BPD: Tensor) -> Tensor:
+        x_BPD = x_BPD + self._branch(self.attention(self.norm1(x_BPD)), self.scale1)
+        return x_BPD + self._branch(self.mlp(self.norm2(x_BPD)), self.scale2)
+
+    def _branch(self, x_BPD: Tensor, scale_D: Tensor | None) -> Tensor:
+        return self.dropout(x_BPD if scale_D is None else x_BPD * scale_D)
+
+
+class Encoder(nn.Module):
+    """Vision Transformer: images (B, 3, image_size, image_size), normalised, to memory (B, P, D),
+    P = prefix_tokens + grid * grid, patches row by row."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, prefix = config.width, config.prefix_tokens
+        patches = config.grid * config.grid
+        self.patch_embed = nn.Conv2d(
+            3, width, config.patch_size, stride=config.patch_size, bias=not config.pre_norm
+        )
+        self.prefix = nn.Parameter(torch.zeros(1, prefix, width)) if prefix else None
+        self.positions = nn.Parameter(
+            torch.zeros(1, patches + (prefix if config.prefix_positions else 0), width)
+        )
+        self.norm_pre = (
+            nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
+        )
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
+        self.norm = (
+            nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(_initialise)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        if self.prefix is not None:
+            nn.init.trunc_normal_(self.prefix, std=0.02)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        x_BPD = self.patch_embed(images_B3HW).flatten(2).transpose(1, 2)
+        if self.prefix is None:
+            x_BPD = x_BPD + self.positions
+        else:
+            prefix_BnD = self.prefix.expand(x_BPD.size(0), -1, -1)
+            if self.config.prefix_positions:
+                x_BPD = torch.cat([prefix_BnD, x_BPD], dim=1) + self.positions
+            else:
+                x_BPD = torch.cat([prefix_BnD, x_BPD + self.positions], dim=1)
+        x_BPD = self.norm_pre(self.dropout(x_BPD))
+        for block in self.blocks:
+            x_BPD = block(x_BPD)
+        return self.norm(x_BPD)
+
+
+def interpolate_positions(positions_1PD: Tensor, prefix: int, grid: int) -> Tensor:
+    """Resamples learned patch positions to a `grid` x `grid` photo (bicubic, as ViT's section 3.2
+    does for fine-tuning at another resolution); the first `prefix` rows stay as they are."""
+    head, patches = positions_1PD[:, :prefix], positions_1PD[:, prefix:]
+    old = math.isqrt(patches.size(1))
+    if old == grid:
+        return positions_1PD
+    square = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(
+        square.float(), size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
+    )
+    patches = square.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).to(positions_1PD.dtype)
+    return torch.cat([head, patches], dim=1)
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, eps = config.width, config.layer_norm_eps
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attention = SelfAttention(width, config.heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.cross_attention = CrossAttention(width, config.heads, config.memory_width)
+        self.norm3 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, config.mlp_width, config.activation)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BQD: Tensor,
+        mask_B1QS: Tensor,
+        cross_k_BHPd: Tensor,
+        cross_v_BHPd: Tensor,
+        cache_k_BHSd: Tensor | None,
+        cache_v_BHSd: Tensor | None,
+        used: int,
+        weights: list[Tensor] | None,
+    ) -> Tensor:
+        x_BQD = x_BQD + self.dropout(
+            self.self_attention(self.norm1(x_BQD), mask_B1QS, cache_k_BHSd, cache_v_BHSd, used)
+        )
+        x_BQD = x_BQD + self.dropout(
+            self.cross_attention(self.norm2(x_BQD), cross_k_BHPd, cross_v_BHPd, weights)
+        )
+        return x_BQD + self.dropout(self.mlp(self.norm3(x_BQD)))
+
+
+class Decoder(nn.Module):
+    """GPT-style decoder over a photo's memory.
+
+    One piece of code runs every use. A photo has Q query tokens and S key slots, and a boolean
+    mask (B, Q, S) says which slots a query may see. Teacher forcing: the queries are the tokens of
+    all the photo's captions, the mask is causal within each caption. Decoding: the queries are the
+    newest tokens of its beams, the slots hold the tokens of all beams so far, and the mask is
+    their ancestry, so that reordering beams moves no keys and no values.
+
+    The methods are plain enough for `torch.jit.script`; eager and exported steps are the same code.
+    """
+
+    vocab_size: int
+    max_positions: int
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.max_positions = config.max_positions
+        self.heads = config.heads
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.max_positions, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.apply(_initialise)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        # Tied output (Press and Wolf 2017).
+        self.head.weight = self.token_embedding.weight
+        for name, weight in self.named_parameters():
+            # GPT-2 scales what is added to the residual stream by its depth.
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.normal_(weight, std=0.02 / math.sqrt(3 * config.layers))
+
+    @torch.jit.export
+    def begin(self, memory_BPD: Tensor) -> list[Tensor]:
+        """Cross-attention keys and values of every layer, [k0, v0, k1, v1, ...], each
+        (B, H, P, d): computed once a photo and shared by all its beams or captions."""
+        cross: list[Tensor] = []
+        for block in self.blocks:
+            k_BPD, v_BPD = block.cross_attention.kv(memory_BPD).chunk(2, dim=-1)
+            cross.append(split_heads(k_BPD, self.heads))
+            cross.append(split_heads(v_BPD, self.heads))
+        return cross
+
+    @torch.jit.export
+    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
+        """Empty self-attention keys and values, [k0, v0, ...], each (photos, H, slots, d)."""
+        weight = self.norm.weight
+        cache: list[Tensor] = []
+        for _ in range(2 * len(self.blocks)):
+            cache.append(
+                torch.zeros(
+                    [photos, self.heads, slots, weight.size(0) // self.heads],
+                    dtype=weight.dtype,
+                    device=weight.device,
+                )
+            )
+        return cache
+
+    @torch.jit.export
+    def step(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        cache: list[Tensor],
+        used: int,
+        cross: list[Tensor],
+    ) -> Tensor:
+        """Runs Q new tokens a photo and writes their keys and values into the slots
+        used .. used + Q - 1 of `cache`, in place.
+
+        tokens and positions (B, Q) int64; mask (B, Q, S) bool with S = used + Q, true where the
+        query sees the slot. Returns the logits of the next tokens, (B, Q, V) float32.
+        """
+        return self._run(tokens_BQ, positions_BQ, mask_BQS, cache, used, cross, None)
+
+    @torch.jit.export
+    def attention(
+        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+    ) -> Tensor:
+        """Cross-attention weights of every layer and head from one parallel pass over finished
+        captions: (layers, B, H, Q, P), summing to 1 over P."""
+        weights: list[Tensor] = []
+        self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, self.begin(memory_BPD), weights)
+        return torch.stack(weights).float()
+
+    def forward(
+        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+    ) -> Tensor:
+        """Teacher forcing: logits (B, Q, V) float32 of the token after each of the Q tokens."""
+        cross = self.begin(memory_BPD)
+        return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None)
+
+    def _run(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        cache: list[Tensor] | None,
+        used: int,
+        cross: list[Tensor],
+        weights: list[Tensor] | None,
+    ) -> Tensor:
+        x_BQD = self.token_embedding(tokens_BQ) + self.position_embedding(positions_BQ)
+        x_BQD = self.dropout(x_BQD)
+        # One additive mask for all layers: a boolean one would be converted in each.
+        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=cross[0].dtype, device=mask_BQS.device)
+        mask_B1QS = mask_B1QS.masked_fill(mask_BQS.logical_not(), float("-inf")).unsqueeze(1)
+        cache_k: Tensor | None = None
+        cache_v: Tensor | None = None
+        for i, block in enumerate(self.blocks):
+            if cache is not None:
+                cache_k = cache[2 * i]
+                cache_v = cache[2 * i + 1]
+            x_BQD = block(
+                x_BQD, mask_B1QS, cross[2 * i], cross[2 * i + 1], cache_k, cache_v, used, weights
+            )
+        return self.head(self.norm(x_BQD)).float()
+
+
+class CaptioningModel(nn.Module):
+    """Encoder and decoder together; what a checkpoint holds."""
+
+    def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig) -> None:
+        super().__init__()
+        _refuse_unless(
+            decoder.memory_width == encoder.width,
+            f"decoder.memory_width {decoder.memory_width} is not encoder.width {encoder.width}",
+        )
+        self.encoder = Encoder(encoder)
+        self.decoder = Decoder(decoder)
+
+    def forward(
+        self, images_B3HW: Tensor, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor
+    ) -> Tensor:
+        """Teacher-forced logits (B, Q, V); all Q tokens of a photo share one encoder pass."""
+        return self.decoder(tokens_BQ, positions_BQ, mask_BQS, self.encoder(images_B3HW))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
