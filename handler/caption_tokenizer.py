@@ -1,0 +1,121 @@
+"""Text <-> token ids over a Hugging Face `tokenizers` file.
+
+Two kinds are trained here: `word` (lower-cased words; an unseen word becomes <unk>) and `bpe`
+(byte-level byte pairs as in GPT-2, after Sennrich et al. 2016: case and punctuation are kept and
+nothing is ever unseen). Any other `tokenizer.json`, such as GPT-2's own, is read as it is.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from handler.errors import UserError, write_atomic
+
+PAD, BEGIN, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<begin>", "<end>", "<unk>")
+KINDS = ("word", "bpe")
+
+
+class CaptionTokenizer:
+    """`begin_id` starts every caption, `end_id` closes it, `pad_id` fills a batch; they may be one
+    and the same, as they are in GPT-2."""
+
+    def __init__(self, tokenizer: Tokenizer, begin_id: int, end_id: int, pad_id: int) -> None:
+        self._tokenizer = tokenizer
+        self.begin_id, self.end_id, self.pad_id = begin_id, end_id, pad_id
+        self._special = {begin_id, end_id, pad_id}
+        # A word-level vocabulary has no decoder: its words are joined by spaces.
+        self._words = tokenizer.decoder is None
+
+    @classmethod
+    def load(cls, path: Path, begin_id: int, end_id: int, pad_id: int) -> "CaptionTokenizer":
+        """Reads a `tokenizer.json`. Raises UserError naming the file when it cannot be read."""
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{path}: no readable tokenizer ({error})") from error
+        return cls(tokenizer, begin_id, end_id, pad_id)
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], kind: str, vocab_size: int, min_count: int
+    ) -> "CaptionTokenizer":
+        """Fits a vocabulary of at most `vocab_size` entries, special tokens included, on the
+        captions of the training split; words (or pairs) rarer than `min_count` stay out."""
+        if kind == "word":
+            tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+            tokenizer.normalizer = normalizers.Sequence(
+                [
+                    normalizers.NFKC(),
+                    normalizers.Lowercase(),
+                    # Curly apostrophes are the same word; other punctuation is not scored by the
+                    # metrics and not missed in a caption.
+                    normalizers.Replace("\u2019", "'"),
+                    normalizers.Replace(Regex(r"[^\p{L}\p{N}\p{M}'&-]+|(?<!\S)['&-]+(?!\S)"), " "),
+                ]
+            )
+            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            trainer = trainers.WordLevelTrainer(
+                vocab_size=vocab_size,
+                min_frequency=min_count,
+                special_tokens=list(SPECIAL_TOKENS),
+                show_progress=False,
+            )
+        else:
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.NFC(), normalizers.Strip()]
+            )
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+            tokenizer.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                min_frequency=min_count,
+                special_tokens=list(SPECIAL_TOKENS),
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(tokenizer, *(tokenizer.token_to_id(token) for token in (BEGIN, END, PAD)))
+
+    def save(self, path: Path) -> None:
+        """Writes a `tokenizer.json`, whole or not at all."""
+        write_atomic(path, self._tokenizer.to_str(pretty=True))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def suppressed_ids(self) -> list[int]:
+        """Tokens that are never part of a caption: padding, begin and <unk>, unless one of them is
+        also the end token."""
+        unknown = self._tokenizer.token_to_id(UNKNOWN)
+        ids = {self.pad_id, self.begin_id} | ({unknown} if unknown is not None else set())
+        return sorted(ids - {self.end_id})
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin and end token. Where the text spells one of the special
+        tokens, that token is left out: a caption cannot end itself."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [i for i in ids if i not in self._special]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; begin, end and padding are left out."""
+        ids = [i for i in ids if i not in self._special]
+        return self._tokenizer.decode(ids, skip_special_tokens=False).strip()
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """One piece of text a token. A byte-pair piece keeps its leading space, and a character
+        that is spread over several tokens belongs to the last of them."""
+        if self._words:
+            return [self._tokenizer.id_to_token(i) for i in ids]
+        pieces, done = [], ""
+        for end in range(1, len(ids) + 1):
+            text = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False)
+            if text.endswith("\ufffd") and end < len(ids):
+                pieces.append("")
+                continue
+            pieces.append(text[len(done) :])
+            done = text
+        return pieces

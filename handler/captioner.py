@@ -1,0 +1,210 @@
+"""Photographs in, captions out: preprocess, encode, search, detokenise.
+
+Evaluation, the TorchServe handler and library users all come through `Captioner`; the encoder and
+decoder in it are either the eager ones of a checkpoint or the TorchScript ones of an export.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, search
+from handler.caption_tokenizer import CaptionTokenizer
+from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig, preprocess
+
+Photo = bytes | bytearray | memoryview | Image.Image
+# Photos encoded and searched at once when a caller hands over a long list.
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption of one photo.
+
+    `tokens` are its pieces of text, without begin and end token; `token_log_probs` the model's own
+    natural-log probabilities, one a token and one more when the end token was reached; `log_prob`
+    their sum; `score` what the search ranks by (length penalty and processors included); `ids` the
+    token ids behind `tokens`.
+    """
+
+    text: str
+    tokens: list[str]
+    token_log_probs: list[float]
+    log_prob: float
+    score: float
+    ids: list[int]
+
+
+class Captioner:
+    """A captioner ready to use: `caption(photos, num_beams=5)`."""
+
+    def __init__(
+        self, encoder: Any, decoder: Any, tokenizer: CaptionTokenizer, config: dict[str, Any]
+    ) -> None:
+        """`encoder(images (B, 3, S, S)) -> memory (B, P, D)`; `decoder` has the `begin`,
+        `new_cache`, `step` and `attention` of `training.model.Decoder`; `config` is the parsed
+        `config.json` of the checkpoint or export that both come from."""
+        self.encoder, self.decoder, self.tokenizer = encoder, decoder, tokenizer
+        self.config = config
+        self.preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
+        self.decoding: dict[str, Any] = dict(config.get("decoding", {}))
+        self.device = next(decoder.parameters()).device
+
+    @classmethod
+    def load(
+        cls, export_dir: str | Path, device: str = "cpu", threads: int | None = None
+    ) -> "Captioner":
+        """Loads an export (`encoder.pt`, `decoder.pt`, `config.json`, `tokenizer.json`).
+
+        `threads` sets torch's threads for the whole process; None leaves them alone. Raises
+        UserError naming the file that is missing or damaged.
+        """
+        directory = Path(export_dir)
+        config = read_config(directory)
+        tokenizer = CaptionTokenizer.load(directory / "tokenizer.json", **config["tokenizer"])
+        if threads is not None:
+            torch.set_num_threads(threads)
+        encoder, decoder = (
+            load_script(directory / name, device) for name in ("encoder.pt", "decoder.pt")
+        )
+        return cls(encoder, decoder, tokenizer, config)
+
+    def options(self, **given: Any) -> DecodeOptions:
+        """Decoding options: the checkpoint's own defaults, overridden by `given`. Raises
+        InvalidParameter for an unknown name or a value out of its range."""
+        known = {field.name for field in fields(DecodeOptions)}
+        for name in given:
+            if name not in known:
+                raise InvalidParameter(
+                    name, f"{name} is unknown; the options are {', '.join(sorted(known))}"
+                )
+        defaults = dict(self.decoding)
+        if given.get("do_sample") is True:
+            # Sampling means one beam; a default of several is not the caller's contradiction.
+            defaults.pop("num_beams", None)
+        return DecodeOptions(**{**defaults, **given})
+
+    def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
+        """Captions each photo: a list (photos) of lists (best first) of `Caption`.
+
+        Raises InvalidImage for a photo that cannot be read and InvalidParameter for a bad option.
+        """
+        return self.caption_each(photos, [self.options(**options)] * len(photos))
+
+    def caption_each(
+        self, photos: Sequence[Photo], options: Sequence[DecodeOptions]
+    ) -> list[list[Caption]]:
+        """As `caption`, with options of its own for each photo."""
+        captions: list[list[Caption]] = []
+        for start in range(0, len(photos), BATCH):
+            images = torch.stack([self.preprocess(p) for p in photos[start : start + BATCH]])
+            captions += self.caption_tensors(images, options[start : start + BATCH])
+        return captions
+
+    def preprocess(self, photo: Photo) -> Tensor:
+        """A photo as the encoder takes it: float32 (3, S, S), normalised."""
+        return preprocess(photo, self.preprocessing)
+
+    @torch.inference_mode()
+    def caption_tensors(
+        self,
+        images_B3SS: Tensor,
+        options: Sequence[DecodeOptions],
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[Caption]]:
+        """Captions preprocessed photos, all in one batch. `on_token(photo, token id)` is called
+        for each token as it is decided, where one beam or sampling decides at once."""
+        memory_BPD = self.encoder(images_B3SS.to(self.device))
+        return self.caption_memory(memory_BPD, options, on_token)
+
+    @torch.inference_mode()
+    def caption_memory(
+        self,
+        memory_BPD: Tensor,
+        options: Sequence[DecodeOptions],
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[Caption]]:
+        """Captions photos that are encoded already."""
+        found = search(
+            self.decoder,
+            memory_BPD,
+            options,
+            begin_id=self.tokenizer.begin_id,
+            end_id=self.tokenizer.end_id,
+            suppress=self.tokenizer.suppressed_ids,
+            on_token=on_token,
+        )
+        return [[self._caption(hypothesis) for hypothesis in photo] for photo in found]
+
+    def _caption(self, hypothesis: Hypothesis) -> Caption:
+        return Caption(
+            text=self.tokenizer.decode(hypothesis.ids),
+            tokens=self.tokenizer.pieces(hypothesis.ids),
+            token_log_probs=hypothesis.token_log_probs,
+            log_prob=sum(hypothesis.token_log_probs),
+            score=hypothesis.score,
+            ids=hypothesis.ids,
+        )
+
+    @torch.inference_mode()
+    def attention(self, image_3SS: Tensor, ids: Sequence[int]) -> Tensor:
+        """Where the model looked for each token: (T, grid, grid), each map summing to 1.
+
+        One parallel pass over the finished caption; the mean over layers and heads of the
+        cross-attention, over the image patches alone (class and other prefix tokens left out).
+        """
+        encoder = self.config["model"]["encoder"]
+        grid = encoder["image_size"] // encoder["patch_size"]
+        if not ids:
+            return torch.zeros(0, grid, grid)
+        memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
+        tokens_1Q = torch.tensor([[self.tokenizer.begin_id, *ids[:-1]]], device=self.device)
+        positions_1Q = torch.arange(len(ids), device=self.device).unsqueeze(0)
+        mask_1QQ = torch.ones(1, len(ids), len(ids), dtype=torch.bool, device=self.device).tril()
+        weights_LBHQP = self.decoder.attention(tokens_1Q, positions_1Q, mask_1QQ, memory_1PD)
+        maps_QP = weights_LBHQP[:, 0, :, :, encoder["prefix_tokens"] :].mean(dim=(0, 1))
+        maps_QP = maps_QP / maps_QP.sum(-1, keepdim=True)
+        return maps_QP.unflatten(1, (grid, grid)).cpu()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint or export. Raises UserError naming the file, and the field
+    that is missing."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{directory}: no config.json there; give the folder of a checkpoint or an export"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); write it again") from error
+    for field in ("model", "preprocessing", "tokenizer"):
+        if not isinstance(config, dict) or not isinstance(config.get(field), dict):
+            raise UserError(f"{path}: field {field!r} is missing; write the folder again")
+    return config
+
+
+def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
+    """A TorchScript file on `device`, ready for inference."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; export the checkpoint again")
+    try:
+        return torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error
+
+
+def caption_as_dict(caption: Caption) -> dict[str, Any]:
+    """A caption as the API answers it (`text` is called `caption` there)."""
+    answer = asdict(caption)
+    del answer["ids"]
+    return {"caption": answer.pop("text"), **answer}
