@@ -215,6 +215,7 @@ class Encoder(nn.Module):
         self.config = config
         width, prefix = config.width, config.prefix_tokens
         patches = config.grid * config.grid
+        # CLIP's patch embedding has no bias: its pre-norm would take it out again.
         self.patch_embed = nn.Conv2d(
             3, width, config.patch_size, stride=config.patch_size, bias=not config.pre_norm
         )
@@ -430,6 +431,7 @@ class CaptioningModel(nn.Module):
             decoder.memory_width == encoder.width,
             f"decoder.memory_width {decoder.memory_width} is not encoder.width {encoder.width}",
         )
+        self.encoder_config, self.decoder_config = encoder, decoder
         self.encoder = Encoder(encoder)
         self.decoder = Decoder(decoder)
 

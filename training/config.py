@@ -1,0 +1,199 @@
+"""What a training run is: small frozen dataclasses, read from a YAML preset. Unknown fields and
+contradictions are refused on construction, by name."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handler.beam_search import DecodeOptions
+from handler.caption_tokenizer import KINDS
+from handler.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Where the encoder comes from: `pretrained` (see `training.pretrained`), or the shape of one
+    that is trained from scratch. `image_size` applies to both."""
+
+    pretrained: str | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 192
+    layers: int = 12
+    heads: int = 3
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """`max_tokens` is the longest caption learnt or written, in tokens, end token included."""
+
+    width: int = 384
+    layers: int = 4
+    heads: int = 6
+    dropout: float = 0.1
+    max_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    kind: str = "word"
+    vocab_size: int = 10_000
+    min_count: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.kind in KINDS, f"tokenizer.kind must be one of {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with a schedule of its own (warm-up, then cosine to zero).
+
+    `encoder: frozen` computes the features of every photo once and trains the decoder on them;
+    `views` is how many differently augmented versions of each photo are cached (the first is the
+    photo itself). `encoder: trained` runs and trains the encoder too, at `encoder_lr`.
+    """
+
+    name: str
+    epochs: int
+    encoder: str = "trained"
+    views: int = 1
+    batch_photos: int = 32
+    accumulate: int = 1
+    decoder_lr: float = 3e-4
+    encoder_lr: float = 3e-5
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.1
+    clip: float = 1.0
+    ema: float = 0.999
+    augment: bool = False
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name!r}:"
+        _require(self.encoder in ("frozen", "trained"), f"{where} encoder is frozen or trained")
+        _require(self.epochs >= 1, f"{where} epochs must be 1 or more")
+        _require(self.batch_photos >= 1, f"{where} batch_photos must be 1 or more")
+        _require(self.accumulate >= 1, f"{where} accumulate must be 1 or more")
+        _require(self.views >= 1, f"{where} views must be 1 or more")
+        _require(self.decoder_lr > 0, f"{where} decoder_lr must be above 0")
+        _require(0 <= self.warmup <= 1, f"{where} warmup is a share, 0 to 1")
+        _require(0 <= self.label_smoothing < 1, f"{where} label_smoothing is 0 to below 1")
+        _require(0 <= self.ema < 1, f"{where} ema is 0 (off) to below 1")
+        frozen = self.encoder == "frozen"
+        _require(frozen or self.views == 1, f"{where} views needs a frozen encoder")
+        augmented = self.augment or self.flip
+        _require(
+            not (frozen and augmented and self.views == 1),
+            f"{where} augment and flip need views of 2 or more when the encoder is frozen",
+        )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """After each `every` epochs, captions of `photos` validation photos (0: all) are scored;
+    training stops early after `patience` validations without a better CIDEr (0: never)."""
+
+    photos: int = 0
+    num_beams: int = 3
+    every: int = 1
+    patience: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    name: str
+    data: str
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    encoder: EncoderSource = field(default_factory=EncoderSource)
+    decoder: DecoderShape = field(default_factory=DecoderShape)
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
+    validation: Validation = field(default_factory=Validation)
+    resize: str = "squash"
+    decoding: dict[str, Any] = field(default_factory=dict)
+    precision: str = "auto"
+    device: str = "auto"
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        _require(len(self.stages) > 0, "stages: at least one stage is needed")
+        _require(self.precision in ("auto", "fp32", "bf16"), "precision: auto, fp32 or bf16")
+        DecodeOptions(**self.decoding)
+
+
+def load_config(name_or_path: str, **overrides: Any) -> TrainConfig:
+    """Reads a preset by name (`training/configs/NAME.yaml`) or path. `overrides` replace top-level
+    fields; `epochs` replaces the epochs of every stage. Raises UserError naming file and field."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = CONFIGS / f"{name_or_path}.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise UserError(f"{path}: no such config; presets are {known}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not readable as YAML ({error})") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a config is a mapping of fields")
+    epochs = overrides.pop("epochs", None)
+    raw = {"name": path.stem, **raw, **{k: v for k, v in overrides.items() if v is not None}}
+    try:
+        if epochs is not None and isinstance(raw.get("stages"), list):
+            raw["stages"] = [{**stage, "epochs": epochs} for stage in raw["stages"]]
+        config = _build(TrainConfig, raw, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    """A value of type `kind` from plain YAML, checked field by field."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(raw, dict), f"{where or 'config'}: must be a mapping")
+        hints = typing.get_type_hints(kind)
+        known = {f.name: f for f in dataclasses.fields(kind)}
+        for name in raw:
+            _require(
+                name in known, f"{where}{name}: unknown field; known are {', '.join(sorted(known))}"
+            )
+        for name, f in known.items():
+            required = f.default is dataclasses.MISSING
+            required &= f.default_factory is dataclasses.MISSING
+            _require(not required or name in raw, f"{where}{name}: missing")
+        return kind(**{n: _build(hints[n], v, f"{where}{n}.") for n, v in raw.items()})  # type: ignore[operator]
+    if origin is tuple:
+        _require(isinstance(raw, list), f"{where[:-1]}: must be a list")
+        return tuple(_build(typing.get_args(kind)[0], v, f"{where}{i}.") for i, v in enumerate(raw))
+    if origin is types.UnionType:
+        return None if raw is None else _build(typing.get_args(kind)[0], raw, where)
+    if origin is dict:
+        _require(isinstance(raw, dict), f"{where[:-1]}: must be a mapping")
+        return raw
+    if kind is float and isinstance(raw, str):
+        try:  # YAML 1.1 reads 3e-4 as text
+            raw = float(raw)
+        except ValueError:
+            pass
+    allowed = (int, float) if kind is float else kind
+    _require(
+        isinstance(raw, allowed) and (kind is bool or not isinstance(raw, bool)),
+        f"{where[:-1]}: must be {kind.__name__}, not {raw!r}",
+    )
+    return kind(raw)
