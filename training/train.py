@@ -203,12 +203,19 @@ class Run:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def save_state(self, optimizer: torch.optim.Optimizer, step_in_epoch: int) -> None:
-        """Everything for `--resume`, replaced at once."""
+    def save_state(
+        self, optimizer: torch.optim.Optimizer, epoch: int, step_in_epoch: int
+    ) -> None:
+        """Everything for `--resume`, replaced at once. A resumed run starts `step_in_epoch` batches
+        into `epoch`."""
         state = {
             "config": dataclasses.asdict(self.config),
+            "encoder": dataclasses.asdict(self.model.encoder_config),
+            "decoder": dataclasses.asdict(self.model.decoder_config),
+            "preprocessing": self.preprocessing.to_dict(),
+            "tokenizer": [getattr(self.tokenizer, f"{i}_id") for i in ("begin", "end", "pad")],
             "stage": self.stage,
-            "epoch": self.epoch,
+            "epoch": epoch,
             "step": self.step,
             "step_in_epoch": step_in_epoch,
             "seconds": self.seconds,
@@ -285,7 +292,7 @@ def train(
     state: dict[str, Any] | None = None
     if resume:
         state = read_state(folder, config)
-        run.model, run.preprocessing, run.tokenizer = restore_parts(folder, config, state)
+        run.model, run.preprocessing, run.tokenizer = restore_parts(folder, state)
     else:
         captions = [caption for row in run.train_rows for caption in row.captions]
         choice = config.tokenizer
@@ -396,7 +403,7 @@ def run_stage(run: Run, captions: Captions, board: Any, state: dict[str, Any] | 
             board.add_scalar(f"{stage.name}/lr", entry["lr"], run.step)
             bar.set_postfix(loss=f"{entry['loss']:.3f}", refresh=False)
             if now - saved > SAVE_EVERY_SECONDS:
-                run.save_state(optimizer, number + 1)
+                run.save_state(optimizer, run.epoch, number + 1)
                 saved = now
         optimizer.zero_grad()
         skip = 0
@@ -405,8 +412,7 @@ def run_stage(run: Run, captions: Captions, board: Any, state: dict[str, Any] | 
             result = run.validate()
             for name, value in result.items():
                 board.add_scalar(f"{stage.name}/val/{name}", value, run.step)
-        run.epoch += 1
-        run.save_state(optimizer, 0)
+        run.save_state(optimizer, run.epoch + 1, 0)
         patience = config.validation.patience
         if patience and run.since_best >= patience:
             tqdm.write(f"{stage.name}: no better CIDEr in {patience} validations, stopped early")
@@ -468,14 +474,12 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def restore_parts(
-    folder: Path, config: TrainConfig, state: dict[str, Any]
+    folder: Path, state: dict[str, Any]
 ) -> tuple[CaptioningModel, PreprocessConfig, CaptionTokenizer]:
     """Model (without its weights yet), preprocessing and tokenizer of a run that is resumed."""
-    _, saved, tokenizer = load_model(folder)
-    model = CaptioningModel(
-        EncoderConfig(**saved["model"]["encoder"]), DecoderConfig(**saved["model"]["decoder"])
-    )
-    return model, PreprocessConfig.from_dict(saved["preprocessing"]), tokenizer
+    model = CaptioningModel(EncoderConfig(**state["encoder"]), DecoderConfig(**state["decoder"]))
+    tokenizer = CaptionTokenizer.load(folder / "tokenizer.json", *state["tokenizer"])
+    return model, PreprocessConfig.from_dict(state["preprocessing"]), tokenizer
 
 
 def set_aside(folder: Path) -> None:
