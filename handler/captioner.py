@@ -46,7 +46,12 @@ class Captioner:
     """A captioner ready to use: `caption(photos, num_beams=5)`."""
 
     def __init__(
-        self, encoder: Any, decoder: Any, tokenizer: CaptionTokenizer, config: dict[str, Any]
+        self,
+        encoder: Any,
+        decoder: Any,
+        tokenizer: CaptionTokenizer,
+        config: dict[str, Any],
+        device: str | torch.device = "cpu",
     ) -> None:
         """`encoder(images (B, 3, S, S)) -> memory (B, P, D)`; `decoder` has the `begin`,
         `new_cache`, `step` and `attention` of `training.model.Decoder`; `config` is the parsed
@@ -55,7 +60,8 @@ class Captioner:
         self.config = config
         self.preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
         self.decoding: dict[str, Any] = dict(config.get("decoding", {}))
-        self.device = next(decoder.parameters()).device
+        # A frozen TorchScript module has no parameters left to ask.
+        self.device = torch.device(device)
 
     @classmethod
     def load(
@@ -74,7 +80,7 @@ class Captioner:
         encoder, decoder = (
             load_script(directory / name, device) for name in ("encoder.pt", "decoder.pt")
         )
-        return cls(encoder, decoder, tokenizer, config)
+        return cls(encoder, decoder, tokenizer, config, device)
 
     def options(self, **given: Any) -> DecodeOptions:
         """Decoding options: the checkpoint's own defaults, overridden by `given`. Raises

@@ -100,4 +100,4 @@ def load_captioner(
         torch.set_num_threads(threads)
     model, config, tokenizer = load_model(Path(directory))
     model = model.to(device).requires_grad_(False)
-    return Captioner(model.encoder, model.decoder, tokenizer, config)
+    return Captioner(model.encoder, model.decoder, tokenizer, config, device)

@@ -196,7 +196,7 @@ class Run:
             "preprocessing": self.preprocessing.to_dict(),
             "decoding": self.decoding(),
         }
-        return Captioner(model.encoder, model.decoder, self.tokenizer, config)
+        return Captioner(model.encoder, model.decoder, self.tokenizer, config, self.device)
 
     def log(self, entry: dict[str, Any]) -> None:
         entry = {"stage": self.config.stages[self.stage].name, "epoch": self.epoch, **entry}
