@@ -1,193 +1,284 @@
-"""A photograph's bytes -> the encoder's tensor. The only preprocessing there is: training,
-evaluation and serving all come through here.
+"""A photograph's bytes -> RGB picture -> normalised tensor.
 
-Six formats are read, told by their content: JPEG, PNG, WebP, BMP, GIF (first frame), TIFF (first
-page). Whatever the mode, the result is 8-bit RGB, upright.
+The only preprocessing there is: training, evaluation and serving all come through here, so that a
+model never sees two versions of one photo. Formats are told by content. Colour profiles are
+ignored, as torchvision and Hugging Face ignore them.
 """
 
 import io
-import math
-import warnings
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+
+# Pillow registers these two only with all of its other plugins, none of which is wanted here.
+from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 from torch import Tensor
 
 from handler.errors import UserError
 
-MAX_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 64_000_000
-INTERPOLATIONS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
+# A progressive JPEG repeats itself over the whole picture once a scan. Encoders write about ten; a
+# file of thousands of nearly empty ones is small, passes the pixel limit and takes minutes.
+MAX_JPEG_SCANS = 100
+
+FORMATS = "JPEG, PNG, WebP, BMP, GIF and TIFF"
+# Sizes of the BMP headers in use: "BM" alone also begins many a text.
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+
+# EXIF's orientations 2 to 8, undone.
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
-RESIZES = ("squash", "crop")
-SIGNATURES = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "BMP": (b"BM",),
-    "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),
-}
+EXIF_ORIENTATION = 0x0112
+TIFF_BITS_PER_SAMPLE = 258
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class InvalidImage(UserError):
-    """Starts like a photograph, but cannot be decoded."""
+    """It starts like a photo of a known format but cannot be decoded."""
 
 
 class UnsupportedMediaType(InvalidImage):
-    """Not one of the six formats."""
+    """It is not of a known format at all."""
 
 
 class ImageTooLarge(InvalidImage):
-    """More bytes or more pixels than the limits allow."""
+    """More bytes or more pixels than are taken."""
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """`resize`: `squash` the whole photo to the square, or `crop` the centre after scaling the
-    short side. `mean` and `std` are of RGB in 0..1."""
+    """How a photo becomes a tensor: side in pixels, normalisation of the 0-1 channels, fitting."""
 
     image_size: int = 224
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    resize: str = "squash"
-    interpolation: str = "bicubic"
+    resize: Literal["squash", "crop"] = "squash"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def __post_init__(self) -> None:
-        size = self.image_size
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 4096:
-            raise UserError(f"preprocessing.image_size must be 1 to 4096, not {size!r}")
+        if type(self.image_size) is not int or not 1 <= self.image_size <= 4096:
+            raise UserError(f"preprocessing: image_size is {self.image_size!r}; give 1 to 4096")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            numbers = isinstance(values, tuple) and all(
-                isinstance(v, int | float) and math.isfinite(v) for v in values
-            )
-            if not numbers or len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise UserError(f"preprocessing.{name} must be three numbers, not {values!r}")
-        if self.resize not in RESIZES:
-            raise UserError(f"preprocessing.resize must be one of {', '.join(RESIZES)}")
-        if self.interpolation not in INTERPOLATIONS:
+            if not isinstance(values, (list, tuple)) or len(values) != 3:
+                raise UserError(f"preprocessing: {name} is {values!r}; give three numbers")
+            if any(type(v) not in (int, float) or not np.isfinite(v) for v in values):
+                raise UserError(f"preprocessing: {name} is {values!r}; give three finite numbers")
+            object.__setattr__(self, name, tuple(float(v) for v in values))
+        if min(self.std) <= 0:
+            raise UserError(f"preprocessing: std is {self.std!r}; give numbers above 0")
+        if self.resize not in ("squash", "crop"):
+            raise UserError(f"preprocessing: resize is {self.resize!r}; give squash or crop")
+        if self.interpolation not in RESAMPLING:
             raise UserError(
-                f"preprocessing.interpolation must be one of {', '.join(INTERPOLATIONS)}"
+                f"preprocessing: interpolation is {self.interpolation!r}; give bicubic or bilinear"
             )
 
     @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> "PreprocessConfig":
-        """From `config.json`; raises UserError for an unknown field."""
-        known = {field.name for field in fields(cls)}
-        for name in given:
+    def from_dict(cls, values: Mapping[str, Any]) -> "PreprocessConfig":
+        """From a config file's section. Raises UserError naming an unknown or wrong field."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
             if name not in known:
-                raise UserError(f"preprocessing.{name} is unknown; known are {sorted(known)}")
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        return cls(**lists)
+                raise UserError(
+                    f"preprocessing: field {name!r} is unknown; the fields are {', '.join(known)}"
+                )
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def sniff(data: bytes) -> str | None:
-    """Pillow's name of the format that `data` starts like, or None."""
-    for name, starts in SIGNATURES.items():
-        if data.startswith(starts):
-            return name
-    return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def decode(
-    photo: bytes | bytearray | memoryview | Image.Image, min_side: int | None = None
-) -> Image.Image:
-    """Decodes a photo to upright 8-bit RGB.
-
-    `min_side` (pixels) allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size, as long as both
-    sides stay at least that long. Raises UnsupportedMediaType, ImageTooLarge or InvalidImage.
-    """
-    if isinstance(photo, Image.Image):
-        if photo.width * photo.height > MAX_PIXELS:
-            raise ImageTooLarge(f"the photo has more than {MAX_PIXELS // 1_000_000} megapixels")
-        if not photo.width or not photo.height:
-            raise InvalidImage("the photo has no pixels")
-        return _to_rgb(photo)
-    data = bytes(photo)
-    if len(data) > MAX_BYTES:
-        raise ImageTooLarge(f"the photo has more than {MAX_BYTES // 1024**2} MiB")
-    format_name = sniff(data)
-    if format_name is None:
-        raise UnsupportedMediaType(
-            "the content is none of JPEG, PNG, WebP, BMP, GIF and TIFF; convert it to one of them"
-        )
-    try:
-        with warnings.catch_warnings():
-            # Size is checked below, by the header, before anything is decoded.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=[format_name])
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageTooLarge(
-                    f"the photo has more than {MAX_PIXELS // 1_000_000} megapixels"
-                )
-            if min_side is not None and format_name == "JPEG" and image.mode in ("L", "RGB"):
-                image.draft(image.mode, (min_side, min_side))
-            image.load()
-            return _to_rgb(image)
-    except ImageTooLarge:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageTooLarge(
-            f"the photo has more than {MAX_PIXELS // 1_000_000} megapixels"
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever the damage leads to
-        raise InvalidImage(f"the {format_name} photo is damaged and cannot be decoded") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I"):
-            grey = grey / 257  # 16-bit: 65535 -> 255, scaled and not clipped
-        elif np.isfinite(grey).all() and grey.size and grey.max() <= 1.0:
-            grey = grey * 255  # float pages hold 0..1 by convention
-        grey = np.nan_to_num(grey, nan=0.0, posinf=255.0, neginf=0.0)
-        return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
-    """An RGB photo as the square that the encoder takes, with Pillow's antialiased resampling."""
-    size, width, height = config.image_size, image.width, image.height
-    filter_ = INTERPOLATIONS[config.interpolation]
-    if (width, height) == (size, size):
-        return image
-    if config.resize == "squash":
-        return image.resize((size, size), filter_)
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return image.resize((size, size), filter_, box=(left, top, left + side, top + side))
-
-
-def to_tensor(image: Image.Image, config: PreprocessConfig) -> Tensor:
-    """An RGB photo as float32 (3, H, W), normalised by the config's mean and std."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float()
-    mean = torch.tensor(config.mean).view(3, 1, 1) * 255
-    std = torch.tensor(config.std).view(3, 1, 1) * 255
-    return (pixels - mean) / std
+        """What `from_dict` reads, as JSON types."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def preprocess(
     photo: bytes | bytearray | memoryview | Image.Image, config: PreprocessConfig
 ) -> Tensor:
-    """A photo as the encoder takes it: float32 (3, S, S).
+    """A photo as the encoder takes it: float32 (3, S, S), normalised. Raises InvalidImage."""
+    return to_tensor(resize(decode(photo, min_side=config.image_size), config), config)
 
-    A big JPEG is decoded at a fraction of its size, at least twice the square's, and then resized:
-    within a mean of one 8-bit level of the full decode.
+
+def decode(
+    photo: bytes | bytearray | memoryview | Image.Image, min_side: int | None = None
+) -> Image.Image:
+    """A photo in RGB, upright, its alpha laid over white; the first frame or page.
+
+    With `min_side` (the side it will be resized to), a large JPEG is decoded at 1/2, 1/4 or 1/8 of
+    its size, in the frequency domain, as long as both sides stay at least twice `min_side`: several
+    times faster. tests/test_image_preprocess.py bounds what that changes after the resize.
+
+    Raises InvalidImage, or its kinds UnsupportedMediaType and ImageTooLarge.
     """
-    return to_tensor(resize(decode(photo, 2 * config.image_size), config), config)
+    if isinstance(photo, Image.Image):
+        check_size(photo.size)
+        image = photo
+    else:
+        image = open_photo(photo)
+    try:
+        if min_side is not None and image is not photo:
+            image.draft("RGB", (2 * min_side, 2 * min_side))
+        image.load()
+        turn = orientation(image)
+        rgb = to_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+    except Exception as error:
+        # Pillow meets damage with a dozen kinds of exception (OSError, SyntaxError, struct.error,
+        # TypeError, MemoryError, ...): whatever it cannot decode is not a photo.
+        raise InvalidImage("the image is damaged or truncated: it cannot be decoded") from error
+
+
+def open_photo(data: bytes | bytearray | memoryview) -> Image.Image:
+    """The photo's header, read and checked; no pixel is decoded yet."""
+    data = bytes(data)
+    if len(data) > MAX_BYTES:
+        raise ImageTooLarge(f"the image has more than {MAX_BYTES // 2**20} MiB")
+    if not data:
+        raise InvalidImage("the image is empty")
+    kind = sniff(data)
+    if kind is None:
+        raise UnsupportedMediaType(f"the content is none of {FORMATS}")
+    if kind == "JPEG" and jpeg_scans(data) > MAX_JPEG_SCANS:
+        raise InvalidImage(f"the image has more than {MAX_JPEG_SCANS} JPEG scans")
+    try:
+        image = Image.open(io.BytesIO(data), formats=[kind])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise too_many_pixels() from error
+    except Exception as error:  # see decode()
+        raise InvalidImage("the image is damaged: its header cannot be read") from error
+    check_size(image.size)
+    return image
+
+
+def sniff(data: bytes) -> str | None:
+    """Pillow's name of the format that `data` starts like, None for any other content."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    reserved, header = data[6:10], int.from_bytes(data[14:18], "little")
+    if data.startswith(b"BM") and (reserved == bytes(4) or header in BMP_HEADERS):
+        return "BMP"
+    return None
+
+
+def jpeg_scans(data: bytes) -> int:
+    """How many scans a JPEG has before its end; counts no further than MAX_JPEG_SCANS + 1.
+
+    Walks the markers: application segments (thumbnails) and what follows the end (the second
+    picture or the film of a phone's photo) are not looked into.
+    """
+    # Within a scan 0xff is a marker unless 0 or a restart marker follows; more 0xff are padding.
+    marker = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+    scans, position = 0, 2
+    while scans <= MAX_JPEG_SCANS:
+        found = marker.search(data, position)
+        if found is None or found[1] == b"\xd9":
+            break
+        scans += found[1] == b"\xda"
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        position = found.end() + (length if found[1] != b"\x01" else 0)
+    return scans
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Refuses pictures of no pixel or of too many."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise InvalidImage("the image has no pixels")
+    if width * height > MAX_PIXELS:
+        raise too_many_pixels()
+
+
+def too_many_pixels() -> ImageTooLarge:
+    return ImageTooLarge(f"the image has more than {MAX_PIXELS // 10**6} megapixels")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that Pillow decodes to, as 8-bit RGB."""
+    if image.mode.startswith("I"):
+        image = from_integers(image)
+    elif image.mode == "F":
+        image = from_floats(image)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
+
+
+def from_integers(image: Image.Image) -> Image.Image:
+    """16 bits a pixel as grey levels, value / 257 rounded (Pillow itself would clip at 255).
+
+    12-bit TIFF arrives in the low bits. Colour of 16 bits never arrives here: Pillow reads it as
+    8 bits by dropping the low byte, at most one level off.
+    """
+    bits = getattr(image, "tag_v2", {}).get(TIFF_BITS_PER_SAMPLE)
+    highest = 4095 if bits == (12,) else 65535
+    levels = ((np.arange(65536) * 255 + highest // 2) // highest).clip(0, 255).astype(np.uint8)
+    values = np.asarray(image).clip(0, 65535)
+    grey = Image.fromarray(levels[values])
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def from_floats(image: Image.Image) -> Image.Image:
+    """Float TIFFs hold fractions (nothing above 1) or 8-bit levels; what is no number is black."""
+    values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
+    scale = 255.0 if values.max() <= 1 else 1.0
+    return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What undoes the camera's rotation, as the EXIF of a loaded picture tells it (a TIFF is
+    turned by Pillow as it loads, and then tells nothing)."""
+    try:
+        return ORIENTATIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # noqa: BLE001 - damaged EXIF is common and says nothing about the picture
+        return None
+
+
+def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
+    """RGB of (S, S): the whole photo squashed to the square, or its middle square."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = ((width - side) / 2, (height - side) / 2) if config.resize == "crop" else (0, 0)
+    # Cutting before the resize keeps a strip of 1 x 60,000 from growing to S x 60,000 S.
+    return image.resize(
+        (config.image_size, config.image_size),
+        RESAMPLING[config.interpolation],
+        box=(left, top, width - left, height - top),
+        # Without it, Pillow's table of weights for a side of millions of pixels takes gigabytes;
+        # sides up to 128 S are resized in one step as ever.
+        reducing_gap=64,
+    )
+
+
+def to_tensor(image: Image.Image, config: PreprocessConfig) -> Tensor:
+    """An RGB picture as float32 (3, height, width), 0-1, then less `mean`, over `std`."""
+    pixels_HWC = torch.from_numpy(np.array(image, dtype=np.uint8))
+    pixels_CHW = pixels_HWC.permute(2, 0, 1).contiguous().float().div_(255)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    return pixels_CHW.sub_(mean).div_(std)
