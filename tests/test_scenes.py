@@ -58,6 +58,15 @@ def test_captions_are_true(rows):
             assert claims and all(claim.true for claim in claims), (caption, claims, row.scene)
 
 
+def test_relations_are_said(rows):
+    related = [row for row in rows if language._Describer(row.scene, random.Random(0)).related()]
+    said = [
+        any(c.kind == "relation" for text in row.captions for c in check(text, row.scene))
+        for row in related
+    ]
+    assert len(related) > 150 and sum(said) / len(said) > 0.98
+
+
 def test_mirrored_captions_are_true_of_the_mirrored_picture(rows):
     for row in rows:
         boxes = [item["box"] for item in row.scene["objects"]]

@@ -279,20 +279,29 @@ WORDINGS: tuple[Callable[[_Describer], str | None], ...] = (
     _Describer.quality,
 )
 
+RELATION_WORDINGS = (
+    _Describer.relation,
+    _Describer.with_relation,
+    _Describer.turned_relation,
+)
+
 
 def describe(scene: Scene, rng: random.Random, captions: int = 5) -> tuple[str, ...]:
-    """Captions of 6 to 18 words, each of another wording, each true of the scene."""
+    """Captions of 6 to 18 words, each of another wording, each true of the scene. Where two things
+    stand beside or above each other, at least one caption says so."""
     describer = _Describer(scene, rng)
     said: list[str] = []
+    relation = rng.choice(RELATION_WORDINGS)
+    others = describer.shuffled(wording for wording in WORDINGS if wording is not relation)
     # A second round, for the few scenes whose wordings came out too short or too long.
-    for wording in (*describer.shuffled(WORDINGS), *WORDINGS):
+    for wording in (relation, *others, *WORDINGS):
         sentence = wording(describer)
         if sentence is None or sentence in said:
             continue
         if MIN_WORDS <= len(sentence.split()) <= MAX_WORDS:
             said.append(sentence)
         if len(said) == captions:
-            return tuple(said)
+            return tuple(describer.shuffled(said))
     raise AssertionError(f"too little to say of {scene}")
 
 
