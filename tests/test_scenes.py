@@ -279,7 +279,8 @@ def test_colours_are_drawn(drawn):
         pixels = np.asarray(picture, float)
         for item in row.scene["objects"]:
             if item["texture"] == "plain" and item["shape"] in ("circle", "square", "diamond"):
-                x, y = (item["box"][0] + item["box"][2]) // 2, (item["box"][1] + item["box"][3]) // 2
+                x0, y0, x1, y1 = item["box"]
+                x, y = (x0 + x1) // 2, (y0 + y1) // 2
                 middle = np.median(pixels[y - 3 : y + 3, x - 3 : x + 3], axis=(0, 1))
                 near = min(scenes.RGB, key=lambda c: np.abs(middle - scenes.RGB[c]).sum())
                 assert near == item["colour"]

@@ -152,8 +152,8 @@ class _Describer:
         for first, second in self.shuffled(permutations(self.single, 2)):
             axes = (("left", "right"), 1), (("above", "below"), 0)
             for relations, across in axes:
-                centres = [item["box"][across] + item["box"][across + 2] for item in (first, second)]
-                if abs(centres[0] - centres[1]) / 2 > self.scene["size"][across] / 8:
+                one, other = (sum(item["box"][across::2]) / 2 for item in (first, second))
+                if abs(one - other) > self.scene["size"][across] / 8:
                     continue
                 for relation in relations:
                     if stands(first, relation, second, self.scene):

@@ -57,14 +57,18 @@ RGB = {
 }
 
 HELD_PAIRS = frozenset(zip(COLOURS, (*SHAPES[3:], *SHAPES[:3]), strict=True))
-HELD_BESIDE = frozenset(
-    frozenset(pair)
-    for pair in (("circle", "star"), ("square", "heart"), ("triangle", "ring"), ("cross", "diamond"))
-)
-HELD_STACKED = frozenset(
-    frozenset(pair)
-    for pair in (("circle", "cross"), ("square", "star"), ("triangle", "diamond"), ("heart", "ring"))
-)
+HELD_BESIDE = {
+    frozenset(("circle", "star")),
+    frozenset(("square", "heart")),
+    frozenset(("triangle", "ring")),
+    frozenset(("cross", "diamond")),
+}
+HELD_STACKED = {
+    frozenset(("circle", "cross")),
+    frozenset(("square", "star")),
+    frozenset(("triangle", "diamond")),
+    frozenset(("heart", "ring")),
+}
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,8 @@ def _mask(shape: str, side: int) -> NDArray[np.float32]:
             pen.ellipse((hole, hole, fine - 1 - hole, fine - 1 - hole), fill=0)
     else:
         pen.polygon([(x * (fine - 1), y * (fine - 1)) for x, y in _outline(shape)], fill=255)
-    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32) / np.float32(255)
+    small = image.resize((side, side), Image.Resampling.BOX)
+    return np.asarray(small, np.float32) / np.float32(255)
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
