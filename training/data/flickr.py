@@ -1,84 +1,139 @@
-"""Flickr8k in its original layout: `Flickr8k.token.txt` with lists of photos a split.
+"""Flickr8k (Hodosh, Young and Hockenmaier 2013) and Flickr30k (Young et al. 2014) in the layouts
+that people have:
 
-Hodosh, Young and Hockenmaier 2013. The photos lie in `images/`, `Images/` or
-`Flicker8k_Dataset/`; the official dev list is called `val` here.
+- the original: `Flickr8k.token.txt` or `results_20130124.token`, `NAME.jpg#N<TAB>caption` a line,
+- Karpathy's `dataset_flickr8k.json` or `dataset_flickr30k.json`,
+- Kaggle's: `captions.txt` (CSV with a header) or Flickr30k's `results.csv` (divided by `|`).
+
+Flickr8k's official lists `Flickr_8k.*Images.txt` make the splits wherever they lie beside, its dev
+list being called `val`. Where nothing tells the splits, a hash of the photo's name does.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from handler.errors import UserError
+from training.data.karpathy import read_karpathy
+from training.data.source import (
+    HASHED,
+    Photo,
+    Source,
+    find_folder,
+    image_name,
+    read_csv,
+    read_lines,
+    split_by_hash,
+)
 
-IMAGE_FOLDERS = ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images")
+IMAGE_FOLDERS = {
+    "flickr8k": ("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset"),
+    "flickr30k": ("images", "Images", "flickr30k-images", "flickr30k_images"),
+}
+TOKEN_FILES = {"flickr8k": "Flickr8k.token.txt", "flickr30k": "results_20130124.token"}
+KAGGLE_FILES = {"flickr8k": ("captions.txt",), "flickr30k": ("captions.txt", "results.csv")}
 SPLIT_LISTS = {
     "train": "Flickr_8k.trainImages.txt",
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a source found, before any photo was opened: `rows` are (id, image relative to
-    `image_root`, captions, split); `unused` counts photos that belong to no split; `defects` are
-    (name, reason) pairs."""
-
-    image_root: Path
-    rows: list[tuple[str, str, list[str], str]]
-    defects: list[tuple[str, str]]
-    unused: int
-
-
-def read_lines(path: Path) -> list[str]:
-    """A text file's lines; a byte-order mark and Windows line ends are fine."""
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; SOURCE must hold it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text ({error})") from error
-
-
-def image_folder(source: Path) -> Path:
-    """The folder of photos in a source."""
-    for name in IMAGE_FOLDERS:
-        if (source / name).is_dir():
-            return source / name
-    raise UserError(f"{source}: no folder of photos there; one of {', '.join(IMAGE_FOLDERS)}")
-
-
-def read_tokens(path: Path) -> dict[str, list[str]]:
-    """Captions by photo from lines `NAME.jpg#N<TAB>caption`."""
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        name, tab, caption = line.partition("\t")
-        photo, hash_, _ = name.partition("#")
-        if not tab or not hash_ or not photo:
-            raise UserError(f"{path}: line {number} is not NAME.jpg#N<TAB>caption")
-        captions.setdefault(photo, []).append(caption)
-    return captions
+# The published token file captions a photo of this name, which is in no list and no archive.
+KNOWN_DEFECT = "2258277193_586949ec62.jpg.1"
 
 
 def read_flickr8k(source: Path) -> Source:
-    """Reads the original layout. Raises UserError naming file and line."""
-    captions = read_tokens(source / "Flickr8k.token.txt")
-    rows, defects, listed = [], [], set()
-    for split, name in SPLIT_LISTS.items():
-        if not (source / name).exists():
+    """Reads the first layout found. Raises UserError naming file and line."""
+    return _read(source, "flickr8k")
+
+
+def read_flickr30k(source: Path) -> Source:
+    """Reads the first layout found. Raises UserError naming file and line."""
+    return _read(source, "flickr30k")
+
+
+def _read(source: Path, name: str) -> Source:
+    image_root = find_folder(source, IMAGE_FOLDERS[name])
+    token_file, karpathy_file = source / TOKEN_FILES[name], source / f"dataset_{name}.json"
+    lists = {split: source / file for split, file in SPLIT_LISTS.items() if name == "flickr8k"}
+    lists = {split: path for split, path in lists.items() if path.is_file()}
+    if karpathy_file.is_file() and not (token_file.is_file() and lists):
+        return read_karpathy(karpathy_file, image_root)
+    captions: dict[str, list[str]] = {}
+    for photo, caption in _captions(source, name):
+        captions.setdefault(photo, []).append(caption)
+
+    known = [(KNOWN_DEFECT, "caption of a photo that was never published")]
+    if captions.pop(KNOWN_DEFECT, None) is None or (image_root / KNOWN_DEFECT).exists():
+        known = []
+    if not lists:
+        hashed = split_by_hash(captions)
+        photos = [Photo(key, key, tuple(texts), hashed[key]) for key, texts in captions.items()]
+        return Source(image_root, photos, known=known, splits=HASHED)
+    split_of = _read_lists(lists)
+    faults = [
+        (photo, f"in {lists[split].name}, but without a caption")
+        for photo, split in split_of.items()
+        if photo not in captions
+    ]
+    # In the lists' order, which people know; those in no list after them.
+    ordered = dict.fromkeys([*split_of, *captions])
+    photos = [
+        Photo(photo, photo, tuple(captions[photo]), split_of.get(photo))
+        for photo in ordered
+        if photo in captions
+    ]
+    return Source(image_root, photos, faults, known)
+
+
+def _captions(source: Path, name: str) -> Iterator[tuple[str, str]]:
+    token_file = source / TOKEN_FILES[name]
+    if token_file.is_file():
+        return _read_tokens(token_file)
+    for file in KAGGLE_FILES[name]:
+        if (source / file).is_file():
+            bars = file == "results.csv"
+            return _read_bars(source / file) if bars else _read_kaggle(source / file)
+    files = (TOKEN_FILES[name], f"dataset_{name}.json", *KAGGLE_FILES[name])
+    raise UserError(f"{source}: no captions there; it must hold one of {', '.join(files)}")
+
+
+def _read_tokens(path: Path) -> Iterator[tuple[str, str]]:
+    for where, line in read_lines(path):
+        name, tab, caption = line.partition("\t")
+        photo, _, number = name.rpartition("#")
+        if not tab or not photo or not number.strip().isdigit():
+            raise UserError(f"{where}: must be NAME.jpg#N<TAB>caption")
+        yield image_name(photo, where), caption
+
+
+def _read_kaggle(path: Path) -> Iterator[tuple[str, str]]:
+    for where, record in read_csv(path):
+        photo = record.get("image", record.get("image_name"))
+        caption = record.get("caption", record.get("comment"))
+        if photo is None or caption is None:
+            raise UserError(f"{path}: the header must name the columns image and caption")
+        yield image_name(photo, where), caption
+
+
+def _read_bars(path: Path) -> Iterator[tuple[str, str]]:
+    """`results.csv`: `image_name| comment_number| comment`, without quoting. Its published copy
+    lacks the second bar in one line, so blanks may stand for it."""
+    for position, (where, line) in enumerate(read_lines(path)):
+        if position == 0 and line.replace(" ", "").startswith("image_name|"):
             continue
-        for line in read_lines(source / name):
-            photo = line.strip()
-            if not photo:
-                continue
-            if photo in listed:
-                raise UserError(f"{source / name}: {photo} is listed twice")
-            listed.add(photo)
-            if photo not in captions:
-                defects.append((photo, f"listed in {name}, but without a caption"))
-                continue
-            rows.append((photo, photo, captions[photo], split))
-    if not listed:
-        raise UserError(f"{source}: none of {', '.join(SPLIT_LISTS.values())} is there")
-    return Source(image_folder(source), rows, defects, len(captions.keys() - listed))
+        parts = re.fullmatch(r"([^|]+)\|\s*\d+(?:\s*\||\s+)(.*)", line)
+        if parts is None:
+            raise UserError(f"{where}: must be NAME.jpg| N| caption")
+        yield image_name(parts[1].strip(), where), parts[2]
+
+
+def _read_lists(lists: dict[str, Path]) -> dict[str, str]:
+    """Split by photo, in the lists' order."""
+    split_of: dict[str, str] = {}
+    for split, path in lists.items():
+        for where, line in read_lines(path):
+            photo = image_name(line.strip(), where)
+            if photo in split_of:
+                raise UserError(f"{where}: {photo} is listed already, in {split_of[photo]}")
+            split_of[photo] = split
+    return split_of

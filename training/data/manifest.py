@@ -116,7 +116,12 @@ def write_manifest(
         raise UserError(f"dataset '{name}': id {repeated[0]!r} occurs more than once")
     lines = []
     for row in rows:
-        record = {"id": row.id, "image": row.image, "captions": row.captions, "split": row.split}
+        record: dict[str, Any] = {
+            "id": row.id,
+            "image": row.image,
+            "captions": row.captions,
+            "split": row.split,
+        }
         if row.scene is not None:
             record["scene"] = row.scene
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -134,7 +139,8 @@ def write_manifest(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as beside:
         captions_file, dataset_file = Path(beside, CAPTIONS_FILE), Path(beside, DATASET_FILE)
         captions_file.write_bytes("".join(lines).encode())
-        dataset_file.write_bytes((json.dumps(dataset, ensure_ascii=False, indent=2) + "\n").encode())
+        text = json.dumps(dataset, ensure_ascii=False, indent=2) + "\n"
+        dataset_file.write_bytes(text.encode())
         os.replace(captions_file, directory / CAPTIONS_FILE)
         os.replace(dataset_file, directory / DATASET_FILE)
 
@@ -154,12 +160,11 @@ def read_manifest(directory: Path) -> Manifest:
     dataset_file = directory / DATASET_FILE
 
     dataset = _parse_object(_read_bytes(dataset_file), str(dataset_file))
-    name = dataset.get("name", directory.name)
-    image_root = dataset.get("image_root")
-    for field, value in (("name", name), ("image_root", image_root)):
+    texts = {"name": dataset.get("name", directory.name), "image_root": dataset.get("image_root")}
+    for field, value in texts.items():
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise UserError(f"{dataset_file}: field '{field}' must be a text that is not empty")
-    root = directory / image_root
+    name, root = texts["name"], directory / texts["image_root"]
     if not os.path.isdir(root):
         raise UserError(
             f"{dataset_file}: field 'image_root' names {root}, which is no folder; "

@@ -1,0 +1,171 @@
+"""Flickr8k from its public mirror, a GitHub release of two zips.
+
+What is checked: the size that the server announces, the zips' CRC of every file, the MD5 sums that
+the R package `torchvision` publishes for the same two files (against damage, not against malice:
+MD5 is weak), and the SHA-256 that the first complete download left beside the file, so that a
+later change is noticed. The sums are not from the mirror itself, which publishes none.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from handler.errors import UserError, write_atomic
+from training.data.manifest import check_inside
+
+MIRROR = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+MD5 = {
+    "Flickr8k_text.zip": "bf6c1abcb8e4a833b7f922104de18627",
+    "Flickr8k_Dataset.zip": "f18a1e2920de5bd84dae7cf08ec78978",
+}
+ATTEMPTS = 5  # in a row without a byte gained
+TIMEOUT = (10, 60)  # seconds to connect, and between two reads
+CHUNK = 1 << 18
+
+
+def download_flickr8k(downloads: Path, mirror: str = MIRROR) -> Path:
+    """Loads and unpacks the two zips; returns the folder in the original layout.
+
+    What is there already is not loaded again, and a broken download goes on where it stopped. The
+    published sums hold for the published mirror only; another may have packed the files anew.
+    Raises UserError where the mirror cannot be reached or a file is not what it should be.
+    """
+    folder = downloads / "flickr8k"
+    if folder.is_dir():
+        return folder
+    archives = [downloads / name for name in MD5]
+    for archive in archives:
+        md5 = MD5[archive.name] if mirror == MIRROR else None
+        fetch(f"{mirror.rstrip('/')}/{archive.name}", archive, md5)
+    with tempfile.TemporaryDirectory(dir=downloads, prefix=".unpacking-") as beside:
+        for archive in archives:
+            unpack(archive, Path(beside, "flickr8k"))
+        os.replace(Path(beside, "flickr8k"), folder)
+    return folder
+
+
+def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) -> None:
+    """Loads `url` into `target`, through `target.part`, and records its sum in `target.sha256`.
+
+    A connection that breaks is taken up again where it broke (HTTP Range), after a pause that
+    doubles; `ATTEMPTS` tries without a byte gained are the end. Raises UserError then, for a
+    refusal such as 404, or for a wrong sum; a file with a wrong sum is removed.
+    """
+    part, record = Path(f"{target}.part"), Path(f"{target}.sha256")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        fruitless = 0
+        while True:
+            before = part.stat().st_size if part.exists() else 0
+            try:
+                if _continue(url, part):
+                    break
+                reason = "the connection broke"
+            except requests.RequestException as error:
+                if isinstance(error, ValueError):  # requests' errors about the URL itself
+                    raise UserError(f"{url}: {error}") from None
+                reason = type(error).__name__
+            except OSError as error:
+                raise UserError(f"{part}: {error.strerror}") from None
+            after = part.stat().st_size if part.exists() else 0
+            fruitless = 0 if after > before else fruitless + 1
+            if fruitless == ATTEMPTS:
+                raise UserError(
+                    f"{url}: {reason}, {ATTEMPTS} times; what is there is kept and taken up by the "
+                    "next run; or load it by other means and say SOURCE=DIR"
+                )
+            time.sleep(pause_s * 2 ** max(0, fruitless - 1))
+    file = target if target.exists() else part
+    sums = {"md5": _sum(file, "md5"), "sha256": _sum(file, "sha256")}
+    expected = {"md5": md5, "sha256": _recorded(record)}
+    for kind, wanted in expected.items():
+        if wanted is not None and wanted != sums[kind]:
+            file.unlink()
+            raise UserError(
+                f"{target}: its {kind} is {sums[kind]}, not {wanted}; it was removed, run again"
+                + (f" (or remove {record} if the mirror changed it)" if kind == "sha256" else "")
+            )
+    if file == part:
+        os.replace(part, target)
+    write_atomic(record, f"{sums['sha256']}  {target.name}\n")
+
+
+def _continue(url: str, part: Path) -> bool:
+    """Loads what is missing of `part`; whether it is complete now."""
+    have = part.stat().st_size if part.exists() else 0
+    # identity: with a compressed body the announced length would not be the file's.
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:  # nothing beyond what we have, or a file that shrank
+            size = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if size == str(have):
+                return True
+            part.unlink()
+            return False
+        if response.status_code >= 500 or response.status_code in (408, 429):
+            raise requests.HTTPError(f"status {response.status_code}")
+        if response.status_code not in (200, 206):
+            raise UserError(
+                f"{url}: the server answers {response.status_code} {response.reason}; "
+                "load it by other means and say SOURCE=DIR"
+            )
+        resumed = response.status_code == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink(missing_ok=True)
+            return False
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
+        with (
+            open(part, "ab" if resumed else "wb") as file,
+            tqdm(
+                desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None
+            ) as bar,
+        ):
+            for chunk in response.iter_content(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    return total is None or part.stat().st_size == total
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpacks a zip, reading every file to its CRC. Raises UserError for a damaged one, and for
+    one with names that lead out of the folder."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for member in tqdm(zipped.infolist(), desc=archive.name, unit="file", disable=None):
+                if member.is_dir() or member.filename.startswith("__MACOSX/"):
+                    continue
+                check_inside(member.filename, f"{archive}: an entry")
+                target = folder / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with zipped.open(member) as source, open(target, "wb") as file:
+                    shutil.copyfileobj(source, file)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+        raise UserError(f"{archive}: damaged zip ({error}); remove it and run again") from None
+    except OSError as error:
+        raise UserError(f"{archive}: cannot be unpacked: {error.strerror or error}") from None
+
+
+def _sum(path: Path, kind: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def _recorded(record: Path) -> str | None:
+    try:
+        words = record.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError):
+        words = []
+    if not words:
+        raise UserError(f"{record}: not a sum as sha256sum writes it; remove it and run again")
+    return words[0]

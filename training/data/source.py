@@ -1,0 +1,165 @@
+"""What every source gives, and how all of them read the files that people have."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from handler.errors import UserError
+from training.data.manifest import SPLITS, check_inside
+
+# How people call the three splits; Karpathy's `restval` are COCO photos that he adds to training.
+SPLIT_NAMES = {
+    **{split: split for split in SPLITS},
+    **{"training": "train", "restval": "train"},
+    **{"dev": "val", "valid": "val", "validation": "val"},
+}
+HELD_OUT = {"val": 0.1, "test": 0.1}
+HASHED = "by a hash of the id: 80 % train, 10 % val, 10 % test"
+
+Json = TypeVar("Json", str, int, list, dict)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo as its source tells of it, not opened yet. `image` is relative to the image root,
+    `captions` are raw (perhaps empty), `split` is None where no list names the photo."""
+
+    id: str
+    image: str
+    captions: tuple[str, ...]
+    split: str | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source's photos. `faults` are (name, reason), counted against the limit; `known` are
+    defects of the published data, listed but not counted."""
+
+    image_root: Path
+    photos: list[Photo]
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    known: list[tuple[str, str]] = field(default_factory=list)
+    splits: str = "by the source's lists"
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without byte-order mark; line ends are left as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; SOURCE must hold it") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(where, line) of every line that is not blank."""
+    # Not str.splitlines, which would also cut at U+2028 or a form feed inside a caption.
+    for number, line in enumerate(re.split("\r\n|\n|\r", read_text(path)), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", line
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object; UserError names line and column of the damage."""
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{where}, line {error.lineno}" if "\n" in text else where
+        raise UserError(f"{place}: not JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise UserError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: must be a JSON object")
+    return record
+
+
+def take(record: Any, name: str, kind: type[Json], where: str) -> Json:
+    """`record[name]`, which must be of type `kind`."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+        raise UserError(f"{where}: field '{name}' must be {kinds[kind]}")
+    return value
+
+
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, record) of every row below the header line; names and values are stripped."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for row in reader:
+            where = f"{path}, line {start}"
+            start = reader.line_num + 1
+            cells = [cell.strip() for cell in row]
+            if not any(cells):
+                continue
+            if not header:
+                header = cells
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{where}: {len(cells)} fields where the header has {len(header)}; "
+                    "a caption with a comma needs quotes"
+                )
+            yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {start}: not CSV: {error}") from None
+
+
+def image_name(name: str, where: str) -> str:
+    """A photo's name as the manifest writes it; UserError where it leads out of its folder."""
+    check_inside(name, f"{where}: the photo")
+    return PurePosixPath(name).as_posix()
+
+
+def split_name(name: str, where: str) -> str | None:
+    """One of `SPLITS`; None for an empty name."""
+    if not name.strip():
+        return None
+    try:
+        return SPLIT_NAMES[name.strip().lower()]
+    except KeyError:
+        raise UserError(
+            f"{where}: field 'split' must be one of {', '.join(SPLIT_NAMES)}, not {name!r}"
+        ) from None
+
+
+def split_by_hash(ids: Iterable[str]) -> dict[str, str]:
+    """A split for every id that does not change when photos are added: 10 % val, 10 % test. Where
+    chance left val or train empty, the photo nearest to it moves there."""
+    position = {
+        key: int.from_bytes(hashlib.sha256(key.encode(errors="replace")).digest()[:8]) / 2**64
+        for key in ids
+    }
+    ordered = sorted(position, key=lambda key: (position[key], key))
+    val, test = HELD_OUT["val"], HELD_OUT["val"] + HELD_OUT["test"]
+    splits = {
+        key: "val" if position[key] < val else "test" if position[key] < test else "train"
+        for key in ordered
+    }
+    if len(ordered) > 1:
+        splits[ordered[0]] = "val"
+    if ordered:
+        splits[ordered[-1]] = "train"
+    return splits
+
+
+def find_folder(source: Path, names: Iterable[str]) -> Path:
+    """The first of `names` that is a folder in `source`; archives often nest one of the same name
+    within."""
+    names = list(names)
+    for name in names:
+        if (source / name).is_dir():
+            inner = source / name / name
+            return inner if inner.is_dir() else source / name
+    raise UserError(f"{source}: no folder of photos there; it must be one of {', '.join(names)}")
