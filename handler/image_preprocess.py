@@ -22,6 +22,8 @@ from handler.errors import UserError
 
 MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 64_000_000
+# JPEG's own limit. Pillow pays 8 bytes a row beside the pixels: 1 x 64,000,000 takes a gigabyte.
+MAX_SIDE = 65_535
 # A progressive JPEG repeats itself over the whole picture once a scan. Encoders write about ten; a
 # file of thousands of nearly empty ones is small, passes the pixel limit and takes minutes.
 MAX_JPEG_SCANS = 100
@@ -205,6 +207,8 @@ def check_size(size: tuple[int, int]) -> None:
         raise InvalidImage("the image has no pixels")
     if width * height > MAX_PIXELS:
         raise too_many_pixels()
+    if max(width, height) > MAX_SIDE:
+        raise ImageTooLarge(f"the image has a side of more than {MAX_SIDE} pixels")
 
 
 def too_many_pixels() -> ImageTooLarge:
@@ -270,9 +274,6 @@ def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
         (config.image_size, config.image_size),
         RESAMPLING[config.interpolation],
         box=(left, top, width - left, height - top),
-        # Without it, Pillow's table of weights for a side of millions of pixels takes gigabytes;
-        # sides up to 128 S are resized in one step as ever.
-        reducing_gap=64,
     )
 
 

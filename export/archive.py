@@ -1,0 +1,98 @@
+"""`python -m export.archive`, behind `make mar`: an export and the package `handler` -> one `.mar`.
+
+torch-model-archiver lays the files out; it writes no dotted handler and no reproducible zip, so the
+manifest is completed and the zip written here: the same inputs give the same bytes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import handler
+from handler.captioner import read_config
+from handler.errors import ArgumentParser, UserError, run_command
+
+HANDLER = Path(handler.__file__).parent
+# Tools of the client's side; the worker never needs them.
+LEFT_OUT = ("client.py", "serve.py", "grpc_stubs.py")
+EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
+EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def build_archive(export: Path, out: Path, version: str) -> Path:
+    """Packs `export` into the archive `out`, whose stem is the model's name. Raises UserError
+    naming what is missing; an older archive is replaced only by a whole new one."""
+    read_config(export)
+    for name in EXPORT_FILES:
+        if not (export / name).is_file():
+            raise UserError(f"{export / name}: missing; run make export again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        extra = Path(temporary) / "extra"
+        package = extra / "handler"
+        package.mkdir(parents=True)
+        for file in sorted(HANDLER.iterdir()):
+            if file.suffix in (".py", ".yaml") and file.name not in LEFT_OUT:
+                shutil.copyfile(file, package / file.name)
+        for name in EXPORT_FILES:
+            (extra / name).symlink_to((export / name).resolve())
+        staged = _stage(Path(temporary), extra, out.stem, version)
+        partial = out.with_name(f".{out.name}.partial")
+        _write_zip(staged, partial)
+    partial.replace(out)
+    return out
+
+
+def _stage(temporary: Path, extra: Path, name: str, version: str) -> Path:
+    """The archiver's own layout, with the manifest that it cannot write."""
+    scratch = temporary / "tmp"  # the archiver empties $TMPDIR/NAME
+    scratch.mkdir()
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name]
+    command += ["--version", version, "--handler", str(extra / "handler" / "caption_handler.py")]
+    command += ["--extra-files", str(extra), "--export-path", str(temporary / "out")]
+    command += ["--archive-format", "no-archive", "--force"]
+    (temporary / "out").mkdir()
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(scratch)}
+    )
+    staged = temporary / "out" / name
+    if done.returncode or not staged.is_dir():
+        raise UserError(f"torch-model-archiver failed: {done.stderr.strip()[-300:]}")
+    (staged / "caption_handler.py").unlink()  # the archiver's copy beside the package
+    manifest_file = staged / "MAR-INF" / "MANIFEST.json"
+    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    model = manifest["model"]
+    model["handler"] = "handler.caption_handler"
+    model["configFile"] = "handler/model-config.yaml"
+    manifest = {"runtime": "python", "archiverVersion": manifest["archiverVersion"], "model": model}
+    manifest_file.write_text(json.dumps(manifest, indent=2, sort_keys=True), encoding="utf-8")
+    return staged
+
+
+def _write_zip(folder: Path, out: Path) -> None:
+    with zipfile.ZipFile(out, "w") as archive:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), EPOCH)
+            entry.external_attr = 0o100644 << 16
+            entry.create_system = 3  # whatever machine packs it
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, file.read_bytes(), compresslevel=1)
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="export.archive", description=__doc__)
+    parser.add_argument("--export", type=Path, required=True, help="folder of an export")
+    parser.add_argument("--version", default="1.0")
+    parser.add_argument("--out", type=Path, default=Path("model_store/captioner.mar"))
+    arguments = parser.parse_args()
+    out = build_archive(arguments.export, arguments.out, arguments.version)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)
