@@ -103,8 +103,8 @@ def main() -> None:
     config = export_checkpoint(arguments.checkpoint, out, arguments.data)
     verified = config["verified"]
     print(
-        f"{out}: {config['precision']}; {verified['photos']} captions ({verified['source']}) as the "
-        f"eager model's; numbers within {verified['largest_difference']:.1e}"
+        f"{out}: {config['precision']}; {verified['photos']} captions ({verified['source']}) "
+        f"as the eager model's; numbers within {verified['largest_difference']:.1e}"
     )
 
 

@@ -24,12 +24,12 @@ def verify_numbers(eager: Captioner, exported: Captioner) -> float:
         images = torch.randn(photos, 3, size, size, generator=generator)
         length = min(length, eager.decoder.max_positions)
         memories = [captioner.encoder(images) for captioner in (eager, exported)]
-        worst = max(worst, _difference(*memories, what="encoder memory"))
+        worst = max(worst, _difference("encoder memory", memories))
         tokens = torch.randint(
             eager.decoder.vocab_size, (length, photos, beams), generator=generator
         )
         logits = [_steps(c, m, tokens) for c, m in zip((eager, exported), memories, strict=True)]
-        worst = max(worst, _difference(*logits, what="decoder logits"))
+        worst = max(worst, _difference("decoder logits", logits))
     return worst
 
 
@@ -52,7 +52,8 @@ def _steps(captioner: Captioner, memory: Tensor, tokens_TBK: Tensor) -> Tensor:
     return torch.stack(logits)
 
 
-def _difference(eager: Tensor, exported: Tensor, what: str) -> float:
+def _difference(what: str, pair: list[Tensor]) -> float:
+    eager, exported = pair
     if eager.shape != exported.shape:
         raise UserError(f"export: {what} has shape {exported.shape}, eager {eager.shape}")
     difference = (eager - exported).abs().max().item()

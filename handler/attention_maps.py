@@ -1,4 +1,4 @@
-"""Attention maps as a picture: one panel a word, the photo darkened where the model did not look."""
+"""Attention maps as a picture: one panel a word, the photo dark where the model did not look."""
 
 import io
 import math

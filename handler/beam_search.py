@@ -103,9 +103,7 @@ class DecodeOptions:
         _integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or 2**31)
         _number("length_penalty", self.length_penalty, -5, 5, False)
         if self.early_stopping != "never" and not isinstance(self.early_stopping, bool):
-            raise InvalidParameter(
-                "early_stopping", "early_stopping must be false, true or never"
-            )
+            raise InvalidParameter("early_stopping", "early_stopping must be false, true or never")
         _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10)
         _number("repetition_penalty", self.repetition_penalty, 0, 10, True)
         _number("temperature", self.temperature, 0, 10, True)
@@ -171,7 +169,10 @@ class _Rows:
         self.temperature = column(
             [o.temperature if o.do_sample else 1.0 for o in options], torch.float32
         )
-        self.top_k = column([limit[1] if o.do_sample else 0 for o, limit in zip(options, limits, strict=True)], torch.long)
+        self.top_k = column(
+            [limit[1] if o.do_sample else 0 for o, limit in zip(options, limits, strict=True)],
+            torch.long,
+        )
         self.top_p = column([o.top_p if o.do_sample else 1.0 for o in options], torch.float32)
         # Work that no photo asked for is not done.
         self.any_minimum = any(o.min_new_tokens for o in options)
@@ -298,7 +299,9 @@ def search(
             if on_token is not None:
                 _tell(on_token, photo, tokens_BK, open_BK, rows, end_id)
             ends_BK = open_BK & ((tokens_BK == end_id) | at_limit) & rows.single
-            done = _close(done, ends_BK, tokens_BK, text_BKT, logs_BKT, sums_BK, length, end_id, rows)
+            done = _close(
+                done, ends_BK, tokens_BK, text_BKT, logs_BKT, sums_BK, length, end_id, rows
+            )
             done_score = done[3]
             open_BK = open_BK & ~ends_BK
             finished = rows.single & ~open_BK.any(1, keepdim=True)

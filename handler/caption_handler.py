@@ -62,7 +62,9 @@ class CaptionHandler:
             try:
                 photo, given, flags = parse_request(fields)
                 options = self.captioner.options(**given)
-                options.limits(self.captioner.decoder.vocab_size, self.captioner.decoder.max_positions)
+                options.limits(
+                    self.captioner.decoder.vocab_size, self.captioner.decoder.max_positions
+                )
                 if flags["stream"]:
                     _check_stream(options, grpc)
                 size = self.captioner.preprocessing.image_size

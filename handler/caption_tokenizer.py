@@ -55,7 +55,7 @@ class CaptionTokenizer:
                 ]
             )
             tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-            trainer = trainers.WordLevelTrainer(
+            trainer: trainers.Trainer = trainers.WordLevelTrainer(
                 vocab_size=vocab_size,
                 min_frequency=min_count,
                 special_tokens=list(SPECIAL_TOKENS),
@@ -63,9 +63,7 @@ class CaptionTokenizer:
             )
         else:
             tokenizer = Tokenizer(models.BPE())
-            tokenizer.normalizer = normalizers.Sequence(
-                [normalizers.NFC(), normalizers.Strip()]
-            )
+            tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
             tokenizer.decoder = decoders.ByteLevel()
             trainer = trainers.BpeTrainer(
@@ -76,7 +74,10 @@ class CaptionTokenizer:
                 show_progress=False,
             )
         tokenizer.train_from_iterator(captions, trainer)
-        return cls(tokenizer, *(tokenizer.token_to_id(token) for token in (BEGIN, END, PAD)))
+        begin_id, end_id, pad_id = (
+            tokenizer.token_to_id(token) or 0 for token in (BEGIN, END, PAD)
+        )
+        return cls(tokenizer, begin_id, end_id, pad_id)
 
     def save(self, path: Path) -> None:
         """Writes a `tokenizer.json`, whole or not at all."""
@@ -109,7 +110,7 @@ class CaptionTokenizer:
         """One piece of text a token. A byte-pair piece keeps its leading space, and a character
         that is spread over several tokens belongs to the last of them."""
         if self._words:
-            return [self._tokenizer.id_to_token(i) for i in ids]
+            return [self._tokenizer.id_to_token(i) or "" for i in ids]
         pieces, done = [], ""
         for end in range(1, len(ids) + 1):
             text = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False)

@@ -1,5 +1,5 @@
-"""`python -m handler.client`, behind `make caption`: asks a running TorchServe for captions, by REST
-or gRPC, one photo or a whole folder."""
+"""`python -m handler.client`, behind `make caption`: asks a running TorchServe for captions, by
+REST or gRPC, one photo or a whole folder."""
 
 import json
 import os
@@ -54,7 +54,9 @@ class Client:
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: no field inference.key; start the server again") from error
+                raise UserError(
+                    f"{path}: no field inference.key; start the server again"
+                ) from error
         raise UserError(
             f"{self.key_file or places[0]}: missing; TorchServe writes it where it is started "
             "(make serve), name it with --key-file"
@@ -92,7 +94,9 @@ class Client:
             )
         except requests.RequestException as error:
             reason = type(error).__name__
-            raise UserError(f"{self.url}: no answer ({reason}); is it running? make serve") from error
+            raise UserError(
+                f"{self.url}: no answer ({reason}); is it running? make serve"
+            ) from error
 
     def caption_grpc(self, photo: bytes, **options: Any) -> dict[str, Any]:
         """The answer by gRPC; the same errors."""
@@ -164,7 +168,10 @@ def caption_folder(client: Client, folder: Path, out: Path, options: dict[str, A
             return line | {"caption": answer["caption"], "captions": answer["captions"]}
         except ServerError as error:
             if error.body.get("type") not in (
-                "InvalidImage", "UnsupportedMediaType", "ImageTooLarge", "MissingImage"
+                "InvalidImage",
+                "UnsupportedMediaType",
+                "ImageTooLarge",
+                "MissingImage",
             ):
                 raise
             return line | {"error": str(error)}

@@ -1,5 +1,8 @@
-"""gRPC stubs of `inference.proto`, generated into `build/grpc` at set-up: generated code must not be
-newer than the protobuf runtime that it runs on."""
+"""`python -m handler.grpc_stubs`, part of `make setup`: inference.proto -> build/grpc/.
+
+Generated at set-up and never committed: generated code needs a protobuf no older than its
+generator's.
+"""
 
 import importlib
 import sys
@@ -9,27 +12,31 @@ from types import ModuleType
 from handler.errors import UserError, run_command
 
 PROTO = Path(__file__).with_name("inference.proto")
-STUBS = Path(__file__).parent.parent / "build" / "grpc"
+STUBS = Path(__file__).parents[1] / "build" / "grpc"
 
 
-def generate() -> None:
-    """Writes `inference_pb2.py` and `inference_pb2_grpc.py` into `build/grpc`."""
-    from grpc_tools import protoc
-
-    STUBS.mkdir(parents=True, exist_ok=True)
-    where = [f"-I{PROTO.parent}", f"--python_out={STUBS}", f"--grpc_python_out={STUBS}"]
-    if protoc.main(["protoc", *where, str(PROTO)]):
-        raise UserError(f"{PROTO}: protoc failed; run make setup again")
+def generate(out: Path = STUBS) -> None:
+    """Writes `inference_pb2.py` and `inference_pb2_grpc.py`."""
+    try:
+        from grpc_tools import protoc
+    except ImportError as error:
+        raise UserError("grpcio-tools is not installed; run make setup") from error
+    out.mkdir(parents=True, exist_ok=True)
+    # grpc_tools carries google/protobuf/*.proto.
+    known = Path(protoc.__file__).parent / "_proto"
+    command = ["protoc", f"-I{PROTO.parent}", f"-I{known}", f"--python_out={out}"]
+    if protoc.main([*command, f"--grpc_python_out={out}", PROTO.name]):
+        raise UserError(f"{PROTO}: protoc cannot compile it")
 
 
 def load() -> tuple[ModuleType, ModuleType]:
-    """The modules (messages, stubs), generated first where they are missing."""
-    if not (STUBS / "inference_pb2_grpc.py").exists():
+    """The modules `inference_pb2` and `inference_pb2_grpc`, generated where they are missing."""
+    if not (STUBS / "inference_pb2_grpc.py").is_file():
         generate()
     if str(STUBS) not in sys.path:
+        # The generated modules import each other by their bare names.
         sys.path.append(str(STUBS))
-    messages = importlib.import_module("inference_pb2")
-    return messages, importlib.import_module("inference_pb2_grpc")
+    return importlib.import_module("inference_pb2"), importlib.import_module("inference_pb2_grpc")
 
 
 if __name__ == "__main__":

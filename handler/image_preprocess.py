@@ -260,7 +260,7 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
     turned by Pillow as it loads, and then tells nothing)."""
     try:
         return ORIENTATIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 - damaged EXIF is common and says nothing about the picture
+    except Exception:
         return None
 
 

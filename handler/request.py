@@ -41,7 +41,7 @@ def describe_error(error: Exception) -> dict[str, Any]:
 
 
 def parse_request(data: dict[str, Any]) -> tuple[bytes, dict[str, Any], dict[str, bool]]:
-    """Splits what TorchServe hands over for one request into (photo bytes, decoding options, flags).
+    """Splits what TorchServe hands over for a request into (photo bytes, decoding options, flags).
 
     Raises MissingImage, InvalidImage (bad base64) or InvalidParameter.
     """

@@ -1,5 +1,5 @@
-"""`python -m handler.serve`, behind `make serve` and `make stop`: starts TorchServe and returns when
-a worker is ready to answer, which TorchServe's own start does not wait for."""
+"""`python -m handler.serve`, behind `make serve` and `make stop`: starts TorchServe and returns
+when a worker is ready to answer, which TorchServe's own start does not wait for."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def _torchserve() -> str:
 
 def _answers(address: str) -> bool:
     try:
-        requests.get(f"{address}/ping", timeout=2, verify=False)  # noqa: S501  only asks who is there
+        requests.get(f"{address}/ping", timeout=2, verify=False)
     except requests.RequestException:
         return False
     return True
@@ -122,7 +122,12 @@ def _with_tls(ts_config: Path, properties: dict[str, str]) -> tuple[Path, dict[s
     if not certificate.exists():
         folder.mkdir(parents=True, exist_ok=True)
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "365"]
-        command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        command += [
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ]
         command += ["-keyout", str(key), "-out", str(certificate)]
         try:
             subprocess.run(command, check=True, capture_output=True)

@@ -299,9 +299,7 @@ def test_generate_is_deterministic(tmp_path, monkeypatch):
         for folder in "abc"
     }
     assert files["a"] == files["b"] and len(files["a"]) == 11
-    assert all(
-        files["a"][name] != files["c"][name] for name in files["a"] if name.suffix == ".png"
-    )
+    assert all(files["a"][name] != files["c"][name] for name in files["a"] if name.suffix == ".png")
     manifest = read_manifest(tmp_path / "a")
     assert len(manifest.split("train")) == 6 and len(manifest.split("val")) == 3
     assert all(manifest.path(row).is_file() for row in manifest.rows)

@@ -44,9 +44,7 @@ def save_checkpoint(
         "training": training,
     }
     tokenizer.save(directory / "tokenizer.json")
-    write_atomic(
-        directory / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-    )
+    write_atomic(directory / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
     state = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()

@@ -1,6 +1,7 @@
 """What a training run is: small frozen dataclasses, read from a YAML preset. Unknown fields and
 contradictions are refused on construction, by name."""
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -187,10 +188,8 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
         _require(isinstance(raw, dict), f"{where[:-1]}: must be a mapping")
         return raw
     if kind is float and isinstance(raw, str):
-        try:  # YAML 1.1 reads 3e-4 as text
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 3e-4 as text
             raw = float(raw)
-        except ValueError:
-            pass
     allowed = (int, float) if kind is float else kind
     _require(
         isinstance(raw, allowed) and (kind is bool or not isinstance(raw, bool)),

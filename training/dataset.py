@@ -97,7 +97,10 @@ class Augment:
         self.transform: Callable[[Image.Image], Image.Image] = v2.Compose(
             [
                 v2.RandomResizedCrop(
-                    size, scale=(0.6, 1.0), ratio=(0.8, 1.25), interpolation=v2.InterpolationMode.BICUBIC
+                    size,
+                    scale=(0.6, 1.0),
+                    ratio=(0.8, 1.25),
+                    interpolation=v2.InterpolationMode.BICUBIC,
                 ),
                 v2.ColorJitter(0.3, 0.3, 0.3, 0.03),
             ]
@@ -241,9 +244,7 @@ class FeatureCache:
             for view in range(views):
                 dataset = PhotoDataset(manifest, rows, plain if view == 0 else augment, seed, view)
                 bar = tqdm(total=len(rows), desc=f"features, view {view + 1}/{views}", unit="photo")
-                batches = [
-                    list(range(i, min(i + 32, len(rows)))) for i in range(0, len(rows), 32)
-                ]
+                batches = [list(range(i, min(i + 32, len(rows)))) for i in range(0, len(rows), 32)]
                 loader = DataLoader(dataset, batch_sampler=batches, num_workers=1)
                 for indices, images, mirror in loader:
                     memory[indices, view] = encode(images).to("cpu", torch.bfloat16)

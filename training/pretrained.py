@@ -122,7 +122,7 @@ def _from_timm(name: str, weights: Path | None, image_size: int | None) -> Pretr
         activation=_activation(block.mlp.act),
         layer_norm_eps=block.norm1.eps,
     )
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     return PretrainedEncoder(
         _rename(name, config, state, prefix, TIMM_NAMES, image_size),
         tuple(cfg["mean"]),

@@ -29,7 +29,7 @@ from handler.errors import ArgumentParser, UserError, run_command
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import WEIGHTS_FILE, load_model, save_checkpoint
 from training.config import Stage, TrainConfig, load_config
-from training.data.manifest import Manifest, Row, read_manifest
+from training.data.manifest import Manifest, read_manifest
 from training.dataset import (
     IGNORED,
     Augment,
@@ -94,8 +94,8 @@ def make_model(
         image_size=encoder_config.image_size,
         mean=mean,
         std=std,
-        resize=config.resize,
-        interpolation=interpolation,
+        resize=config.resize,  # type: ignore[arg-type]  # refused there when it is none of the two
+        interpolation=interpolation,  # type: ignore[arg-type]
     )
     return model, preprocessing
 
@@ -142,12 +142,14 @@ def caption_loss(model: CaptioningModel, batch: Batch, frozen: bool, smoothing: 
 
 
 @torch.no_grad()
-def update_average(average: CaptioningModel, model: CaptioningModel, decay: float, step: int) -> None:
+def update_average(
+    average: CaptioningModel, model: CaptioningModel, decay: float, step: int
+) -> None:
     """Exponential moving average of the weights; short-sighted at first, so that the random
     beginning is soon forgotten."""
     decay = min(decay, (1 + step) / (10 + step))
-    ours = [p for p in average.parameters()]
-    theirs = [p.detach() for p in model.parameters()]
+    ours = [p.data for p in average.parameters()]
+    theirs = [p.data for p in model.parameters()]
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
@@ -174,7 +176,8 @@ class Run:
         if config.validation.photos:
             self.val_rows = self.val_rows[: config.validation.photos]
         self.device, self.bf16 = pick_device(config)
-        self.stage = self.epoch = self.step = self.seconds = 0
+        self.stage = self.epoch = self.step = 0
+        self.seconds = 0.0
         self.best = -1.0
         self.since_best = 0
         self.model: CaptioningModel
@@ -203,9 +206,7 @@ class Run:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def save_state(
-        self, optimizer: torch.optim.Optimizer, epoch: int, step_in_epoch: int
-    ) -> None:
+    def save_state(self, optimizer: torch.optim.Optimizer, epoch: int, step_in_epoch: int) -> None:
         """Everything for `--resume`, replaced at once. A resumed run starts `step_in_epoch` batches
         into `epoch`."""
         state = {
@@ -237,7 +238,8 @@ class Run:
         CIDEr becomes the checkpoint."""
         captioner = self.captioner()
         options = captioner.options(num_beams=self.config.validation.num_beams)
-        predictions, batch = {}, 50
+        predictions: dict[str, str] = {}
+        batch = 50
         rows = self.val_rows
         for start in tqdm(range(0, len(rows), batch), desc="validate", leave=False, delay=5):
             part = rows[start : start + batch]

@@ -16,8 +16,11 @@ from training.data.manifest import SPLITS, check_inside
 # How people call the three splits; Karpathy's `restval` are COCO photos that he adds to training.
 SPLIT_NAMES = {
     **{split: split for split in SPLITS},
-    **{"training": "train", "restval": "train"},
-    **{"dev": "val", "valid": "val", "validation": "val"},
+    "training": "train",
+    "restval": "train",
+    "dev": "val",
+    "valid": "val",
+    "validation": "val",
 }
 HELD_OUT = {"val": 0.1, "test": 0.1}
 HASHED = "by a hash of the id: 80 % train, 10 % val, 10 % test"

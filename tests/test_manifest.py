@@ -1,0 +1,119 @@
+"""The manifest's round trip, and that any damage is one clear error."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from handler.errors import UserError
+from training.data.manifest import Row, read_manifest, write_manifest
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
+NAME = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
+IMAGE = NAME.filter(lambda n: n.strip() and not n.startswith("/") and set(n.split("/")) - {"", "."})
+ROW = st.builds(
+    Row,
+    id=TEXT,
+    image=IMAGE.filter(lambda n: ".." not in n.split("/")),
+    captions=st.lists(TEXT, min_size=1, max_size=3).map(tuple),
+    split=st.sampled_from(["train", "val", "test"]),
+    scene=st.none() | st.dictionaries(TEXT, st.integers() | TEXT, max_size=2),
+)
+ROWS = st.lists(ROW, min_size=1, max_size=5, unique_by=lambda row: row.id)
+SHARED_FOLDER = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+GOOD = {"id": "a", "image": "a.png", "captions": ["A dog ."], "split": "train"}
+
+
+def write(folder: Path, *lines: object, root: str = ".") -> Path:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "captions.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    (folder / "dataset.json").write_text(json.dumps({"name": "made", "image_root": root}))
+    return folder
+
+
+@SHARED_FOLDER
+@given(ROWS)
+def test_rows_come_back_as_they_were_written(tmp_path: Path, rows: list[Row]) -> None:
+    write_manifest(tmp_path, "made", rows, tmp_path, [])
+    manifest = read_manifest(tmp_path)
+    assert list(manifest.rows) == rows
+    assert read_manifest(tmp_path / "captions.jsonl") == manifest
+
+
+@SHARED_FOLDER
+@given(st.binary(max_size=80) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from([*GOOD, "scene", "x"]), inner, max_size=5),
+).map(lambda value: json.dumps(value).encode()))  # fmt: skip
+def test_whatever_the_line_holds_it_is_a_row_or_a_user_error(tmp_path: Path, line: bytes) -> None:
+    write(tmp_path)
+    (tmp_path / "captions.jsonl").write_bytes(line)
+    try:
+        assert read_manifest(tmp_path).rows
+    except UserError as error:
+        assert "captions.jsonl" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2: not JSON"),
+        ({**GOOD, "id": "b", "split": "dev"}, "field 'split'"),
+        ({**GOOD, "id": "b", "image": "../a.png"}, "field 'image'"),
+        ({**GOOD, "id": "b", "image": "/etc/passwd"}, "field 'image'"),
+        ({**GOOD, "id": "b", "captions": []}, "field 'captions'"),
+        ({**GOOD, "id": "b", "captions": ["x", " "]}, "captions[1]"),
+        ({**GOOD, "id": "b", "scene": 3}, "field 'scene'"),
+        ({**GOOD, "id": "b", "colour": "red"}, "'colour' is unknown"),
+        ({"id": "b"}, "is missing"),
+        (GOOD, "stands already in line 1"),
+        ("[]", "must be a JSON object"),
+    ],
+)
+def test_damage_names_file_line_and_field(tmp_path: Path, line: object, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_manifest(write(tmp_path, GOOD, line))
+    assert said in str(caught.value) and "captions.jsonl, line 2" in str(caught.value)
+
+
+def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dataset.json"):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match="image_root"):
+        read_manifest(write(tmp_path, GOOD, root="gone"))
+    with pytest.raises(UserError, match="no photos"):
+        read_manifest(write(tmp_path, ""))
+
+
+def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, GOOD))
+    assert [row.id for row in manifest.split("train")] == ["a"]
+    with pytest.raises(UserError, match=r"no split 'val'; it has train \(1\)"):
+        manifest.split("val")
+
+
+def test_the_folder_of_photos_below_the_dataset_is_kept_relative(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    row = Row("a", "a.png", ("A dog .",), "train")
+    write_manifest(tmp_path, "made", [row], tmp_path / "images", [{"id": "b", "reason": "broken"}])
+    dataset = json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))
+    assert dataset["image_root"] == "images" and dataset["counts"] == {"train": 1}
+    assert dataset["skipped"] == [{"id": "b", "reason": "broken"}]
+    manifest = read_manifest(tmp_path)
+    assert manifest.path(row) == tmp_path / "images" / "a.png"
+
+
+def test_a_refused_manifest_leaves_the_earlier_one(tmp_path: Path) -> None:
+    row = Row("a", "a.png", ("A dog .",), "train")
+    write_manifest(tmp_path, "made", [row], tmp_path, [])
+    before = (tmp_path / "captions.jsonl").read_bytes()
+    for rows in ([], [row, row]):
+        with pytest.raises(UserError):
+            write_manifest(tmp_path, "made", rows, tmp_path, [])
+    assert (tmp_path / "captions.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.jsonl", "dataset.json"]
