@@ -124,7 +124,7 @@ def _read_bars(path: Path) -> Iterator[tuple[str, str]]:
         parts = re.fullmatch(r"([^|]+)\|\s*\d+(?:\s*\||\s+)(.*)", line)
         if parts is None:
             raise UserError(f"{where}: must be NAME.jpg| N| caption")
-        yield image_name(parts[1].strip(), where), parts[2]
+        yield image_name(parts[1].strip(), where), parts[2].strip()
 
 
 def _read_lists(lists: dict[str, Path]) -> dict[str, str]:

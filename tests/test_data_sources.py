@@ -1,0 +1,187 @@
+"""Every layout of every source, on small made files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from handler.errors import UserError
+from training.data.coco import read_coco
+from training.data.flickr import KNOWN_DEFECT, read_flickr8k, read_flickr30k
+from training.data.folder import read_folder
+from training.data.source import HASHED, Photo, Source, split_by_hash
+
+
+def made(folder: Path, **files: str) -> Path:
+    """`files` in `folder` (`__` stands for a dot), beside an empty `images/`."""
+    (folder / "images").mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_bytes(text.encode())
+    return folder
+
+
+def splits(source: Source) -> dict[str, str | None]:
+    return {photo.id: photo.split for photo in source.photos}
+
+
+TOKENS = "a.jpg#0\tA dog .\na.jpg#1\tA brown dog .\nb.jpg#0\tA cat .\nc.jpg#0\tA cow .\n"
+
+
+def test_flickr8k_original(tmp_path: Path) -> None:
+    made(
+        tmp_path,
+        Flickr8k__token__txt="\ufeff"
+        + TOKENS.replace("\n", "\r\n")
+        + f"{KNOWN_DEFECT}#0\tA hole .",
+        Flickr_8k__trainImages__txt="a.jpg\r\n",
+        Flickr_8k__devImages__txt="b.jpg\nd.jpg\n",
+    )
+    source = read_flickr8k(tmp_path)
+    assert source.photos == [
+        Photo("a.jpg", "a.jpg", ("A dog .", "A brown dog ."), "train"),
+        Photo("b.jpg", "b.jpg", ("A cat .",), "val"),
+        Photo("c.jpg", "c.jpg", ("A cow .",), None),
+    ]
+    assert [name for name, _ in source.faults] == ["d.jpg"]
+    assert [name for name, _ in source.known] == [KNOWN_DEFECT]
+    assert source.image_root == tmp_path / "images"
+
+
+def test_flickr8k_from_kaggle(tmp_path: Path) -> None:
+    made(tmp_path, captions__txt='image,caption\na.jpg,"A dog, and a ""cat"" ."\nb.jpg,A cow .\n')
+    source = read_flickr8k(tmp_path)
+    assert source.photos[0].captions == ('A dog, and a "cat" .',)
+    assert source.splits == HASHED and set(splits(source).values()) == {"train", "val"}
+    made(tmp_path, Flickr_8k__testImages__txt="b.jpg\n")
+    assert splits(read_flickr8k(tmp_path)) == {"b.jpg": "test", "a.jpg": None}
+
+
+def karpathy(**fields: object) -> str:
+    image = {"filename": "a.jpg", "split": "train", "sentences": [{"raw": "A dog ."}], **fields}
+    return json.dumps({"images": [image], "dataset": "made"})
+
+
+def test_karpathy(tmp_path: Path) -> None:
+    made(
+        tmp_path, dataset_flickr8k__json=karpathy(), dataset_flickr30k__json=karpathy(split="test")
+    )
+    assert read_flickr8k(tmp_path).photos == [Photo("a.jpg", "a.jpg", ("A dog .",), "train")]
+    assert splits(read_flickr30k(tmp_path)) == {"a.jpg": "test"}
+    made(tmp_path, dataset_coco__json=karpathy(split="restval", filepath="val2014", cocoid=7))
+    photo = Photo("7", "val2014/a.jpg", ("A dog .",), "train")
+    assert read_coco(tmp_path).photos == [photo]
+
+
+def test_flickr30k(tmp_path: Path) -> None:
+    made(
+        tmp_path,
+        results__csv="image_name| comment_number| comment\na.jpg| 0| A dog .\na.jpg| 4   A cat .\n",
+    )
+    assert read_flickr30k(tmp_path).photos[0].captions == ("A dog .", "A cat .")
+    made(tmp_path, results_20130124__token=TOKENS)
+    assert list(splits(read_flickr30k(tmp_path))) == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize("below", ["", "annotations"])
+@pytest.mark.parametrize("year", ["2014", "2017"])
+def test_coco(tmp_path: Path, below: str, year: str) -> None:
+    (tmp_path / below).mkdir(exist_ok=True)
+    for number, split in enumerate(("train", "val")):
+        record = {
+            "images": [{"id": number, "file_name": f"{number}.jpg"}],
+            "annotations": [
+                {"image_id": number, "caption": "A dog ."},
+                {"image_id": 99, "caption": "Nothing ."},
+            ],
+        }
+        path = tmp_path / below / f"captions_{split}{year}.json"
+        path.write_text(json.dumps(record))
+    source = read_coco(tmp_path)
+    assert source.photos[1] == Photo("1", f"val{year}/1.jpg", ("A dog .",), "val")
+    assert [name for name, _ in source.faults] == ["99", "99"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("captions__csv", "image,text,split\na.jpg,A dog .,train\na.jpg,A cat .,train\nb.jpg,x,dev\nc.jpg,y,"),
+        (
+            "metadata__jsonl",
+            '{"file_name": "a.jpg", "captions": ["A dog .", "A cat ."], "split": "train"}\n'
+            '{"file_name": "./b.jpg", "text": "x", "split": "validation"}\n'
+            '{"file_name": "c.jpg", "text": "y", "split": null}\n',
+        ),
+    ],
+)  # fmt: skip
+def test_own_photos(tmp_path: Path, name: str, text: str) -> None:
+    source = read_folder(made(tmp_path, **{name: text}))
+    assert splits(source) == {"a.jpg": "train", "b.jpg": "val", "c.jpg": None}
+    assert source.photos[0].captions == ("A dog .", "A cat .") and source.image_root == tmp_path
+
+
+def test_hashed_splits_stay_when_photos_are_added() -> None:
+    few, many = (split_by_hash(str(n) for n in range(count)) for count in (1000, 2000))
+    assert sum(few[key] != many[key] for key in few) <= 2
+    assert 70 < list(few.values()).count("val") < 130
+    assert set(split_by_hash(["a", "b"]).values()) == {"val", "train"}
+    assert split_by_hash(["a"]) == {"a": "train"}
+
+
+@pytest.mark.parametrize(
+    ("read", "files", "said"),
+    [
+        (read_flickr8k, {}, "no captions there"),
+        (read_flickr8k, {"Flickr8k__token__txt": "a.jpg A dog ."}, "token.txt, line 1"),
+        (read_flickr8k, {"Flickr8k__token__txt": "../a.jpg#0\tA dog ."}, "inside the image folder"),
+        (read_flickr8k, {"captions__txt": 'image,caption\na.jpg,"A dog'}, "captions.txt, line 2"),
+        (read_flickr8k, {"captions__txt": "image,caption\na.jpg,A dog, a cat"}, "line 2: 3 fields"),
+        (read_flickr8k, {"captions__txt": "photo,words\na.jpg,A dog"}, "the header"),
+        (read_flickr8k, {"dataset_flickr8k__json": '{"images": [\n}'}, "line 2: not JSON"),
+        (read_flickr8k, {"dataset_flickr8k__json": karpathy(split="foo")}, "field 'split'"),
+        (read_flickr8k, {"dataset_flickr8k__json": karpathy(sentences=3)}, "field 'sentences'"),
+        (read_flickr8k, {"dataset_flickr8k__json": karpathy(filename="/a")}, "inside"),
+        (read_flickr30k, {"results__csv": "a.jpg, 0, A dog"}, "results.csv, line 1"),
+        (read_coco, {}, "captions_train2017.json"),
+        (read_coco, {"captions_val2017__json": '{"images": [{"id": "x"}]}'}, "field 'id'"),
+        (read_folder, {}, "found: none"),
+        (read_folder, {"a__csv": "", "b__csv": ""}, "a.csv, b.csv"),
+        (read_folder, {"captions__csv": "image,words\na.jpg,A dog"}, "caption or text"),
+        (read_folder, {"captions__jsonl": '{"image": "a", "text": 3}'}, "field 'text'"),
+        (read_folder, {"captions__csv": "image,text,split\na,x,train\na,y,val"}, "field 'split'"),
+        (read_folder, {"captions__csv": "image,text\n../../a.jpg,x"}, "inside"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, read, files: dict[str, str], said: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError) as caught:
+        read(made(tmp_path, **files))
+    assert said in str(caught.value)
+
+
+PIECE = st.sampled_from(
+    ["a.jpg", "#0", "\t", ",", '"', "\n", "{", "}", "[", "]", "image", "caption", ":", "\0", "é",
+     '{"images":', '"sentences"', '"file_name"', "|", " ", "1"]
+)  # fmt: skip
+FILES = ("Flickr8k.token.txt", "captions.txt", "dataset_flickr8k.json", "results.csv",
+         "captions_val2017.json", "metadata.jsonl")  # fmt: skip
+
+
+@settings(
+    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(FILES),
+    st.lists(PIECE, max_size=15).map("".join).map(str.encode) | st.binary(max_size=30),
+)
+def test_any_content_is_read_or_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    try:
+        for read in (read_flickr8k, read_flickr30k, read_coco, read_folder):
+            try:
+                read(tmp_path)
+            except UserError as error:
+                assert str(tmp_path) in str(error)
+    finally:
+        (tmp_path / name).unlink()
