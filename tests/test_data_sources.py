@@ -1,6 +1,7 @@
 """Every layout of every source, on small made files."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,10 @@ def test_coco(tmp_path: Path, below: str, year: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("captions__csv", "image,text,split\na.jpg,A dog .,train\na.jpg,A cat .,train\nb.jpg,x,dev\nc.jpg,y,"),
+        (
+            "captions__csv",
+            "image,text,split\na.jpg,A dog .,train\na.jpg,A cat .,train\nb.jpg,x,dev\nc.jpg,y,",
+        ),
         (
             "metadata__jsonl",
             '{"file_name": "a.jpg", "captions": ["A dog .", "A cat ."], "split": "train"}\n'
@@ -153,7 +157,9 @@ def test_hashed_splits_stay_when_photos_are_added() -> None:
         (read_folder, {"captions__csv": "image,text\n../../a.jpg,x"}, "inside"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, read, files: dict[str, str], said: str) -> None:  # type: ignore[no-untyped-def]
+def test_damage_is_named(
+    tmp_path: Path, read: Callable[[Path], Source], files: dict[str, str], said: str
+) -> None:
     with pytest.raises(UserError) as caught:
         read(made(tmp_path, **files))
     assert said in str(caught.value)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,12 @@ def _missing_photo(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_break_photo, _empty_caption, _missing_photo])
 def test_a_fault_is_named_and_passes_only_below_the_limit(
-    damage, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
+) -> None:
     out = tmp_path / "out"
     arguments = ("--data", "folder", "--source", photos, "--out", out)
     assert run(monkeypatch, *arguments) == 0
