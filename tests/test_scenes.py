@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handler.errors import UserError
 from training.data import scene_language as language
 from training.data import scenes
 from training.data.manifest import read_manifest
@@ -141,6 +142,10 @@ TRUE = [
     "one of the three shapes is a green star",
     "a red circle on the left and on the right a blue square",
     "the square on the right is blue",
+    "two large shapes on the left",
+    "two large shapes are left of the square",
+    "shapes on the left",
+    "a red circle and a star below the red circle",
 ]
 FALSE = [
     ("a blue circle", "colour"),
@@ -168,6 +173,13 @@ FALSE = [
     ("a red dog", "object"),
     ("the circle is not red", "object"),
     ("seven shapes", "count"),
+    ("red circles", "count"),
+    ("circles on the left", "position"),
+    ("squares right of a circle", "relation"),
+    ("a red circle and a red circle", "count"),
+    ("circle circle", "count"),
+    ("all of the three shapes here are red circles", "count"),
+    ("both of the shapes here are green stars", "count"),
 ]
 
 
@@ -316,3 +328,12 @@ def test_an_interrupted_run_leaves_no_manifest(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path, "tiny", 2)
     assert not (tmp_path / "captions.jsonl").exists()
+
+
+def test_wrong_preset_or_directory(tmp_path):
+    with pytest.raises(UserError, match="no preset 'many'"):
+        generate(tmp_path / "a", "many")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file"):
+        generate(tmp_path / "file", "scenes")

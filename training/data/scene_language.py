@@ -311,11 +311,11 @@ def _plural(shape: str) -> str:
 
 # ---------------------------------------------------------------------------------- the checker
 
-_NOUNS = {word: (shape, number) for shape in SHAPES
-          for word, number in ((shape, 1), (_plural(shape), 2))}  # fmt: skip
-_NOUNS |= {"shape": (None, 1), "object": (None, 1), "thing": (None, 1)}  # type: ignore[dict-item]
-_NOUNS |= {"shapes": (None, 2), "objects": (None, 2), "things": (None, 2)}  # type: ignore[dict-item]
-_NOUNS |= {"background": ("background", 1)}
+_ANYTHING = ("shape", "object", "thing")
+_NOUNS: dict[str, str | None] = {"background": "background"}
+_NOUNS |= {word: shape for shape in SHAPES for word in (shape, _plural(shape))}
+_NOUNS |= {word: None for noun in _ANYTHING for word in (noun, _plural(noun))}
+_PLURALS = {_plural(noun) for noun in (*SHAPES, *_ANYTHING)}
 _WORDS = {word: ("colour", word) for word in COLOURS}
 _WORDS |= {word: ("size", size) for size, words in SIZE_WORDS.items() for word in words}
 _WORDS |= {"tiny": ("size", "small"), "huge": ("size", "large")}
@@ -352,6 +352,13 @@ class _Mention:
     text: str
     wanted: dict[str, str] = field(default_factory=dict)
     number: int | None = None
+    plural: bool = False
+    definite: bool = False
+
+    @property
+    def least(self) -> int:
+        """How many such things there must be."""
+        return 1 + self.plural if self.number is None else self.number
 
 
 @dataclass
@@ -370,9 +377,13 @@ def check(caption: str, scene: Scene) -> list[Claim]:
     """The claims of a caption, each judged against the scene; empty where it claims nothing.
 
     A thing with several attributes is one thing: `a large red circle` claims that there is a
-    circle, a red circle, and a large red circle. A number is exact. A relation or position is true
-    where such things stand so. A word for a thing that no scene holds is a false claim, and so is
-    a relation of which one side is missing, and anything negated other than by `no`.
+    circle, a red circle, and a large red circle. A number is exact; a plural without one means two
+    or more, and `a red circle and a red circle` two. A relation or position is true where such
+    things stand so. A word for a thing that no scene holds is a false claim, and so is a relation
+    of which one side is missing, and anything negated other than by `no`.
+
+    A caption that claims nothing says nothing true: whoever counts the captions that are entirely
+    true leaves it out of them.
     """
     words = re.findall(r"[a-z]+|[0-9]+|[.,;]", caption.lower())
     return _Reading(words, scene).claims
@@ -387,6 +398,7 @@ class _Reading:
         self.read()
         for mention in self.mentions:
             self.judge(mention)
+        self.judge_repeated()
         subject: _Mention | None = None
         for phrase in self.phrases:
             subject = self.judge_phrase(phrase, subject)
@@ -467,12 +479,15 @@ class _Reading:
         if clash:
             self.claim("colour" if "colour" in wanted else "object", False, start, index + 1)
         if noun in _NOUNS:
-            shape = _NOUNS[noun][0]
+            shape = _NOUNS[noun]
             if shape is not None:
                 wanted["shape"] = shape
             end = index + 1
             # Said afterwards: `the circle is large and red`, `a circle that is red`.
-            mention = _Mention(start, end, noun, wanted, number)
+            definite = "the" in self.words[start:index]
+            mention = _Mention(start, end, noun, wanted, number, noun in _PLURALS, definite)
+            if mention.plural and number is None and self.word(start - 1) == "are":
+                mention.number = self.number_of_all()
             self.mentions.append(mention)
             return self.read_predicate(mention, end)
         if index > adjectives:
@@ -490,6 +505,12 @@ class _Reading:
             self.claim("object", False, start, index + 1)
             return index + 1
         return index if index > start else None
+
+    def number_of_all(self) -> int | None:
+        """In `all of the three shapes are red hearts`, three."""
+        before = self.mentions[-1] if self.mentions else None
+        every = before and {"all", "both"} & set(self.words[: before.end])
+        return before.number if before and every else None
 
     def read_predicate(self, mention: _Mention, index: int) -> int:
         end = index
@@ -549,6 +570,19 @@ class _Reading:
                 self.claim(kind, bool(matching(self.scene, narrowed)), *span)
         if mention.number is not None:
             self.claim("count", len(matching(self.scene, wanted)) == mention.number, *span)
+        elif mention.plural:
+            self.claim("count", len(matching(self.scene, wanted)) >= mention.least, *span)
+
+    def judge_repeated(self) -> None:
+        """`a red circle and a red circle` are two of them."""
+        named: list[_Mention] = []
+        for mention in self.things():
+            if mention.number is None and "shape" in mention.wanted and not mention.definite:
+                named.append(mention)
+                same = [m for m in named if m.wanted == mention.wanted]
+                if len(same) > 1:
+                    true = len(matching(self.scene, mention.wanted)) >= len(same)
+                    self.claim("count", true, same[0].start, mention.end)
 
     def things(self) -> list[_Mention]:
         return [m for m in self.mentions if m.wanted.get("shape") != "background"]
@@ -587,11 +621,16 @@ class _Reading:
                 first = subject
             elif before:
                 first = before[-1]
-        true = first is not None and second is not None and any(
-            a is not b and stands(a, phrase.relation, b, self.scene)
-            for a in matching(self.scene, first.wanted)
-            for b in matching(self.scene, second.wanted)
-        )  # fmt: skip
+        true = False
+        if first is not None and second is not None:
+            such = [
+                (a, b)
+                for a in matching(self.scene, first.wanted)
+                for b in matching(self.scene, second.wanted)
+                if stands(a, phrase.relation, b, self.scene)
+            ]
+            firsts, seconds = ({id(pair[side]) for pair in such} for side in (0, 1))
+            true = len(firsts) >= first.least and len(seconds) >= second.least and bool(such)
         start = min([phrase.start, *(m.start for m in (first, second) if m)])
         end = max([phrase.end, *(m.end for m in (first, second) if m)])
         self.claim("relation", true, start, end)
@@ -608,4 +647,4 @@ class _Reading:
                 there += row == column == "middle"
             else:
                 there += phrase.row in (None, row) and phrase.column in (None, column)
-        return there >= (mention.number or 1)
+        return there >= max(1, mention.least)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from handler.errors import UserError
 from training.data.manifest import CAPTIONS_FILE, DATASET_FILE, Row, write_manifest
 from training.data.scene_language import (
     COLOURS,
@@ -85,15 +86,23 @@ PRESETS = {"scenes": Preset(train=6000, val=300), "scenes_full": Preset(train=24
 def generate(directory: Path, preset: str, seed: int = 0) -> None:
     """Draws a preset's scenes into `directory`/images and writes the manifest when all are there.
 
-    The same preset and seed give the same pictures, captions and truth.
+    The same preset and seed give the same pictures, captions and truth. Raises UserError for an
+    unknown preset, or a directory that cannot be made.
     """
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r} of scenes; there are {', '.join(PRESETS)}")
+    counts = {"train": PRESETS[preset].train, "val": PRESETS[preset].val}
     directory = Path(directory)
     images = directory / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    # An interrupted run must not leave an old manifest that describes new pictures.
-    for name in (CAPTIONS_FILE, DATASET_FILE):
-        (directory / name).unlink(missing_ok=True)
-    counts = {"train": PRESETS[preset].train, "val": PRESETS[preset].val}
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+        # An interrupted run must not leave an old manifest that describes new pictures.
+        for name in (CAPTIONS_FILE, DATASET_FILE):
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: {error.strerror}; name a folder that can be written"
+        ) from None
     rows = []
     with tqdm(total=sum(counts.values()), desc=preset, unit="scene") as bar:
         for row, picture in make_rows(counts, seed):
