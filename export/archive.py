@@ -6,6 +6,7 @@ manifest is completed and the zip written here: the same inputs give the same by
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,19 @@ HANDLER = Path(handler.__file__).parent
 # Tools of the client's side; the worker never needs them.
 LEFT_OUT = ("client.py", "serve.py", "grpc_stubs.py")
 EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
-EPOCH = (1980, 1, 1, 0, 0, 0)
+# The earliest date that a zip can hold, in its form and in the manifest's.
+EPOCH, CREATED_ON = (1980, 1, 1, 0, 0, 0), "01/01/1980 00:00:00"
 
 
 def build_archive(export: Path, out: Path, version: str) -> Path:
     """Packs `export` into the archive `out`, whose stem is the model's name. Raises UserError
     naming what is missing; an older archive is replaced only by a whole new one."""
+    if not export.is_dir():
+        raise UserError(f"{export}: no such folder; run make export, or name one with EXPORT=")
+    if out.suffix != ".mar":
+        raise UserError(f"{out}: an archive's name ends in .mar")
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", version):
+        raise UserError(f"version {version!r}: give letters, digits, dots and dashes, as 1.0")
     read_config(export)
     for name in EXPORT_FILES:
         if not (export / name).is_file():
@@ -43,8 +51,11 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
             (extra / name).symlink_to((export / name).resolve())
         staged = _stage(Path(temporary), extra, out.stem, version)
         partial = out.with_name(f".{out.name}.partial")
-        _write_zip(staged, partial)
-    partial.replace(out)
+        try:
+            _write_zip(staged, partial)
+            partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
     return out
 
 
@@ -69,7 +80,7 @@ def _stage(temporary: Path, extra: Path, name: str, version: str) -> Path:
     model = manifest["model"]
     model["handler"] = "handler.caption_handler"
     model["configFile"] = "handler/model-config.yaml"
-    manifest = {"runtime": "python", "archiverVersion": manifest["archiverVersion"], "model": model}
+    manifest |= {"model": model, "createdOn": CREATED_ON}
     manifest_file.write_text(json.dumps(manifest, indent=2, sort_keys=True), encoding="utf-8")
     return staged
 
@@ -80,8 +91,8 @@ def _write_zip(folder: Path, out: Path) -> None:
             entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), EPOCH)
             entry.external_attr = 0o100644 << 16
             entry.create_system = 3  # whatever machine packs it
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, file.read_bytes(), compresslevel=1)
+            # Stored: weights hardly shrink, and two versions of zlib give different bytes.
+            archive.writestr(entry, file.read_bytes(), compress_type=zipfile.ZIP_STORED)
 
 
 def main() -> None:

@@ -1,251 +1,424 @@
-"""`python -m handler.client`, behind `make caption`: asks a running TorchServe for captions, by
-REST or gRPC, one photo or a whole folder."""
+"""`python -m handler.client`, behind `make caption`: asks a running TorchServe for the captions of
+one photo or of a whole folder, by REST or gRPC."""
 
+import contextlib
 import json
-import os
+import random
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import requests
 from tqdm import tqdm
 
-from handler.errors import ArgumentParser, UserError, run_command
+from handler.errors import ArgumentParser, UserError, run_command, write_atomic
 from handler.grpc_stubs import load
+from handler.image_preprocess import sniff
 from handler.request import OPTION_TYPES
+from handler.serve import KEY_FILE, Server, running
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[1]
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# A wrong configuration can leave the server silent for ever.
-TIMEOUT_SECONDS = 60
 # Requests in flight for a folder: enough to fill the server's batches.
 IN_FLIGHT = 8
+# A full queue answers 503 without saying when to come back.
+BUSY_WAITS = (0.1, 0.3, 1.0, 3.0, 10.0)
+GRPC_ANSWER_BYTES = 24 * 2**20
 
 
 class ServerError(UserError):
-    """The server refused the request; `body` is what it said."""
+    """The server refused a request; `kind` and `code` are its own words."""
 
-    def __init__(self, message: str, body: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.body = body
+    def __init__(self, kind: str, code: int, message: str) -> None:
+        super().__init__(f"{kind} ({code}): {message}")
+        self.kind, self.code = kind, code
 
 
-@dataclass
 class Client:
-    """`url` is the inference address, https with `certificate` (the server's, in PEM) where it has
-    a self-signed one; `key_file` is found by itself when left out."""
+    """Asks the TorchServe at `url` (REST) or `grpc_target`; threads may share one client.
 
-    url: str = "http://127.0.0.1:8080"
-    grpc_target: str = "127.0.0.1:7070"
-    model: str = "captioner"
-    key_file: Path | None = None
-    certificate: Path | None = None
-    _session: requests.Session = field(default_factory=requests.Session, repr=False)
+    Left out, the addresses and the certificate are those of the server that `make serve` started
+    here or in the repository, else TorchServe's defaults. `certificate` (PEM) is what an https
+    server is verified by. Every call waits `timeout` seconds at most.
+    """
 
-    def key(self) -> str:
-        """The inference key, read anew each time, since keys expire and are rotated."""
-        places = [Path("key_file.json"), REPOSITORY / "key_file.json"]
-        for path in [self.key_file] if self.key_file else places:
-            try:
-                return str(json.loads(path.read_text())["inference"]["key"])
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}: no field inference.key; start the server again"
-                ) from error
-        raise UserError(
-            f"{self.key_file or places[0]}: missing; TorchServe writes it where it is started "
-            "(make serve), name it with --key-file"
-        )
+    def __init__(
+        self,
+        url: str | None = None,
+        grpc_target: str | None = None,
+        key_file: Path | None = None,
+        certificate: Path | None = None,
+        timeout: float = 60,
+        model: str = "captioner",
+    ) -> None:
+        home, server = find_server()
+        if server is None or url or grpc_target:
+            server = Server(
+                pid=0,
+                inference=url or "http://127.0.0.1:8080",
+                management="" if url else "http://127.0.0.1:8081",
+                grpc=grpc_target or "127.0.0.1:7070",
+                temporary="",
+            )
+        self.url, self.grpc_target = server.inference.rstrip("/"), server.grpc
+        self.management = server.management
+        if certificate is None and server.certificate:
+            certificate = Path(server.certificate)
+        self.certificate = certificate
+        self.key_file = key_file or home / KEY_FILE
+        self.timeout, self.model = timeout, model
+        self._session = requests.Session()
+        # A proxy of the environment is not meant for a server on this machine, nor is a .netrc.
+        self._session.trust_env = "127.0.0.1" not in self.url and "localhost" not in self.url
+        self._channel: grpc.Channel | None = None
+        self._lock = threading.Lock()
 
     def caption(self, photo: bytes, **options: Any) -> dict[str, Any]:
-        """The answer by REST. Raises ServerError for a refused request, UserError where no server
-        answers."""
-        url = f"{self.url}/predictions/{self.model}"
-        form = {name: _text(value) for name, value in options.items()}
-        answer = self._post(url, photo, form, {})
-        return dict(self._checked(answer.status_code, answer.content))
+        """The answer by REST, as the API describes it. Raises ServerError for a refused request,
+        UserError where no server answers."""
+        return _answer(*self._post("predictions", photo, options))
 
     def picture(self, photo: bytes, **options: Any) -> bytes:
-        """The attention heat maps of the best caption, as PNG."""
-        url = f"{self.url}/explanations/{self.model}"
-        form = {name: _text(value) for name, value in options.items()}
-        answer = self._post(url, photo, form, {"Accept": "image/png"})
-        if answer.status_code != 200:
-            self._checked(answer.status_code, answer.content)
-        return answer.content
-
-    def _post(
-        self, url: str, photo: bytes, form: dict[str, str], headers: dict[str, str]
-    ) -> requests.Response:
-        headers = {"Authorization": f"Bearer {self.key()}", **headers}
-        try:
-            return self._session.post(
-                url,
-                files={"image": ("photo", photo)},
-                data=form,
-                headers=headers,
-                timeout=TIMEOUT_SECONDS,
-                verify=str(self.certificate) if self.certificate else True,
-            )
-        except requests.RequestException as error:
-            reason = type(error).__name__
-            raise UserError(
-                f"{self.url}: no answer ({reason}); is it running? make serve"
-            ) from error
+        """The attention of the best caption as PNG: the photo with a heat map per word."""
+        status, content = self._post("explanations", photo, options, {"Accept": "image/png"})
+        if status != 200:
+            _answer(status, content)
+        return content
 
     def caption_grpc(self, photo: bytes, **options: Any) -> dict[str, Any]:
         """The answer by gRPC; the same errors."""
-        import grpc
-
         messages, stubs = load()
-        if self.certificate:
-            credentials = grpc.ssl_channel_credentials(self.certificate.read_bytes())
-            channel = grpc.secure_channel(self.grpc_target, credentials)
-        else:
-            channel = grpc.insecure_channel(self.grpc_target)
-        given = {name: _text(value).encode() for name, value in options.items()}
-        request = messages.PredictionsRequest(
-            model_name=self.model, input={"image": photo, **given}
-        )
-        metadata = (("authorization", f"Bearer {self.key()}"),)
-        try:
-            with channel:
-                answer = stubs.InferenceAPIsServiceStub(channel).Predictions(
-                    request, metadata=metadata, timeout=TIMEOUT_SECONDS
+        form = {name: text.encode() for name, text in as_text(options).items()}
+        request = messages.PredictionsRequest(model_name=self.model, input={"image": photo, **form})
+        with self._lock:
+            self._channel = self._channel or self._connect()
+        predictions = stubs.InferenceAPIsServiceStub(self._channel).Predictions
+
+        def ask(key: str) -> tuple[int, bytes]:
+            try:
+                answer = predictions(
+                    request, metadata=[("authorization", f"Bearer {key}")], timeout=self.timeout
                 )
-        except grpc.RpcError as error:
-            details = " ".join(str(error.details()).split())[:300]
-            raise UserError(f"{self.grpc_target}: {error.code().name}: {details}") from error
-        body = answer.prediction
-        code = json.loads(body).get("code", 200)
-        return dict(self._checked(code, body))
+            except grpc.RpcError as error:
+                return self._grpc_failure(error)
+            # TorchServe says OK for every answer of a handler: the status is in the body.
+            return _code(answer.prediction), answer.prediction
 
-    def _checked(self, status: int, content: bytes) -> dict[str, Any]:
+        return _answer(*self._insist(ask))
+
+    def _connect(self) -> grpc.Channel:
+        limits = [("grpc.max_receive_message_length", GRPC_ANSWER_BYTES)]
+        if self.certificate is None:
+            return grpc.insecure_channel(self.grpc_target, options=limits)
+        credentials = grpc.ssl_channel_credentials(read_file(self.certificate))
+        return grpc.secure_channel(self.grpc_target, credentials, options=limits)
+
+    def _grpc_failure(self, error: grpc.RpcError) -> tuple[int, bytes]:
+        """A failed call as REST would have answered it."""
+        status, details = error.code(), " ".join(str(error.details()).split())[:300]
+        if status == grpc.StatusCode.UNAVAILABLE:
+            raise self._silent(self.grpc_target, details) from error
+        if status == grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise self._silent(self.grpc_target, f"none within {self.timeout:g} s") from error
+        refused = status == grpc.StatusCode.PERMISSION_DENIED
+        body = {
+            "code": 400 if refused else 503 if status == grpc.StatusCode.INTERNAL else 500,
+            "type": "InvalidKeyException" if refused else f"gRPC {status.name}",
+            "message": details,
+        }
+        return int(str(body["code"])), json.dumps(body).encode()
+
+    def _post(
+        self,
+        verb: str,
+        photo: bytes,
+        options: dict[str, Any],
+        headers: dict[str, str] | None = None,
+    ) -> tuple[int, bytes]:
+        def ask(key: str) -> tuple[int, bytes]:
+            try:
+                answer = self._session.post(
+                    f"{self.url}/{verb}/{self.model}",
+                    files={"image": ("photo", photo, "application/octet-stream")},
+                    data=as_text(options),
+                    headers={"Authorization": f"Bearer {key}", **(headers or {})},
+                    timeout=self.timeout,
+                    verify=str(self.certificate) if self.certificate else True,
+                )
+            except requests.Timeout as error:
+                raise self._silent(self.url, f"none within {self.timeout:g} s") from error
+            except requests.RequestException as error:
+                raise self._silent(self.url, type(error).__name__) from error
+            return answer.status_code, answer.content
+
+        return self._insist(ask)
+
+    def _insist(self, ask: Any) -> tuple[int, bytes]:
+        """Asks with the key of the file; again after a rotated or expired key, and while the
+        server's queue is full."""
+        key = self._key()
+        status, content = ask(key)
+        if _kind(status, content) == "InvalidKeyException":
+            status, content = ask(self._renewed(key))
+        for wait in BUSY_WAITS:
+            if status != 503:
+                break
+            time.sleep(wait * random.uniform(0.5, 1.5))
+            status, content = ask(self._key())
+        return status, content
+
+    def _key(self, owner: str = "inference") -> str:
+        """A key of the server, read anew each time: it is rotated under a running client."""
         try:
-            body = json.loads(content)
-        except ValueError:
-            body = {}
-        if status == 200:
-            return dict(body)
-        message = body.get("message", "no reason given") if isinstance(body, dict) else ""
-        kind = body.get("type", "") if isinstance(body, dict) else ""
-        raise ServerError(f"the server answered {status} {kind}: {message}", body)
+            keys = json.loads(self.key_file.read_text(encoding="utf-8"))
+            return str(keys[owner]["key"])
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.key_file}: missing; TorchServe writes it where it is started: run make "
+                "serve, or name the file with --key-file"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.key_file}: no key in it; start the server again") from error
+
+    def _renewed(self, refused: str) -> str:
+        """The key after `refused`: another one that stands in the file by now, or else a new one,
+        asked for with the file's API key (keys expire after an hour and nothing else renews them).
+        """
+        with self._lock:  # each new key ends the one before it
+            if self._key() == refused and self.management:
+                with contextlib.suppress(requests.RequestException):
+                    self._session.get(
+                        f"{self.management}/token",
+                        params={"type": "inference"},
+                        headers={"Authorization": f"Bearer {self._key('API')}"},
+                        timeout=self.timeout,
+                        verify=str(self.certificate) if self.certificate else True,
+                    )
+            return self._key()
+
+    def _silent(self, address: str, reason: str) -> UserError:
+        return UserError(f"{address}: no answer ({reason}); is the server running? (make serve)")
 
 
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def find_server() -> tuple[Path, Server | None]:
+    """The folder of the server to ask (the current one before the repository), and the server
+    itself where `make serve` started it."""
+    homes = [Path.cwd(), REPOSITORY]
+    for home in homes:
+        server = running(home)
+        if server is not None:
+            return home, server
+    return next((home for home in homes if (home / KEY_FILE).is_file()), homes[0]), None
+
+
+def as_text(options: dict[str, Any]) -> dict[str, str]:
+    """Options as a form takes them; what is None is left out."""
+    return {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in options.items()
+        if value is not None
+    }
+
+
+def _answer(status: int, content: bytes) -> dict[str, Any]:
+    """The body of a good answer; a ServerError of any other."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        body = {}
+    if status == 200 and "caption" in body:
+        return body
+    if status == 413 and not body:
+        body = {"type": "ImageTooLarge", "message": "the request is above the server's limit"}
+    message = " ".join(str(body.get("message", "no reason given")).split())
+    raise ServerError(str(body.get("type", "the server failed")), status, message)
+
+
+def _kind(status: int, content: bytes) -> str | None:
+    with contextlib.suppress(ValueError, AttributeError):
+        return None if status == 200 else str(json.loads(content).get("type"))
+    return None
+
+
+def _code(content: bytes) -> int:
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        return int(json.loads(content).get("code", 200))
+    return 500
 
 
 def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a photo's path") from error
+        raise UserError(f"{path}: {error.strerror}; give the path of a file") from error
 
 
-def caption_folder(client: Client, folder: Path, out: Path, options: dict[str, Any]) -> None:
-    """Captions every photo below `folder` into `out`, one JSON line each; photos that stand there
-    already are not asked for again, unreadable ones get a line with their error."""
+def find_photos(folder: Path) -> list[Path]:
+    """All photos below a folder, told by their content, and what is named like one."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; IMAGES must name one")
-    photos = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file()
-    )
-    if not photos:
-        raise UserError(f"{folder}: no photos there ({', '.join(sorted(PHOTO_SUFFIXES))})")
-    done = _done(out)
-    todo = [p for p in photos if p.relative_to(folder).as_posix() not in done]
-
-    def ask(photo: Path) -> dict[str, Any]:
-        line: dict[str, Any] = {"image": photo.relative_to(folder).as_posix()}
-        try:
-            answer = client.caption(read_file(photo), **options)
-            return line | {"caption": answer["caption"], "captions": answer["captions"]}
-        except ServerError as error:
-            if error.body.get("type") not in (
-                "InvalidImage",
-                "UnsupportedMediaType",
-                "ImageTooLarge",
-                "MissingImage",
-            ):
-                raise
-            return line | {"error": str(error)}
-
-    failed = 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file, ThreadPoolExecutor(IN_FLIGHT) as pool:
-        answers: Iterator[dict[str, Any]] = pool.map(ask, todo)
-        for line in tqdm(answers, total=len(todo), desc="captions", unit="photo"):
-            failed += "error" in line
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-    print(f"{out}: {len(todo) - failed} captioned, {failed} unreadable, {len(done)} there already")
+        raise UserError(f"{folder}: no such folder; IMAGES= must name one")
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                if path.suffix.lower() in PHOTO_SUFFIXES or sniff(file.read(32)):
+                    found.append(path)
+    if not found:
+        raise UserError(f"{folder}: no photo there; give a folder of JPEG, PNG or other photos")
+    return found
 
 
-def _done(out: Path) -> set[str]:
-    """The photos that an earlier run answered; a last line that it could not finish is cut off."""
-    if not out.exists():
+def captioned(out: Path) -> set[str]:
+    """The photos that stand in `out` already; a last line that a killed run left half is cut."""
+    if not out.is_file():
         return set()
-    data = out.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with out.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-        data = data[: data.rfind(b"\n") + 1]
+    data = read_file(out)
+    whole = data[: data.rfind(b"\n") + 1]
     done = set()
-    for number, line in enumerate(data.splitlines(), start=1):
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
             done.add(str(json.loads(line)["image"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{out}: line {number} is no caption of an earlier run; name another OUT"
+                f"{out}: line {number} has no field 'image': not an earlier OUT; name another"
             ) from error
+    if len(whole) < len(data):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
     return done
 
 
-def main() -> None:
+def caption_folder(
+    ask: Any, folder: Path, out: Path, options: dict[str, Any]
+) -> list[tuple[str, ServerError]]:
+    """Appends `{"image", "caption", "captions"}` for each photo below `folder` to `out`, as JSON
+    lines, in order; what stands there is not asked for again. Returns the photos that were refused
+    and why."""
+    photos = {path.relative_to(folder).as_posix(): path for path in find_photos(folder)}
+    done = captioned(out)
+    names = [name for name in photos if name not in done]
+    refused: list[tuple[str, ServerError]] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def caption(name: str) -> dict[str, Any] | ServerError:
+        try:
+            return dict(ask(read_file(photos[name]), **options))
+        except ServerError as error:
+            if error.kind in ("InvalidParameter", "InvalidKeyException"):
+                raise  # as true of every other photo
+            return error
+
+    bar = tqdm(
+        names,
+        desc="captions",
+        unit="photo",
+        initial=len(done & set(photos)),
+        total=len(photos),
+        disable=None,
+    )
+    with out.open("a", encoding="utf-8") as file, bar:
+        for name, answer in zip(names, in_order(caption, names), strict=True):
+            bar.update()
+            if isinstance(answer, ServerError):
+                bar.write(f"{folder / name}: {answer}", file=sys.stderr)
+                refused.append((name, answer))
+                continue
+            row = {"image": name, "caption": answer["caption"], "captions": answer["captions"]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"{out}: {len(names) - len(refused)} captioned, {len(photos) - len(names)} were there")
+    return refused
+
+
+def in_order(call: Any, items: list[Any]) -> Iterator[Any]:
+    """`map(call, items)` with IN_FLIGHT calls at a time, and not many more results held."""
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        waiting = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) > 2 * IN_FLIGHT:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for left in waiting:
+                left.cancel()
+
+
+def parse_arguments() -> Any:
     parser = ArgumentParser(prog="handler.client", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--image", type=Path, help="a photo")
-    what.add_argument("--images", type=Path, help="a folder of photos")
-    parser.add_argument("--out", type=Path, default=Path("captions.jsonl"), help="of --images")
-    parser.add_argument("--grpc", action="store_true", help="ask by gRPC")
+    what.add_argument("--image", type=Path, metavar="FILE", help="a photo")
+    what.add_argument("--images", type=Path, metavar="DIR", help="a folder of photos")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("captions.jsonl"),
+        metavar="FILE",
+        help="where the captions of a folder go; photos that stand there are not asked for again",
+    )
+    parser.add_argument("--grpc", action="store_true", help="ask by gRPC instead of REST")
     parser.add_argument("--json", action="store_true", help="print the whole answer")
-    parser.add_argument("--attention", type=Path, metavar="PNG", help="write heat maps there")
-    parser.add_argument("--url", default="http://127.0.0.1:8080")
-    parser.add_argument("--grpc-target", default="127.0.0.1:7070", metavar="HOST:PORT")
-    parser.add_argument("--key-file", type=Path)
-    parser.add_argument("--certificate", type=Path, metavar="PEM", help="of a TLS server")
+    parser.add_argument(
+        "--attention", type=Path, metavar="PNG", help="write the photo with a heat map per word"
+    )
+    parser.add_argument("--url", help="inference address; default: the server of make serve")
+    parser.add_argument("--grpc-target", metavar="HOST:PORT", help="the same for gRPC")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="TorchServe's key_file.json")
+    parser.add_argument(
+        "--certificate", type=Path, metavar="PEM", help="what an https server is verified by"
+    )
+    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="default 60")
+    group = parser.add_argument_group("decoding options (the server's defaults otherwise)")
     for name in OPTION_TYPES:
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help="decoding option")
-    arguments = parser.parse_args()
-    options = {name: getattr(arguments, name) for name in OPTION_TYPES}
-    options = {name: value for name, value in options.items() if value is not None}
+        # Ranges are the server's to check: it knows the model.
+        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     client = Client(
-        arguments.url,
-        arguments.grpc_target,
+        url=arguments.url,
+        grpc_target=arguments.grpc_target,
         key_file=arguments.key_file,
         certificate=arguments.certificate,
+        timeout=arguments.timeout,
     )
+    ask = client.caption_grpc if arguments.grpc else client.caption
+    options = {name: getattr(arguments, name) for name in OPTION_TYPES}
     if arguments.images:
-        caption_folder(client, arguments.images, arguments.out, options)
+        if arguments.attention:
+            raise UserError("--attention draws one photo; give --image instead of --images")
+        refused = caption_folder(ask, arguments.images, arguments.out, options)
+        if refused:
+            raise UserError(
+                f"{arguments.images}: {len(refused)} photos have no caption (listed above); "
+                "repair or remove them and run again"
+            )
         return
     photo = read_file(arguments.image)
-    ask = client.caption_grpc if arguments.grpc else client.caption
-    answer = ask(photo, **options)
+    if arguments.attention and options["do_sample"] and options["seed"] is None:
+        # The picture is asked for apart, and must be of the same caption.
+        options["seed"] = random.randrange(2**31)
+    try:
+        answer = ask(photo, **options)
+        if arguments.attention:
+            write_atomic(arguments.attention, client.picture(photo, **options))
+    except ServerError as error:
+        raise UserError(f"{arguments.image}: {error}") from error
     if arguments.json:
         print(json.dumps(answer, ensure_ascii=False))
     else:
         print("\n".join(caption["caption"] for caption in answer["captions"]))
-    if arguments.attention:
-        temporary = arguments.attention.with_name(f".{arguments.attention.name}")
-        temporary.write_bytes(client.picture(photo, **options))
-        os.replace(temporary, arguments.attention)
-        print(f"{arguments.attention}: written", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""A request's fields -> a photo and options, or a typed error. Everything that the handler decides
-about one request, without a server."""
+"""A request's fields -> a photo and options, or a typed error. All that is decided about one
+request, without a server."""
 
 import base64
 import binascii
 import json
-from dataclasses import fields
+import re
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from handler.beam_search import DecodeOptions, InvalidParameter
 from handler.errors import UserError
-from handler.image_preprocess import ImageTooLarge, InvalidImage, UnsupportedMediaType
+from handler.image_preprocess import ImageTooLarge, InvalidImage, UnsupportedMediaType, sniff
 
 IMAGE_FIELDS = ("image", "data")
 FLAGS = ("attention", "stream")
-OPTION_TYPES = {field.name: field.type for field in fields(DecodeOptions)}
-JSON_START = (b"{", b"[")
+OPTION_TYPES = {field.name: str(field.type) for field in fields(DecodeOptions)}
+# ASCII on purpose: Python's int() and float() take other scripts' digits, "1_000", "nan" and more.
+INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 
 
 class MissingImage(UserError):
@@ -31,6 +34,16 @@ ERRORS: tuple[tuple[type[Exception], str, int], ...] = (
 )
 
 
+@dataclass
+class Request:
+    """What one client asks for: the photo's bytes, its decoding options as given, and the flags."""
+
+    photo: bytes
+    options: dict[str, Any] = field(default_factory=dict)
+    attention: bool = False
+    stream: bool = False
+
+
 def describe_error(error: Exception) -> dict[str, Any]:
     """The body of an error answer. Anything that is not the client's doing says nothing of the
     inside."""
@@ -40,87 +53,88 @@ def describe_error(error: Exception) -> dict[str, Any]:
     return {"code": 500, "type": "InternalError", "message": "the captioner failed"}
 
 
-def parse_request(data: dict[str, Any]) -> tuple[bytes, dict[str, Any], dict[str, bool]]:
-    """Splits what TorchServe hands over for a request into (photo bytes, decoding options, flags).
+def parse_request(data: dict[str, Any], content_type: str = "") -> Request:
+    """What TorchServe hands over for one request (shared table: raw body, JSON, form or gRPC) with
+    the `content-type` of the request.
 
-    Raises MissingImage, InvalidImage (bad base64) or InvalidParameter.
+    Raises MissingImage, InvalidImage (bad base64), UnsupportedMediaType or InvalidParameter.
     """
-    given = dict(data)
-    if set(given) == {"body"}:
-        body = given["body"]
-        if isinstance(body, dict):
-            given = body
-        elif isinstance(body, bytes | bytearray):
-            photo = bytes(body)
-            if not photo.strip():
-                raise MissingImage("the body is empty; send a photo")
-            if photo.lstrip()[:1] in JSON_START:
-                # TorchServe passes malformed JSON on as bytes.
-                raise MissingImage("the body is malformed JSON and holds no photo")
-            return photo, {}, dict.fromkeys(FLAGS, False)
-        else:
-            raise MissingImage("the JSON body must be an object with a field 'image'")
-        images = [name for name in IMAGE_FIELDS if name in given]
-        photos = {name: _from_json(given.pop(name)) for name in images}
-    else:
-        images = [name for name in IMAGE_FIELDS if name in given]
-        photos = {name: _from_form(given.pop(name)) for name in images}
-    if len(images) > 1:
+    if set(data) != {"body"}:
+        return parse_fields(data, from_form)
+    body = data["body"]
+    if isinstance(body, dict):
+        return parse_fields(body, from_json)
+    is_json = "json" in content_type.lower()
+    if isinstance(body, str) and not is_json:
+        # TorchServe decodes text/*.
+        body = body.encode("utf-8", "replace")
+    if not isinstance(body, bytes | bytearray):
+        raise MissingImage("the JSON body must be an object with a field 'image'")
+    photo = bytes(body)
+    if not photo.strip():
+        raise MissingImage("the body is empty; send a photo")
+    if sniff(photo) is None and (is_json or photo.lstrip()[:1] in (b"{", b"[")):
+        # TorchServe passes malformed JSON on as bytes.
+        raise MissingImage("the body is malformed JSON and holds no photo")
+    return Request(photo)
+
+
+def parse_fields(given: dict[str, Any], read_photo: Any) -> Request:
+    """The fields of a form, a JSON object or a gRPC input."""
+    present = [name for name in IMAGE_FIELDS if name in given]
+    if len(present) > 1:
         raise InvalidParameter("data", "image and data are the same field; send one of them")
-    if not images:
+    if not present:
         raise MissingImage("there is no field 'image'; send a photo in it")
-    if not photos[images[0]]:
-        raise MissingImage("the field 'image' is empty; send a photo in it")
-    options: dict[str, Any] = {}
-    flags = dict.fromkeys(FLAGS, False)
+    photo = read_photo(given[present[0]])
+    if not photo:
+        raise MissingImage(f"the field '{present[0]}' is empty; send a photo in it")
+    request = Request(photo)
     for name, value in given.items():
         if name in FLAGS:
-            flags[name] = parse_truth(name, plain(value))
-        else:
-            options[name] = parse_option(name, plain(value))
-    return photos[images[0]], options, flags
+            setattr(request, name, parse_truth(name, plain(value)))
+        elif name not in IMAGE_FIELDS:
+            request.options[name] = parse_option(name, plain(value))
+    return request
 
 
 def plain(value: Any) -> Any:
-    """Form fields and gRPC values are bytes; their text is what counts."""
+    """Form fields and gRPC values are bytes: their text is what counts. JSON values stay."""
     if isinstance(value, bytes | bytearray):
-        try:
-            return bytes(value).decode("utf-8").strip()
-        except UnicodeDecodeError:
-            return "\ufffd"
-    return value
+        value = bytes(value).decode("utf-8", "replace")
+    return value.strip() if isinstance(value, str) else value
 
 
 def parse_option(name: str, value: Any) -> Any:
     """A decoding option from a JSON value or its text. Its range is for DecodeOptions to check."""
     if name not in OPTION_TYPES:
         known = ", ".join((*IMAGE_FIELDS, *FLAGS, *OPTION_TYPES))
-        raise InvalidParameter(name[:50], f"{_printable(name)} is unknown; the fields are {known}")
+        raise InvalidParameter(name[:50], f"{printable(name)} is unknown; the fields are {known}")
     if value == "":
         raise InvalidParameter(name, f"{name} is empty; give a value or leave it out")
-    kind = str(OPTION_TYPES[name])
-    if name == "early_stopping":
-        return value if value == "never" else parse_truth(name, value)
-    if name == "do_sample":
+    if name == "early_stopping" and isinstance(value, str) and value.lower() == "never":
+        return "never"
+    kind = OPTION_TYPES[name]
+    if "bool" in kind:
         return parse_truth(name, value)
-    integer = "float" not in kind
-    if isinstance(value, str):
-        try:
-            return int(value) if integer else float(value)
-        except ValueError as error:
-            what = "an integer" if integer else "a number"
-            raise InvalidParameter(name, f"{name} must be {what}") from error
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidParameter(name, f"{name} must be {'an integer' if integer else 'a number'}")
-    if integer and not isinstance(value, int):
-        raise InvalidParameter(name, f"{name} must be an integer")
-    return value
+    return parse_number(name, value, "float" not in kind)
+
+
+def parse_number(name: str, value: Any, integer: bool) -> int | float:
+    """A JSON number or the text of one; 3.0 and "3.0" are no integers."""
+    what = "an integer" if integer else "a number"
+    if isinstance(value, str) and (INTEGER if integer else NUMBER).fullmatch(value):
+        return int(value) if integer else float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        # Beyond 30 digits it is out of every range, and float() of it would overflow.
+        return value if integer else float(max(-(10**30), min(10**30, value)))
+    if isinstance(value, float) and not integer:
+        return value
+    raise InvalidParameter(name, f"{name} must be {what}")
 
 
 def parse_truth(name: str, value: Any) -> bool:
     """true and false, as JSON or as text, also 1 and 0."""
-    if isinstance(value, bool):
-        return value
     text = str(value).lower() if isinstance(value, str | int) else ""
     if text in ("true", "1"):
         return True
@@ -130,17 +144,20 @@ def parse_truth(name: str, value: Any) -> bool:
     raise InvalidParameter(name, f"{name} must be true or false{never}")
 
 
-def _from_form(value: Any) -> bytes:
+def from_form(value: Any) -> bytes:
+    """A file field, or a gRPC value. A form's text field arrives as bytes too."""
     return bytes(value) if isinstance(value, bytes | bytearray) else str(value).encode()
 
 
-def _from_json(value: Any) -> bytes:
-    """Base64, or a data: URL."""
+def from_json(value: Any) -> bytes:
+    """Base64, or a data: URL. Other URLs are not fetched."""
+    if value is None:
+        return b""
     if not isinstance(value, str):
         raise InvalidImage("the field 'image' must be text: base64, or a data: URL")
-    if value.startswith("data:"):
-        head, comma, value = value.partition(",")
-        if not comma or not head.endswith(";base64"):
+    if value[:5].lower() == "data:":
+        head, _, value = value.partition(",")
+        if not head.lower().endswith(";base64"):
             raise InvalidImage("the data: URL must be in base64")
     try:
         return base64.b64decode("".join(value.split()), validate=True)
@@ -148,9 +165,10 @@ def _from_json(value: Any) -> bytes:
         raise InvalidImage("the field 'image' is no valid base64") from error
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
+    """A field's name as it can be repeated to the client who sent it."""
     return "".join(c if c.isprintable() else "?" for c in name[:50])
 
 
 def to_json(answer: dict[str, Any]) -> str:
-    return json.dumps(answer, ensure_ascii=False)
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False)

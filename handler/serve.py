@@ -1,162 +1,352 @@
 """`python -m handler.serve`, behind `make serve` and `make stop`: starts TorchServe and returns
-when a worker is ready to answer, which TorchServe's own start does not wait for."""
+when its workers are ready, which TorchServe's own start neither waits for nor reports.
 
+What runs is noted in `build/serve/server.json` (process, addresses, certificate): `stop` and the
+client find the server there.
+"""
+
+import datetime
+import ipaddress
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import requests
 
-from handler.errors import ArgumentParser, UserError, run_command
+from handler.errors import ArgumentParser, UserError, run_command, write_atomic
 
-REPOSITORY = Path(__file__).parent.parent
-READY_SECONDS = 180
-LOG = Path("logs/torchserve.log")
+START_SECONDS = 180
+STOP_SECONDS = 30
+LOG4J = Path(__file__).with_name("log4j2.xml")
+STATE = Path("build/serve/server.json")
+KEY_FILE = Path("key_file.json")
+# Standard output holds what goes wrong before the logging is up.
+CONSOLE, LOG = Path("logs/console.log"), Path("logs/torchserve.log")
+# TorchServe's defaults for what a configuration leaves out.
+ADDRESSES = {"inference": "8080", "management": "8081", "metrics": "8082"}
+GRPC = {"inference": "7070", "management": "7071"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running TorchServe; `temporary` is its own folder for sockets and unpacked archives, so
+    that several servers do not meet."""
+
+    pid: int
+    inference: str
+    management: str
+    grpc: str
+    temporary: str
+    certificate: str | None = None
+
+
+def running(home: Path) -> Server | None:
+    """The server that was started in the folder `home`, if it still runs."""
+    try:
+        server = Server(**json.loads((home / STATE).read_text(encoding="utf-8")))
+        command = psutil.Process(server.pid).cmdline()
+    except (OSError, ValueError, TypeError, psutil.Error):
+        return None
+    return server if "org.pytorch.serve.ModelServer" in command else None
+
+
+def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Server:
+    """Starts TorchServe in `home` (default: here), where it writes its key file and logs, and waits
+    until all workers of all models are ready.
+
+    Raises UserError with the reason when they never are; nothing is left running then.
+    """
+    home = home or Path.cwd()
+    settings = read_properties(ts_config)
+    models = initial_models(settings, ts_config, home)
+    if running(home):
+        raise UserError("a server runs here already; run make stop first")
+    for name, (host, port) in ports(settings, tls).items():
+        if not is_free(host, port):
+            raise UserError(f"{ts_config}: {name} port {port} is in use; free it or set another")
+    certificate = None
+    if tls:
+        certificate, key = make_certificate(home / "build" / "tls")
+        settings = with_tls(settings, certificate, key)
+    folder = (home / STATE).parent
+    config = folder / "config.properties"
+    write_atomic(config, "".join(f"{name}={value}\n" for name, value in settings.items()))
+    temporary = tempfile.mkdtemp(prefix="torchserve-")
+    (home / LOG).parent.mkdir(exist_ok=True)
+    (home / LOG).unlink(missing_ok=True)  # an older run's errors are not this one's
+    (home / KEY_FILE).unlink(missing_ok=True)
+    with (home / CONSOLE).open("wb") as console:
+        subprocess.run(
+            [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
+            + ["--ts-config", str(config.resolve()), "--log-config", str(LOG4J)],
+            cwd=home,
+            env=environment(temporary),
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in this terminal is not meant for the server
+            check=False,
+        )
+    pid_file = Path(temporary) / ".model_server.pid"
+    pid = int(pid_file.read_text()) if pid_file.is_file() else 0
+    addresses = ports(settings, tls)
+    scheme = "https" if tls else "http"
+    server = Server(
+        pid=pid,
+        inference="{}://{}:{}".format(scheme, *addresses["inference"]),
+        management="{}://{}:{}".format(scheme, *addresses["management"]),
+        grpc="{}:{}".format(*addresses["grpc inference"]),
+        temporary=temporary,
+        certificate=str(certificate) if certificate else None,
+    )
+    write_atomic(home / STATE, json.dumps(asdict(server), indent=2) + "\n")
+    try:
+        wait_until_ready(server, models, home)
+    except BaseException:
+        end(server)
+        (home / STATE).unlink(missing_ok=True)
+        raise
+    return server
+
+
+def stop(home: Path | None = None) -> bool:
+    """Stops the server that was started in `home`; False where none runs."""
+    home = home or Path.cwd()
+    server = running(home)
+    if server is not None:
+        end(server)
+        (home / KEY_FILE).unlink(missing_ok=True)
+    (home / STATE).unlink(missing_ok=True)
+    return server is not None
+
+
+def end(server: Server) -> None:
+    """Ends the server's process and its workers, and removes its temporary folder."""
+    try:
+        process = psutil.Process(server.pid)
+        family = [process, *process.children(recursive=True)]
+        process.terminate()  # its shutdown hook stops the workers
+        _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
+        for left in alive:
+            left.kill()
+    except psutil.NoSuchProcess:
+        pass
+    shutil.rmtree(server.temporary, ignore_errors=True)
+
+
+def wait_until_ready(server: Server, models: list[str], home: Path) -> None:
+    """Polls the management API. `/ping` is no use: it says Healthy long before a worker is up, and
+    while a worker fails over and over."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        log = read_log(home)
+        if not psutil.pid_exists(server.pid) or is_zombie(server.pid):
+            raise UserError(f"the server did not start: {reason(log)} ({CONSOLE})")
+        if "Retry worker" in log:
+            raise UserError(f"the model cannot be loaded: {reason(log)} ({LOG})")
+        if "Failed to load model" in log:
+            raise UserError(f"the archive cannot be loaded: {reason(log)} ({LOG})")
+        if all(is_ready(server, model, home) for model in models):
+            return
+    raise UserError(
+        f"no worker was ready within {START_SECONDS} s: {reason(read_log(home))} ({LOG})"
+    )
+
+
+def is_ready(server: Server, model: str, home: Path) -> bool:
+    """Whether the model has its workers and all of them say READY."""
+    try:
+        key = json.loads((home / KEY_FILE).read_text(encoding="utf-8"))["management"]["key"]
+        answer = requests.get(
+            f"{server.management}/models/{model}",
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=5,
+            verify=server.certificate or True,
+        )
+        [state] = answer.json()
+        workers = state["workers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # not yet: no key file, no answer, or an error's answer
+    return len(workers) >= max(1, state["minWorkers"]) and all(
+        worker["status"] == "READY" for worker in workers
+    )
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def read_log(home: Path) -> str:
+    paths = (home / CONSOLE, home / LOG)
+    return "".join(p.read_text(encoding="utf-8", errors="replace") for p in paths if p.is_file())
+
+
+def reason(log: str) -> str:
+    """The line of a log that says why: the last one of the first Python traceback, or the cause of
+    the first Java exception."""
+    lines = [line.split(" - ", 1)[-1].strip() for line in log.splitlines()]
+    for mark in ("Traceback (most recent call last)", "Caused by:", "Exception", "ERROR", "rror"):
+        for number, line in enumerate(lines):
+            if mark not in line:
+                continue
+            if mark.startswith("Traceback"):
+                # Its frames are indented in the log, whose prefix split() took away.
+                frames = (n for n in range(number + 1, len(lines)) if _is_exception(lines[n]))
+                return lines[next(frames, number)][:300]
+            return line.removeprefix("Caused by: ")[:300]
+    return "the log does not say why"
+
+
+def _is_exception(line: str) -> bool:
+    name = line.split(":", 1)[0]
+    return name.replace(".", "").replace("_", "").isalnum() and name.endswith(
+        ("Error", "Exception", "InvalidParameter", "KeyboardInterrupt")
+    )
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """The settings of a TorchServe configuration file."""
+    """The settings of a Java properties file, as TorchServe's launcher reads them."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a configuration with TS_CONFIG") from error
-    pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read; name a configuration with TS_CONFIG=") from error
+    pairs = (line.split("=", 1) for line in lines if "=" in line and line.lstrip()[:1] != "#")
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def start(ts_config: Path, tls: bool) -> None:
-    """Starts the server in the current folder. Raises UserError with the reason when no worker gets
-    ready; nothing is left running then."""
-    properties = read_properties(ts_config)
-    store = Path(properties.get("model_store", "model_store"))
-    if not list(store.glob("*.mar")):
-        raise UserError(f"{store}: no .mar there; run make mar first")
-    if tls:
-        ts_config, properties = _with_tls(ts_config, properties)
-    management = properties.get("management_address", "http://127.0.0.1:8081")
-    if _answers(management):
-        raise UserError(f"{management}: something answers there already; run make stop first")
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TS_CONFIG_FILE")}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    LOG.parent.mkdir(parents=True, exist_ok=True)
-    Path("key_file.json").unlink(missing_ok=True)
-    with LOG.open("wb") as log:
-        subprocess.run(
-            [_torchserve(), "--start", "--ncs", "--ts-config", str(ts_config)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            check=False,
-        )
-    try:
-        _wait(management, tls)
-    except UserError:
-        stop()
-        raise
-    print(f"ready: {properties.get('inference_address')} (log: {LOG}; stop: make stop)")
+def initial_models(settings: dict[str, str], ts_config: Path, home: Path) -> list[str]:
+    """The names of the models that are loaded at the start; their archives must be there."""
+    store = home / settings.get("model_store", "")
+    if "model_store" not in settings or not store.is_dir():
+        raise UserError(f"{ts_config}: model_store is no folder; set it, and run make mar")
+    wanted = settings.get("load_models", "")
+    if wanted.lower() == "all":
+        files = {path.stem: path for path in store.glob("*.mar")}
+    else:
+        pairs = [item.strip().rpartition("=") for item in wanted.split(",") if item.strip()]
+        files = {name or Path(file).stem: store / file for name, _, file in pairs}
+    if not files:
+        raise UserError(f"{ts_config}: no model to load; set load_models, and run make mar")
+    for path in files.values():
+        if not path.is_file():
+            raise UserError(f"{path}: missing; run make mar")
+    return sorted(files)
 
 
-def stop() -> None:
-    """Stops the server, if there is one."""
-    subprocess.run([_torchserve(), "--stop"], stdout=subprocess.DEVNULL, check=False)
+def ports(settings: dict[str, str], tls: bool) -> dict[str, tuple[str, int]]:
+    """Where the server listens, by name, as one can connect to it from this machine."""
+    found = {}
+    for name, default in ADDRESSES.items():
+        address = urlsplit(settings.get(f"{name}_address", f"http://127.0.0.1:{default}"))
+        found[name] = (address.hostname or "127.0.0.1", address.port or (443 if tls else 80))
+    for name, default in GRPC.items():
+        host = settings.get(f"grpc_{name}_address", "127.0.0.1")
+        found[f"grpc {name}"] = (host, int(settings.get(f"grpc_{name}_port", default)))
+    anywhere = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
+    return {name: (anywhere.get(host, host), port) for name, (host, port) in found.items()}
 
 
-def _torchserve() -> str:
-    return str(Path(sys.executable).with_name("torchserve"))
-
-
-def _answers(address: str) -> bool:
-    try:
-        requests.get(f"{address}/ping", timeout=2, verify=False)
-    except requests.RequestException:
-        return False
+def is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
     return True
 
 
-def _wait(management: str, tls: bool) -> None:
-    verify: str | bool = str(REPOSITORY / "build/tls/certificate.pem") if tls else True
-    deadline = time.monotonic() + READY_SECONDS
-    seen = "the server did not answer"
-    while time.monotonic() < deadline:
-        time.sleep(0.5)
-        log = LOG.read_text(errors="replace")
-        for mark in ("Address already in use", "ModelNotFoundException", "Backend worker error"):
-            if mark in log and "Backend worker error" not in mark:
-                raise UserError(f"{LOG}: {mark}: {_reason(log)}")
-        try:
-            key = json.loads(Path("key_file.json").read_text())["management"]["key"]
-            answer = requests.get(
-                f"{management}/models/captioner",
-                headers={"Authorization": f"Bearer {key}"},
-                timeout=5,
-                verify=verify,
+def environment(temporary: str) -> dict[str, str]:
+    """The server's environment: temporary files in `temporary`, Java from beside this Python where
+    there is no other, and none of the variables that would win over the configuration."""
+    # PYTHONPATH comes before the archive's own folder: its code would not be what is served.
+    unwanted = ("PYTHONPATH", "TS_CONFIG_FILE", "LOG_LOCATION", "METRICS_LOCATION")
+    inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
+    path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
+    return {**inherited, "PATH": path, "TMPDIR": temporary, "TEMP": temporary}
+
+
+def with_tls(settings: dict[str, str], certificate: Path, key: Path) -> dict[str, str]:
+    """The settings with https for all three HTTP addresses and TLS for gRPC."""
+    changed = dict(settings)
+    for name, default in ADDRESSES.items():
+        address = settings.get(f"{name}_address", f"http://127.0.0.1:{default}")
+        changed[f"{name}_address"] = address.replace("http://", "https://")
+    files = {"certificate_file": str(certificate), "private_key_file": str(key)}
+    return {**changed, **files, "enable_grpc_ssl": "true"}
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for this machine's loopback names and its key (mode 0600); made
+    anew when it is missing or expires within a day."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    certificate_file, key_file = folder / "certificate.pem", folder / "key.pem"
+    now = datetime.datetime.now(datetime.UTC)
+    day = datetime.timedelta(days=1)
+    try:
+        known = x509.load_pem_x509_certificate(certificate_file.read_bytes())
+        if key_file.is_file() and known.not_valid_after_utc > now + day:
+            return certificate_file, key_file
+    except (OSError, ValueError):
+        pass  # none yet, or damaged
+    key = rsa.generate_private_key(public_exponent=65537, key_size=3072)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
+    names += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ("127.0.0.1", "::1")]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - day)
+        .not_valid_after(now + 365 * day)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    key_file.unlink(missing_ok=True)
+    with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        # Java reads PKCS #8 alone.
+        file.write(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
             )
-        except (OSError, ValueError, KeyError, requests.RequestException):
-            continue
-        if answer.status_code != 200:
-            seen = f"the model is not loaded ({answer.status_code})"
-            continue
-        workers = answer.json()[0]["workers"]
-        if workers and all(worker["status"] == "READY" for worker in workers):
-            return
-        seen = "no worker is ready"
-        if log.count("Traceback (most recent call last)") >= 2:
-            break  # it fails over and over
-    raise UserError(f"{LOG}: {seen}: {_reason(LOG.read_text(errors='replace'))}")
-
-
-def _reason(log: str) -> str:
-    """The line of the log that most likely says why."""
-    lines = [line for line in log.splitlines() if "Error" in line or "Exception" in line]
-    return lines[0][-300:] if lines else "nothing in the log says why"
-
-
-def _with_tls(ts_config: Path, properties: dict[str, str]) -> tuple[Path, dict[str, str]]:
-    """A copy of the configuration that serves https and gRPC over TLS, with a self-signed
-    certificate for this machine's loopback names, made once."""
-    folder = REPOSITORY / "build" / "tls"
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    if not certificate.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "365"]
-        command += [
-            "-subj",
-            "/CN=localhost",
-            "-addext",
-            "subjectAltName=DNS:localhost,IP:127.0.0.1",
-        ]
-        command += ["-keyout", str(key), "-out", str(certificate)]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"{folder}: openssl could not make a certificate ({error})") from error
-        key.chmod(0o600)
-    properties = dict(properties)
-    for name in ("inference_address", "management_address", "metrics_address"):
-        properties[name] = properties[name].replace("http://", "https://")
-    properties |= {
-        "enable_grpc_ssl": "true",
-        "private_key_file": str(key),
-        "certificate_file": str(certificate),
-    }
-    out = folder / "config.properties"
-    out.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
-    return out, properties
+        )
+    write_atomic(certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
+    return certificate_file, key_file
 
 
 def main() -> None:
     parser = ArgumentParser(prog="handler.serve", description=__doc__)
     parser.add_argument("action", choices=("start", "stop"))
     parser.add_argument("--ts-config", type=Path, default=Path("config.properties"))
-    parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--tls", action="store_true", help="https and TLS for gRPC, self-signed")
     arguments = parser.parse_args()
     if arguments.action == "stop":
-        stop()
-    else:
-        start(arguments.ts_config, arguments.tls)
+        print("stopped" if stop() else "no server runs here")
+        return
+    server = start(arguments.ts_config, arguments.tls)
+    print(f"ready: {server.inference} and gRPC on {server.grpc}; logs/ has its logs")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Captions -> what the client gets: the answer, its picture, its stream of tokens, the model card,
+the error."""
+
+import logging
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from ts.handler_utils.utils import send_intermediate_predict_response
+
+from handler.attention_maps import overlay, png_bytes
+from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.captioner import Caption, Captioner, caption_as_dict
+from handler.request import OPTION_TYPES, Request, describe_error, to_json
+
+log = logging.getLogger(__name__)
+
+# What DecodeOptions checks, in words; the model's own limits are put in where they stand in braces.
+RANGES = {
+    "num_beams": "1 to 16",
+    "num_return_sequences": "1 to num_beams; 1 to 16 when sampling",
+    "max_new_tokens": "1 to {positions}",
+    "min_new_tokens": "0 to max_new_tokens",
+    "length_penalty": "-5 to 5",
+    "early_stopping": "false, true, never",
+    "no_repeat_ngram_size": "0 to 10",
+    "repetition_penalty": "above 0, to 10",
+    "do_sample": "true, false",
+    "temperature": "above 0, to 10",
+    "top_k": "0 (off) to {vocabulary}",
+    "top_p": "above 0, to 1",
+    "seed": "0 to 9223372036854775807",
+}
+
+
+@dataclass
+class Job:
+    """A request that was understood: its place in the batch, the photo as the model sees it
+    (picture, and tensor (3, S, S)), its options, and whether a picture is the answer."""
+
+    place: int
+    request: Request
+    options: DecodeOptions
+    image: Image.Image
+    pixels_3SS: Tensor
+    as_picture: bool
+
+
+class TokenStream:
+    """Sends the tokens of the jobs that asked for them, one JSON line each, as they are decided."""
+
+    def __init__(self, captioner: Captioner, jobs: Sequence[Job], context: Any) -> None:
+        self.tokenizer, self.context = captioner.tokenizer, context
+        # The number of a job among its batch -> its place among the requests, its ids so far.
+        self.jobs: dict[int, tuple[int, list[int]]] = {
+            number: (job.place, []) for number, job in enumerate(jobs) if job.request.stream
+        }
+
+    def on_token(self, number: int, token_id: int) -> None:
+        if number not in self.jobs:
+            return
+        place, ids = self.jobs[number]
+        ids.append(token_id)
+        piece = self.tokenizer.pieces(ids)[-1]
+        if piece.endswith("\ufffd"):
+            piece = ""  # part of a character: the token that completes it says all of it
+        self.context.set_response_content_type(place, "application/x-ndjson")
+        send_intermediate_predict_response(
+            {place: to_json({"token": piece}) + "\n"},
+            {place: self.context.request_ids[place]},
+            "ok",
+            200,
+            self.context,
+        )
+
+
+def answer(
+    captioner: Captioner, job: Job, captions: Sequence[Caption], model: dict[str, str]
+) -> str | bytes:
+    """The body of an answer: JSON, or the PNG of its attention."""
+    if job.as_picture:
+        maps_Tgg = captioner.attention(job.pixels_3SS, captions[0].ids)
+        return png_bytes(overlay(job.image, captions[0].tokens, maps_Tgg))
+    entries = [caption_as_dict(caption) for caption in captions]
+    if job.request.attention:
+        for entry, caption in zip(entries, captions, strict=True):
+            maps_Tgg = captioner.attention(job.pixels_3SS, caption.ids)
+            maps = [[round(weight, 8) for weight in row] for row in maps_Tgg.flatten(1).tolist()]
+            entry["attention"] = {"grid": list(maps_Tgg.shape[1:]), "maps": maps}
+    body = {"caption": captions[0].text, "captions": entries, "model": model}
+    return to_json(body) + ("\n" if job.request.stream else "")
+
+
+def model_card(captioner: Captioner, model: dict[str, str]) -> str:
+    """What this model is and takes: for `?customized=true` of the management API."""
+    decoder, defaults = captioner.decoder, captioner.options()
+    limits = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
+    longest = {"num_beams": defaults.beams, "max_new_tokens": limits["positions"]}
+    options = {}
+    for name in OPTION_TYPES:
+        default = getattr(defaults, name)
+        default = longest.get(name) if default is None else default
+        options[name] = {"default": default, "range": RANGES[name].format(**limits)}
+    card = {
+        "model": model,
+        "options": options,
+        "preprocessing": captioner.preprocessing.to_dict(),
+        "validation": captioner.config.get("training", {}).get("validation", {}),
+    }
+    return to_json(card)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """The answer to a request that failed; what is our own fault goes to the log."""
+    said = describe_error(error)
+    if said["code"] == 500:
+        # As repr(), so that no line of the log begins with a client's text: TorchServe would take
+        # "[METRICS]..." for a metric.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        log.error("%s: %r\n%s", type(error).__name__, str(error)[:500], frames)
+    return said
+
+
+def check_stream(options: DecodeOptions, grpc: bool, explain: bool) -> None:
+    """Tokens can be sent only where each is final as soon as it is decided."""
+    if grpc or explain:
+        raise InvalidParameter("stream", "stream is for REST predictions alone; leave it out")
+    if options.beams > 1 and not options.do_sample:
+        raise InvalidParameter("stream", "stream needs num_beams 1, or do_sample true")
