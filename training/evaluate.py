@@ -151,13 +151,13 @@ def main() -> None:
     if arguments.predictions:
         if options:
             parser.error(f"--{next(iter(options))}: --predictions are captions already")
+        if not arguments.data and not arguments.references:
+            parser.error("--predictions needs --data or --references")
         predictions = read_predictions(arguments.predictions)
         if arguments.references:
             references = read_captions(arguments.references, "annotations")
             finish(predictions, score(predictions, references, metrics), arguments.out)
             return
-        if not arguments.data:
-            parser.error("--predictions needs --data or --references")
         rows = read_manifest(data_folder(arguments.data)).split(arguments.split)
         finish(predictions, score_rows(predictions, rows, metrics), arguments.out)
         return

@@ -173,15 +173,13 @@ def _meteor(
 
     jar = Path(meteor.__file__).parent / meteor.METEOR_JAR
     command = [java, *JAVA_SETTINGS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio"]
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
             [*command, "-l", "en", "-norm"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-        ) as process,
-    ):
+        )
         assert process.stdin is not None and process.stdout is not None
         try:
             statistics = []
@@ -193,12 +191,12 @@ def _meteor(
             values = [float(process.stdout.readline()) for _ in truths]
             return float(process.stdout.readline()), values
         except (OSError, ValueError) as error:
-            process.kill()
-            process.wait()
-            errors.seek(0)
-            raise _java_failed("METEOR", errors.read()) from error
+            failure = error
         finally:
             process.kill()
+            process.communicate()  # closes the pipes, whose other end may be gone
+        errors.seek(0)
+        raise _java_failed("METEOR", errors.read()) from failure
 
 
 def _tell(pipe: IO[bytes], fields: Sequence[str]) -> None:
