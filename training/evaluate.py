@@ -141,8 +141,10 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--out", type=Path, help="default build/evaluate/NAME")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that run here")
+    group = parser.add_argument_group("decoding options (the checkpoint's defaults otherwise)")
     for name in OPTION_TYPES:
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help="decoding option")
+        # A bare flag is true (`--do-sample`).
+        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
     arguments = parser.parse_args()
     given = {name: getattr(arguments, name) for name in OPTION_TYPES}
     options = {k: parse_option(k, v) for k, v in given.items() if v is not None}
@@ -150,7 +152,7 @@ def main() -> None:
 
     if arguments.predictions:
         if options:
-            parser.error(f"--{next(iter(options))}: --predictions are captions already")
+            parser.error(f"{next(iter(options))}: --predictions are captions already")
         if not arguments.data and not arguments.references:
             parser.error("--predictions needs --data or --references")
         predictions = read_predictions(arguments.predictions)
