@@ -84,7 +84,9 @@ def test_imports_go_one_way():
 
 
 def test_help_names_every_target_once():
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
     listed = [line.split()[0] for line in done.stdout.splitlines() if line[0].isalpha()]
     assert done.returncode == 0
     assert len(listed) == len(set(listed))
