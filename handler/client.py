@@ -69,6 +69,8 @@ class Client:
         self.management = server.management
         if certificate is None and server.certificate:
             certificate = Path(server.certificate)
+        if certificate is not None:
+            read_file(certificate)  # a wrong path is named now, not as a failed handshake
         self.certificate = certificate
         self.key_file = key_file or home / KEY_FILE
         self.timeout, self.model = timeout, model
@@ -152,7 +154,7 @@ class Client:
                 )
             except requests.Timeout as error:
                 raise self._silent(self.url, f"none within {self.timeout:g} s") from error
-            except requests.RequestException as error:
+            except OSError as error:  # requests' own errors and those of a damaged certificate
                 raise self._silent(self.url, type(error).__name__) from error
             return answer.status_code, answer.content
 
@@ -401,8 +403,8 @@ def main() -> None:
         refused = caption_folder(ask, arguments.images, arguments.out, options)
         if refused:
             raise UserError(
-                f"{arguments.images}: {len(refused)} photos have no caption (listed above); "
-                "repair or remove them and run again"
+                f"{arguments.images}: {len(refused)} photos without a caption (listed above); repair "
+                "or remove them and run again"
             )
         return
     photo = read_file(arguments.image)

@@ -1,0 +1,450 @@
+"""The client and its command line, against servers of a few lines that misbehave on demand."""
+
+import json
+import threading
+from concurrent import futures
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import grpc
+import pytest
+from conftest import run_program
+from PIL import Image
+
+from handler import client as client_module
+from handler.beam_search import DecodeOptions
+from handler.client import (
+    Client,
+    ServerError,
+    caption_folder,
+    captioned,
+    find_photos,
+    in_order,
+    main,
+)
+from handler.errors import UserError, run_command
+from handler.grpc_stubs import load
+from handler.serve import Server
+
+ANSWER = {"caption": "a größe 猫", "captions": [{"caption": "a größe 猫"}], "model": {}}
+
+
+class FakeServer:
+    """Answers every POST from `answers` (status, body), the last one for ever; checks the key."""
+
+    def __init__(self) -> None:
+        self.answers = [(200, json.dumps(ANSWER).encode())]
+        self.key = "right"
+        self.requests: list[tuple[str, bytes]] = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                fake.requests.append((self.path, body))
+                status, content = fake.answers[0]
+                if self.headers["Authorization"] != f"Bearer {fake.key}":
+                    status = 400
+                    content = json.dumps({"code": 400, "type": "InvalidKeyException"}).encode()
+                elif len(fake.answers) > 1:
+                    fake.answers.pop(0)
+                self.reply(status, content)
+
+            def do_GET(self) -> None:
+                """The management API's rotation."""
+                fake.requests.append((self.path, self.headers["Authorization"].encode()))
+                fake.rotate()
+                self.reply(200, b"{}")
+
+            def reply(self, status: int, content: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def rotate(self) -> None:
+        raise AssertionError("not expected")
+
+
+@pytest.fixture
+def server():
+    fake = FakeServer()
+    yield fake
+    fake.http.shutdown()
+    fake.http.server_close()
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    path = tmp_path / "key_file.json"
+    write_key(path, "right")
+    return path
+
+
+def write_key(path, key: str) -> None:
+    keys = {name: {"key": key} for name in ("inference", "management", "API")}
+    path.write_text(json.dumps(keys))
+
+
+@pytest.fixture
+def client(server, key_file):
+    return Client(server.url, key_file=key_file, timeout=5)
+
+
+# --- asking
+
+
+def test_photo_and_options_travel_as_a_form(client, server):
+    answer = client.caption(b"PHOTO", num_beams=3, do_sample=False, seed=None, length_penalty=0.5)
+    assert answer == ANSWER
+    path, body = server.requests[0]
+    assert path == "/predictions/captioner"
+    for part in (b'name="image"', b"PHOTO", b'name="num_beams"\r\n\r\n3', b"\r\n\r\nfalse", b"0.5"):
+        assert part in body
+    assert b"seed" not in body
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (400, b'{"code": 400, "type": "InvalidImage", "message": "cut\\noff"}', "InvalidImage"),
+        (503, b'{"code": 503, "type": "ServiceUnavailableException"}', "ServiceUnavailable"),
+        (413, b"", "ImageTooLarge"),
+        (500, b"<html>", "the server failed"),
+        (200, b"no json", "the server failed"),
+        (404, b"[]", "the server failed"),
+    ],
+)
+def test_refusals_are_one_line(client, server, status, body, kind, monkeypatch):
+    monkeypatch.setattr(client_module, "BUSY_WAITS", (0.01, 0.01))
+    server.answers = [(status, body)]
+    with pytest.raises(ServerError, match=kind) as caught:
+        client.caption(b"x")
+    assert caught.value.code == status
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_queue_is_asked_again(client, server, monkeypatch):
+    monkeypatch.setattr(client_module, "BUSY_WAITS", (0.01, 0.01, 0.01))
+    full = (503, b'{"code": 503, "type": "ServiceUnavailableException"}')
+    server.answers = [full, full, server.answers[0]]
+    assert client.caption(b"x") == ANSWER
+    assert len(server.requests) == 3
+
+
+def test_a_silent_server_is_not_waited_for_for_ever(key_file):
+    silent = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # accepts, never answers
+    client = Client(f"http://127.0.0.1:{silent.server_address[1]}", key_file=key_file, timeout=0.3)
+    with pytest.raises(UserError, match=r"none within 0.3 s"):
+        client.caption(b"x")
+    silent.server_close()
+
+
+def test_no_server(key_file):
+    with pytest.raises(UserError, match="make serve"):
+        Client("http://127.0.0.1:9", key_file=key_file).caption(b"x")
+    with pytest.raises(UserError, match="make serve"):
+        Client(grpc_target="127.0.0.1:9", key_file=key_file).caption_grpc(b"x")
+
+
+# --- keys
+
+
+def test_a_rotated_key_is_read_again(client, server, key_file):
+    assert client.caption(b"x") == ANSWER
+    server.key = "rotated"
+    write_key(key_file, "rotated")
+    assert client.caption(b"x") == ANSWER
+
+
+def test_an_expired_key_is_renewed_once_for_all_threads(server, key_file, monkeypatch):
+    """Keys expire after an hour and TorchServe renews them only when asked; each renewal ends the
+    key before it, so that threads renewing at once would lock each other out."""
+
+    def rotate() -> None:
+        server.key = "renewed"
+        write_key(key_file, "renewed")
+
+    server.rotate = rotate
+    server.key = "expired a minute ago"
+    here = Server(1, server.url, server.url, "127.0.0.1:9", "")
+    monkeypatch.setattr(client_module, "find_server", lambda: (key_file.parent, here))
+    client = Client()
+    with futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(client.caption, [b"x"] * 8)) == [ANSWER] * 8
+    rotations = [body for path, body in server.requests if path == "/token?type=inference"]
+    assert rotations == [b"Bearer right"]
+
+
+def test_a_key_that_stays_wrong_is_an_error(client, server, key_file):
+    write_key(key_file, "wrong")
+    with pytest.raises(ServerError, match="InvalidKeyException"):
+        client.caption(b"x")
+
+
+@pytest.mark.parametrize("content", [None, "no json", "{}", "[]"])
+def test_a_missing_or_damaged_key_file_is_named(server, tmp_path, content):
+    path = tmp_path / "key_file.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="key_file.json"):
+        Client(server.url, key_file=path).caption(b"x")
+
+
+def test_the_key_file_of_this_folder_is_found(server, key_file, monkeypatch):
+    monkeypatch.chdir(key_file.parent)
+    assert Client(server.url).caption(b"x") == ANSWER
+
+
+# --- gRPC
+
+
+class GrpcServer:
+    """Predictions alone: the same for everyone, or a failure."""
+
+    def __init__(self) -> None:
+        messages, stubs = load()
+        fake = self
+        self.answer, self.failure, self.seen = json.dumps(ANSWER).encode(), None, []
+
+        class Service(stubs.InferenceAPIsServiceServicer):
+            def Predictions(self, request, context):
+                fake.seen.append((request, dict(context.invocation_metadata())))
+                if fake.failure:
+                    context.abort(*fake.failure)
+                return messages.PredictionResponse(prediction=fake.answer)
+
+        self.server = grpc.server(futures.ThreadPoolExecutor(2))
+        stubs.add_InferenceAPIsServiceServicer_to_server(Service(), self.server)
+        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.server.start()
+
+
+@pytest.fixture
+def grpc_server():
+    fake = GrpcServer()
+    yield fake
+    fake.server.stop(None)
+
+
+def test_grpc_carries_photo_options_and_key(grpc_server, key_file):
+    client = Client(grpc_target=grpc_server.target, key_file=key_file)
+    assert client.caption_grpc(b"PHOTO", num_beams=3, do_sample=True) == ANSWER
+    request, metadata = grpc_server.seen[0]
+    assert request.model_name == "captioner"
+    assert dict(request.input) == {"image": b"PHOTO", "num_beams": b"3", "do_sample": b"true"}
+    assert metadata["authorization"] == "Bearer right"
+
+
+def test_grpc_errors_are_those_of_rest(grpc_server, key_file, monkeypatch):
+    monkeypatch.setattr(client_module, "BUSY_WAITS", (0.01,))
+    client = Client(grpc_target=grpc_server.target, key_file=key_file)
+    grpc_server.answer = b'{"code": 415, "type": "UnsupportedMediaType", "message": "no"}'
+    with pytest.raises(ServerError, match=r"UnsupportedMediaType \(415\): no"):
+        client.caption_grpc(b"x")
+    for status, kind in (
+        (grpc.StatusCode.PERMISSION_DENIED, "InvalidKeyException"),
+        (grpc.StatusCode.INTERNAL, "INTERNAL"),
+        (grpc.StatusCode.CANCELLED, "CANCELLED"),
+    ):
+        grpc_server.failure = (status, "two\nlines")
+        with pytest.raises(ServerError, match=kind) as caught:
+            client.caption_grpc(b"x")
+        assert "\n" not in str(caught.value)
+
+
+# --- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("a.jpg", "deeper/b.PNG"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    Image.new("RGB", (4, 4)).save(folder / "no_suffix", "WEBP")
+    (folder / "notes.txt").write_text("no photo")
+    (folder / ".hidden.jpg").write_bytes(b"")
+    return folder
+
+
+def ask(photo: bytes, **_: object) -> dict:
+    return ANSWER
+
+
+def test_photos_are_told_by_content_or_name(folder):
+    (folder / "broken.jpg").write_text("no photo")
+    names = [path.name for path in find_photos(folder)]
+    assert names == ["a.jpg", "broken.jpg", "b.PNG", "no_suffix"]
+
+
+def test_a_folder_becomes_json_lines(folder, tmp_path):
+    out = tmp_path / "out" / "captions.jsonl"
+    assert caption_folder(ask, folder, out, {}) == []
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["image"] for row in rows] == ["a.jpg", "deeper/b.PNG", "no_suffix"]
+    assert {row["caption"] for row in rows} == {"a größe 猫"}
+
+
+def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    caption_folder(ask, folder, out, {})
+    whole = out.read_text(encoding="utf-8")
+    lines = whole.splitlines(keepends=True)
+    out.write_text(lines[0] + lines[1][:7], encoding="utf-8")
+    asked = []
+
+    def count(photo: bytes, **_: object) -> dict:
+        asked.append(photo)
+        return ANSWER
+
+    caption_folder(count, folder, out, {})
+    assert len(asked) == 2
+    assert out.read_text(encoding="utf-8") == whole
+
+
+def test_refused_photos_are_reported_and_the_rest_captioned(folder, tmp_path, capsys):
+    def picky(photo: bytes, **_: object) -> dict:
+        if photo.startswith(b"\x89PNG"):
+            raise ServerError("InvalidImage", 400, "cut off")
+        return ANSWER
+
+    out = tmp_path / "captions.jsonl"
+    [(name, error)] = caption_folder(picky, folder, out, {})
+    assert (name, error.kind) == ("deeper/b.PNG", "InvalidImage")
+    assert len(out.read_text().splitlines()) == 2
+    assert "deeper/b.PNG: InvalidImage" in capsys.readouterr().err
+
+
+def test_a_wrong_option_ends_the_folder_at_once(folder, tmp_path):
+    def refuse(photo: bytes, **_: object) -> dict:
+        raise ServerError("InvalidParameter", 400, "num_beams")
+
+    with pytest.raises(ServerError, match="num_beams"):
+        caption_folder(refuse, folder, tmp_path / "captions.jsonl", {})
+
+
+def test_another_file_is_not_overwritten(tmp_path):
+    out = tmp_path / "notes.jsonl"
+    out.write_text('{"image": "a.jpg"}\nmy notes\n')
+    with pytest.raises(UserError, match=r"notes.jsonl: line 2"):
+        captioned(out)
+
+
+def test_answers_come_in_order_and_few_at_a_time():
+    running, most, lock = 0, 0, threading.Lock()
+    release = threading.Event()
+
+    def call(item: int) -> int:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        if item == 0:
+            release.wait(5)
+        elif item == client_module.IN_FLIGHT:
+            release.set()
+        with lock:
+            running -= 1
+        return item
+
+    assert list(in_order(call, list(range(40)))) == list(range(40))
+    assert 1 < most <= client_module.IN_FLIGHT
+
+
+# --- the command line
+
+
+@pytest.fixture
+def run(key_file, monkeypatch, capsys):
+    """The command in the key file's folder: (status, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(key_file.parent)
+        monkeypatch.setattr("sys.argv", ["client", *arguments])
+        status = 0
+        try:
+            run_command(main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_prints_the_caption(server, key_file):
+    """As a program of its own."""
+    photo = key_file.parent / "photo.jpg"
+    photo.write_bytes(b"PHOTO")
+    options = ("--num-beams", "3", "--do-sample", "--early-stopping", "never")
+    done = run_program(
+        "handler.client", "--image", str(photo), "--url", server.url, *options, cwd=key_file.parent
+    )
+    assert (done.returncode, done.stdout) == (0, "a größe 猫\n")
+    body = server.requests[0][1]
+    for part in (b'name="num_beams"\r\n\r\n3', b'"do_sample"\r\n\r\ntrue', b"\r\n\r\nnever"):
+        assert part in body
+
+
+def test_the_picture_is_of_the_printed_caption(server, key_file, run):
+    """Sampling without a seed would draw another caption than the one that is printed."""
+    (key_file.parent / "photo.jpg").write_bytes(b"PHOTO")
+    server.answers = [server.answers[0], (200, b"\x89PNG picture")]
+    arguments = ("--image", "photo.jpg", "--url", server.url, "--do-sample")
+    status, printed, _ = run(*arguments, "--attention", "out.png")
+    assert (status, printed) == (0, "a größe 猫\n")
+    assert (key_file.parent / "out.png").read_bytes() == b"\x89PNG picture"
+    seeds = [body.split(b'name="seed"')[1].split()[0] for _, body in server.requests]
+    assert [path for path, _ in server.requests][1] == "/explanations/captioner"
+    assert len(set(seeds)) == 1
+
+
+def test_the_whole_answer(server, key_file, run):
+    (key_file.parent / "photo.jpg").write_bytes(b"PHOTO")
+    _, printed, _ = run("--image", "photo.jpg", "--url", server.url, "--json")
+    assert json.loads(printed) == ANSWER
+
+
+def test_a_folder_with_refused_photos_is_status_2(server, key_file, folder, run):
+    refusal = (400, b'{"code": 400, "type": "InvalidImage", "message": "cut off"}')
+    server.answers = [refusal, server.answers[0]]
+    arguments = ("--images", "photos", "--out", "captions.jsonl", "--url", server.url)
+    status, printed, said = run(*arguments)
+    assert (status, printed) == (2, "captions.jsonl: 2 captioned, 0 were there\n")
+    assert said.splitlines()[-1].startswith("error: photos: 1 photos without a caption")
+    status, printed, _ = run(*arguments)
+    assert (status, printed) == (0, "captions.jsonl: 1 captioned, 2 were there\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--image"),
+        (["--image", "missing.jpg"], "missing.jpg"),
+        (["--images", "missing"], "missing"),
+        (["--images", "."], "no photo there"),
+        (["--image", "key_file.json", "--url", "http://127.0.0.1:9"], "no answer"),
+        (["--image", "key_file.json", "--beams", "3"], "--beams"),
+        (["--image", "key_file.json", "--url", "nonsense"], "nonsense"),
+        (["--image", "key_file.json", "--timeout", "x"], "--timeout"),
+        (["--image", "key_file.json", "--key-file", "none.json"], "none.json"),
+        (["--image", "key_file.json", "--url", "https://127.0.0.1:9", "--certificate", "no.pem"],
+         "no.pem"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_status_2(run, arguments, says):
+    status, printed, said = run(*arguments)
+    assert (status, printed, said.count("\n")) == (2, "", 1)
+    assert says in said
+
+
+def test_every_decoding_option_is_an_option_of_the_command(run):
+    _, usage, _ = run("--help")
+    for name in DecodeOptions.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in usage

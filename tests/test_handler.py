@@ -1,0 +1,329 @@
+"""The handler behind TorchServe's own loader and worker protocol, without Java: batches of every
+kind of request, errors that stay with their request, streams, defaults."""
+
+import base64
+import io
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from worker import Worker, by_grpc, rest
+
+from export.archive import build_archive
+from handler import caption_handler
+from handler.captioner import Captioner
+
+JPEG = "image/jpeg"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_export, tmp_path_factory) -> Path:
+    """An unpacked archive."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    store = tmp_path_factory.mktemp("store")
+    archive = build_archive(tiny_export, store / "captioner.mar", "1.0")
+    with zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(folder):
+    return Worker(folder)
+
+
+@pytest.fixture(scope="module")
+def captioner(folder):
+    return Captioner.load(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tiny_data) -> list[bytes]:
+    return [(tiny_data / f"images/{n}.png").read_bytes() for n in range(16, 20)]
+
+
+def test_every_kind_of_request_shares_a_batch(worker, captioner, photos):
+    encoded = base64.b64encode(photos[0]).decode()
+    answers = worker.predict(
+        rest({"body": photos[0]}, JPEG),
+        rest({"image": photos[0]}),
+        rest({"data": photos[0], "num_beams": b"3"}),
+        rest({"body": {"image": encoded, "num_beams": 3}}, "application/json"),
+        rest({"body": {"image": f"data:image/png;base64,{encoded}"}}, "application/json"),
+        by_grpc({"image": photos[0]}),
+        by_grpc({"image": photos[0], "num_beams": b"3"}),
+    )
+    default, three = (captioner.caption([photos[0]], num_beams=k)[0][0].text for k in (5, 3))
+    assert [a.status for a in answers] == [200] * 7
+    expected = [default, default, three, three, default, default, three]
+    assert [a.json["caption"] for a in answers] == expected
+    assert all(a.headers["content-type"] == "application/json" for a in answers)
+
+
+def test_the_answer_of_the_contract(worker, captioner, photos):
+    [answer] = worker.predict(rest({"image": photos[1], "num_return_sequences": b"2"}))
+    body = answer.json
+    assert set(body) == {"caption", "captions", "model"}
+    assert set(body["model"]) == {"name", "version", "checkpoint", "precision"}
+    assert (body["model"]["name"], body["model"]["version"]) == ("captioner", "1.0")
+    assert (body["model"]["precision"], body["model"]["checkpoint"][:7]) == ("fp32", "sha256:")
+    assert body["caption"] == body["captions"][0]["caption"]
+    names = {"caption", "score", "log_prob", "tokens", "token_log_probs"}
+    for said, caption in zip(
+        body["captions"], captioner.caption([photos[1]], num_return_sequences=2)[0], strict=True
+    ):
+        assert set(said) == names
+        assert (said["caption"], said["tokens"]) == (caption.text, caption.tokens)
+        assert said["score"] == pytest.approx(caption.score, abs=1e-5)
+        assert said["token_log_probs"] == pytest.approx(caption.token_log_probs, abs=1e-5)
+        assert said["log_prob"] == pytest.approx(sum(caption.token_log_probs), abs=1e-5)
+
+
+def test_a_photo_alone_or_among_others_has_the_same_caption(worker, photos):
+    alone = [worker.predict(rest({"image": photo}))[0].json["caption"] for photo in photos]
+    together = worker.predict(*(rest({"image": photo}) for photo in photos))
+    assert [answer.json["caption"] for answer in together] == alone
+
+
+def test_a_large_jpeg_is_read_as_the_library_reads_it(worker, captioner):
+    """The handler decoded large JPEGs at another scale than the captioner did."""
+    noise = Image.effect_noise((900, 700), 90).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, "JPEG")
+    [answer] = worker.predict(rest({"image": buffer.getvalue()}))
+    expected = captioner.caption([buffer.getvalue()])[0][0]
+    assert answer.json["caption"] == expected.text
+    assert answer.json["captions"][0]["log_prob"] == pytest.approx(expected.log_prob, abs=1e-5)
+
+
+# --- errors
+
+ERRORS = [
+    (rest({"body": b""}, JPEG), 400, "MissingImage"),
+    (rest({"body": {"num_beams": 3}}, "application/json"), 400, "MissingImage"),
+    (rest({"body": b'{"image": '}, "application/json"), 400, "MissingImage"),
+    (rest({"body": b"\xff\xd8\xff\xe0 cut off"}, JPEG), 400, "InvalidImage"),
+    (rest({"body": {"image": "%%%"}}, "application/json"), 400, "InvalidImage"),
+    (rest({"body": b"%PDF-1.7"}, JPEG), 415, "UnsupportedMediaType"),
+    (rest({"body": "plain text"}, "text/plain"), 415, "UnsupportedMediaType"),
+    (rest({"body": b"\x89PNG\r\n\x1a\n" + bytes(16 * 2**20)}, JPEG), 413, "ImageTooLarge"),
+    (rest({"image": b"x", "num_beams": b"17"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "data": b"x"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "nonsense": b"1"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "num_beams": b"3", "do_sample": b"true"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "max_new_tokens": b"99"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "top_k": b"9999999"}), 400, "InvalidParameter"),
+]
+
+
+def test_every_error_stays_with_its_request(worker, photos):
+    """All errors of the contract in one batch, a good request between any two of them."""
+    expected = worker.predict(rest({"image": photos[0]}))[0].json["caption"]
+    batch = []
+    for bad, *_ in ERRORS:
+        batch += [bad, rest({"image": photos[0]})]
+    answers = worker.predict(*batch)
+    for answer, (_, code, kind) in zip(answers[::2], ERRORS, strict=True):
+        assert (answer.status, answer.json["code"], answer.json["type"]) == (code, code, kind)
+        assert set(answer.json) == {"code", "type", "message"}
+        assert answer.phrase.isascii() and answer.phrase.isprintable()
+        assert answer.headers["content-type"] == "application/json"
+    assert {answer.json["caption"] for answer in answers[1::2]} == {expected}
+    assert {answer.status for answer in answers[1::2]} == {200}
+
+
+def test_errors_by_grpc_are_in_the_body(worker):
+    [answer] = worker.predict(by_grpc({"image": b"GIF89a broken"}))
+    assert (answer.json["code"], answer.json["type"]) == (400, "InvalidImage")
+
+
+def test_an_unforeseen_failure_says_nothing_of_the_inside(worker, photos, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("/secret/path\n[METRICS]evil.Count:1")
+
+    monkeypatch.setattr(caption_handler, "decode", broken)
+    with caplog.at_level(logging.ERROR):
+        [answer] = worker.predict(rest({"image": photos[0]}))
+    assert (answer.status, answer.json["type"]) == (500, "InternalError")
+    assert b"secret" not in answer.body
+    assert "RuntimeError" in caplog.text
+    # TorchServe takes a line of output that begins so for a metric.
+    assert not any(line.startswith("[METRICS]") for line in caplog.text.splitlines())
+    assert "secret-key" not in caplog.text
+
+
+def test_what_fails_together_is_tried_alone(worker, photos, monkeypatch):
+    """Only the photo that the model cannot take fails, not the batch it came in."""
+    whole = Captioner.caption_tensors
+    poison = worker.predict(rest({"image": photos[1]}))[0].json["caption"]
+
+    def sometimes(self, images, options, on_token=None):
+        if any(o.seed == 13 for o in options):
+            raise RuntimeError("out of memory")
+        return whole(self, images, options, on_token)
+
+    monkeypatch.setattr(Captioner, "caption_tensors", sometimes)
+    answers = worker.predict(
+        rest({"image": photos[1]}),
+        rest({"image": photos[0], "seed": b"13"}),
+        rest({"image": photos[1]}),
+    )
+    assert [answer.status for answer in answers] == [200, 500, 200]
+    assert {answers[0].json["caption"], answers[2].json["caption"]} == {poison}
+
+
+def test_no_answer_or_log_holds_a_header(worker, photos, caplog):
+    with caplog.at_level(logging.DEBUG):
+        answers = worker.predict(rest({"image": photos[0]}), rest({"image": b"broken"}))
+    assert all(b"secret-key" not in answer.body for answer in answers)
+    assert "secret-key" not in caplog.text
+
+
+# --- attention, explanations, description
+
+
+def test_attention_has_one_map_a_token(worker, photos):
+    [answer] = worker.predict(
+        rest({"image": photos[0], "attention": b"true", "num_return_sequences": b"2"})
+    )
+    for caption in answer.json["captions"]:
+        attention = caption["attention"]
+        assert attention["grid"] == [4, 4]
+        assert len(attention["maps"]) == len(caption["tokens"])
+        assert all(len(row) == 16 for row in attention["maps"])
+        assert all(sum(row) == pytest.approx(1, abs=1e-5) for row in attention["maps"])
+
+
+def test_explanations_turn_attention_on(worker, photos):
+    [answer] = worker.predict(rest({"image": photos[0]}, explain="True"))
+    assert answer.headers["content-type"] == "application/json"
+    assert "attention" in answer.json["captions"][0]
+
+
+def test_explanations_as_a_picture_beside_others(worker, photos):
+    picture, plain, bad = worker.predict(
+        rest({"image": photos[0]}, explain="True", accept="image/png, */*"),
+        rest({"image": photos[0]}, accept="image/png"),
+        rest({"image": b"broken"}, explain="True", accept="image/png"),
+    )
+    assert picture.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(picture.body)).format == "PNG"
+    assert "caption" in plain.json
+    assert (bad.status, bad.headers["content-type"]) == (415, "application/json")
+
+
+def test_description_is_the_model_card(worker):
+    [answer] = worker.predict({"headers": rest({}, describe="True")["headers"], "parameters": []})
+    card = answer.json
+    assert card["model"]["precision"] == "fp32"
+    assert card["options"]["num_beams"] == {"default": 5, "range": "1 to 16"}
+    assert card["options"]["max_new_tokens"] == {"default": 9, "range": "1 to 9"}
+    assert all(set(option) == {"default", "range"} for option in card["options"].values())
+    assert "BLEU-4" in card["validation"]
+    assert card["preprocessing"]["image_size"] == 32
+
+
+def test_a_clients_describe_header_changes_nothing(worker, photos):
+    """BaseHandler would describe the model to the whole batch."""
+    first, second = worker.predict(
+        rest({"image": photos[0]}, describe="True"), rest({"image": photos[0]})
+    )
+    assert first.json["caption"] == second.json["caption"]
+
+
+# --- streams
+
+
+def test_a_stream_beside_other_requests(worker, captioner, photos):
+    answers = worker.predict(
+        rest({"image": photos[0]}),
+        rest({"image": photos[1], "stream": b"true", "num_beams": b"1"}),
+        rest({"image": b"broken"}),
+    )
+    expected = captioner.caption([photos[1]], num_beams=1)[0][0]
+    assert [json.loads(chunk.body) for chunk in worker.sent] == [
+        {"token": token} for token in expected.tokens
+    ]
+    assert all(chunk.request == "r1" and chunk.body.endswith(b"\n") for chunk in worker.sent)
+    assert {chunk.headers["ts_stream_next"] for chunk in worker.sent} == {"true"}
+    assert answers[1].headers["ts_stream_next"] == "false"
+    assert answers[1].json["caption"] == expected.text
+    assert "ts_stream_next" not in answers[0].headers
+    assert [answer.status for answer in answers] == [200, 200, 415]
+
+
+def test_a_sampled_stream_is_the_sampled_caption(worker, photos):
+    options = {"do_sample": b"true", "seed": b"7"}
+    [plain] = worker.predict(rest({"image": photos[0], **options}))
+    [answer] = worker.predict(rest({"image": photos[0], "stream": b"1", **options}))
+    assert answer.json == plain.json
+    tokens = [json.loads(chunk.body)["token"] for chunk in worker.sent]
+    assert tokens == plain.json["captions"][0]["tokens"]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        rest({"image": b"x", "stream": b"true"}),
+        rest({"image": b"x", "stream": b"true", "num_beams": b"2"}),
+        rest({"image": b"x", "stream": b"true", "num_beams": b"1"}, explain="True"),
+        by_grpc({"image": b"x", "stream": b"true", "num_beams": b"1"}),
+    ],
+)
+def test_streams_that_cannot_be(worker, request_):
+    [answer] = worker.predict(request_)
+    assert (answer.status, answer.json["type"]) == (400, "InvalidParameter")
+    assert "stream" in answer.json["message"]
+    assert worker.sent == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"image": b""}, {"image": b"x"}, {"x": b"1"}])
+def test_every_grpc_answer_ends_its_stream(worker, fields):
+    """StreamPredictions waits for more otherwise, until the worker is killed: an empty input, which
+    looks like a request without headers, did that."""
+    [answer] = worker.predict(by_grpc(fields))
+    assert answer.headers["ts_stream_next"] == "false"
+    assert answer.json["code"] in (400, 415)
+
+
+# --- defaults
+
+
+def load_with(folder: Path, tmp_path: Path, yaml_defaults: dict, checkpoint: dict) -> Worker:
+    """The model with other defaults in model-config.yaml and in the checkpoint."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            copy = tmp_path / file.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    settings_file = tmp_path / "handler/model-config.yaml"
+    settings = yaml.safe_load(settings_file.read_text())
+    settings["handler"]["decoding"] = yaml_defaults
+    settings_file.write_text(yaml.safe_dump(settings))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["decoding"] = checkpoint
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return Worker(tmp_path)
+
+
+def test_request_over_checkpoint_over_model_config_over_table(folder, tmp_path, photos):
+    settings = {"num_beams": 2, "num_return_sequences": 2}
+    worker = load_with(folder, tmp_path, settings, {"num_beams": 4})
+    [card] = worker.predict({"headers": rest({}, describe="True")["headers"], "parameters": []})
+    defaults = {name: option["default"] for name, option in card.json["options"].items()}
+    assert (defaults["num_beams"], defaults["num_return_sequences"]) == (4, 2)
+    assert defaults["length_penalty"] == 1.0
+    [answer] = worker.predict(rest({"image": photos[0], "num_return_sequences": b"3"}))
+    assert len(answer.json["captions"]) == 3
+    # A default of four beams is not the client's contradiction.
+    [sampled] = worker.predict(rest({"image": photos[0], "do_sample": b"true"}))
+    assert sampled.status == 200
+
+
+def test_a_bad_default_fails_at_the_start(folder, tmp_path):
+    with pytest.raises(ValueError, match="num_beams"):
+        load_with(folder, tmp_path, {"num_beams": 99}, {})
