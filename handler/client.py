@@ -403,8 +403,8 @@ def main() -> None:
         refused = caption_folder(ask, arguments.images, arguments.out, options)
         if refused:
             raise UserError(
-                f"{arguments.images}: {len(refused)} photos without a caption (listed above); repair "
-                "or remove them and run again"
+                f"{arguments.images}: {len(refused)} photos without a caption (listed above); "
+                "repair or remove them and run again"
             )
         return
     photo = read_file(arguments.image)
