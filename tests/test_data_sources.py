@@ -125,6 +125,41 @@ def test_own_photos(tmp_path: Path, name: str, text: str) -> None:
     assert source.photos[0].captions == ("A dog .", "A cat .") and source.image_root == tmp_path
 
 
+def test_own_photos_in_the_layouts_of_imagefolder(tmp_path: Path) -> None:
+    for folder, name in (("train", "a.jpg"), ("Validation", "b.jpg")):
+        (tmp_path / folder).mkdir()
+        line = json.dumps({"file_name": name, "text": "A dog ."})
+        (tmp_path / folder / "metadata.jsonl").write_text(line + "\n")
+    source = read_folder(tmp_path)
+    assert splits(source) == {"Validation/b.jpg": "val", "train/a.jpg": "train"}
+    made(tmp_path, metadata__csv="file_name,text\ntrain/a.jpg,A dog .\ntest/b.jpg,A cat .\n")
+    source = read_folder(tmp_path)
+    assert splits(source) == {"train/a.jpg": "train", "test/b.jpg": "test"}
+    assert source.splits == "by the folders' names"
+
+
+def test_own_photos_from_a_spreadsheet_beside_a_folder_of_images(tmp_path: Path) -> None:
+    made(
+        tmp_path, photos__csv='\ufeffimage;caption\r\na.jpg;"A dog, ""big""; red ."\r\nb.jpg;x\r\n'
+    )
+    assert read_folder(tmp_path).image_root == tmp_path
+    (tmp_path / "images" / "b.jpg").touch()
+    source = read_folder(tmp_path)
+    assert source.photos[0].captions == ('A dog, "big"; red .',)
+    assert source.image_root == tmp_path / "images" and source.splits == HASHED
+
+
+def test_the_folder_that_holds_photos_is_found(tmp_path: Path) -> None:
+    made(tmp_path, captions__txt="image,caption\na.jpg,A dog .\n")
+    nested = tmp_path / "Flickr8k_Dataset" / "Flicker8k_Dataset"
+    nested.mkdir(parents=True)
+    (nested / "a.jpg").touch()
+    assert read_flickr8k(tmp_path).image_root == nested
+    (tmp_path / "a.JPG").touch()
+    (nested / "a.jpg").unlink()
+    assert read_flickr8k(tmp_path).image_root == tmp_path
+
+
 def test_hashed_splits_stay_when_photos_are_added() -> None:
     few, many = (split_by_hash(str(n) for n in range(count)) for count in (1000, 2000))
     assert sum(few[key] != many[key] for key in few) <= 2
@@ -155,6 +190,10 @@ def test_hashed_splits_stay_when_photos_are_added() -> None:
         (read_folder, {"captions__jsonl": '{"image": "a", "text": 3}'}, "field 'text'"),
         (read_folder, {"captions__csv": "image,text,split\na,x,train\na,y,val"}, "field 'split'"),
         (read_folder, {"captions__csv": "image,text\n../../a.jpg,x"}, "inside"),
+        (read_folder, {"captions__csv": "image,text,text\na.jpg,x,y"}, "more than once"),
+        (read_folder, {"captions__csv": "image,text\n,x"}, "line 2: the photo's name is empty"),
+        (read_folder, {"captions__jsonl": '{"image": "a", "text": "\\ud800"}'}, "surrogate"),
+        (read_flickr8k, {"dataset_flickr8k__json": karpathy(filename="\ud800")}, "surrogate"),
     ],
 )
 def test_damage_is_named(

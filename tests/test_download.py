@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from handler.errors import UserError
+from training import prepare
 from training.data import download
 from training.data.download import download_flickr8k, fetch, unpack
 from training.data.flickr import read_flickr8k
+from training.data.manifest import read_manifest
 
 BODY = bytes(range(256)) * 4000
 
@@ -145,9 +149,9 @@ def test_no_server_and_no_url_are_one_error(tmp_path: Path, mirror: Mirror) -> N
         fetch("nonsense", tmp_path / "file.zip")
 
 
-def zipped(files: dict[str, bytes]) -> bytes:
+def zipped(files: dict[str, bytes], packing: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", packing) as archive:
         for name, content in files.items():
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -180,3 +184,39 @@ def test_a_damaged_zip_is_refused(tmp_path: Path, content: bytes, said: str) -> 
     with pytest.raises(UserError, match=said):
         unpack(tmp_path / "file.zip", tmp_path / "out")
     assert not (tmp_path / "out.txt").exists()
+
+
+def test_whatever_byte_is_wrong_the_zip_is_refused_or_whole(tmp_path: Path) -> None:
+    """A broken deflate stream raises zlib.error, a set encryption flag RuntimeError."""
+    content = BODY[:600]
+    good = zipped({"a.txt": content}, zipfile.ZIP_DEFLATED)
+    refused = 0
+    for position in range(len(good)):
+        data = bytearray(good)
+        data[position] ^= 0xFF
+        (tmp_path / "file.zip").write_bytes(data)
+        try:
+            unpack(tmp_path / "file.zip", tmp_path / str(position))
+        except UserError as error:
+            assert "file.zip" in str(error)
+            refused += 1
+    assert refused > len(good) / 2
+
+
+def test_a_mirror_is_one_option_away(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = io.BytesIO()
+    Image.new("RGB", (9, 7)).save(photo, "JPEG")
+    mirror.files = {
+        "Flickr8k_Dataset.zip": zipped({"Flicker8k_Dataset/a.jpg": photo.getvalue()}),
+        "Flickr8k_text.zip": zipped(
+            {"Flickr8k.token.txt": b"a.jpg#0\tA dog .\n", "Flickr_8k.trainImages.txt": b"a.jpg\n"}
+        ),
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare", "--data", "flickr8k", "--mirror", mirror.url])
+    prepare.main()
+    manifest = read_manifest(tmp_path / "build" / "data" / "flickr8k")
+    assert [row.captions for row in manifest.split("train")] == [("A dog .",)]
+    assert manifest.path(manifest.rows[0]).is_file()

@@ -1,5 +1,6 @@
 """`python -m training.prepare` from raw files to a manifest, and each fault it may meet."""
 
+import csv
 import json
 import shutil
 import sys
@@ -11,6 +12,8 @@ from PIL import Image
 
 from handler.errors import run_command
 from training import prepare
+from training.data import scenes
+from training.data.flickr import KNOWN_DEFECT, read_flickr8k
 from training.data.manifest import read_manifest
 
 SHARED = Path(__file__).parents[2] / "shared" / "flickr8k"
@@ -83,7 +86,7 @@ def test_a_fault_is_named_and_passes_only_below_the_limit(
     capsys.readouterr()
     assert run(monkeypatch, *arguments) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ") and "1 faults" in said and "a.png" in said
+    assert said.startswith("error: ") and "1 fault (a.png" in said and "a.png" in said
     assert [path.read_bytes() for path in sorted(out.iterdir())] == before
 
     assert run(monkeypatch, *arguments, "--max-skipped", 1) == 0
@@ -109,7 +112,13 @@ def test_photos_in_no_split_are_counted(
         ("--data", "coco"),
         ("--data", "folder", "--source", "does/not/exist"),
         ("--data", "folder", "--source", ".", "--max-skipped", "-1"),
+        ("--data", "folder", "--source", ".", "--max-skipped", "1.5"),
+        ("--data", "folder", "--source", ".", "--max-skipped", "200%"),
+        ("--data", "folder", "--source", ".", "--max-skipped", "nan"),
+        ("--data", "folder", "--source", ".", "--max-skipped", "few"),
+        ("--data", "folder", "--source", ".", "--name", "../photos"),
         ("--data", "scenes", "--source", "."),
+        ("--data", "scenes", "--name", "mine"),
     ],
 )
 def test_wrong_arguments_are_one_line(
@@ -118,6 +127,186 @@ def test_wrong_arguments_are_one_line(
     assert run(monkeypatch, *arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"), [("0", 0), ("3", 3), ("0.01", 0.01), ("1%", 0.01), ("100%", 1.0)]
+)
+def test_limits(text: str, allowed: int | float) -> None:
+    assert prepare.limit(text) == allowed and type(prepare.limit(text)) is type(allowed)
+
+
+def test_several_faults_are_all_named(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with open(photos / "captions.csv", "a", newline="") as file:
+        csv.writer(file).writerows([[], *([f"gone{n}.jpg", "A cat .", "val"] for n in range(30))])
+    arguments = ("--data", "folder", "--source", photos, "--out", tmp_path / "out")
+    assert run(monkeypatch, *arguments, "--max-skipped", "90%") == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "30 faults" in said.err and "gone0.jpg" in said.err
+    assert all(f"gone{n}.jpg: photo is missing" in said.out for n in range(30))
+    assert not (tmp_path / "out").exists()
+
+    assert run(monkeypatch, *arguments, "--max-skipped", "91%") == 0
+    dataset = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert len(dataset["skipped"]) == 30 and dataset["counts"] == {"train": 2, "val": 1}
+    assert "30 skipped" in capsys.readouterr().out
+
+
+def test_suffixes_in_capitals_links_and_photos_without_captions(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (photos / "a.png").rename(photos / "a.PNG")
+    (photos / "b.png").rename(tmp_path / "elsewhere")
+    (photos / "b.png").symlink_to(tmp_path / "elsewhere")
+    shutil.copyfile(photos / "c.png", photos / "d.jpeg")
+    (photos / "notes.txt").write_text("no photo")
+    out = tmp_path / "out"
+    assert run(monkeypatch, "--data", "folder", "--source", photos, "--out", out) == 0
+    manifest = read_manifest(out)
+    assert [(row.id, row.image) for row in manifest.rows][0] == ("a.png", "a.PNG")
+    assert all(manifest.path(row).is_file() for row in manifest.rows)
+    assert json.loads((out / "dataset.json").read_text())["uncaptioned"] == 1
+    assert "1 without captions" in capsys.readouterr().out
+
+
+def test_one_file_under_two_names_is_a_fault(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with open(photos / "captions.csv", "a") as file:
+        file.write("\na.PNG,Red again .,val\n")
+    out = tmp_path / "out"
+    assert run(monkeypatch, "--data", "folder", "--source", photos, "--out", out) == 2
+    assert "a.PNG: the same file as a.png" in capsys.readouterr().err
+
+
+def test_a_caption_given_twice_stays_and_is_counted(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(photos / "captions.csv", "a") as file:
+        file.write("\na.png, Red  .,train\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "--data", "folder", "--source", photos, "--name", "holiday") == 0
+    manifest = read_manifest(tmp_path / "build" / "data" / "holiday")
+    assert manifest.name == "holiday"
+    assert manifest.rows[0].captions == ("A red photo .", "Red .", "Red .")
+    dataset = json.loads((tmp_path / "build/data/holiday/dataset.json").read_text())
+    assert (dataset["captions"], dataset["repeated_captions"]) == (7, 1)
+
+
+def test_wrong_folders_are_one_line_and_change_nothing(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(path.name for path in photos.iterdir())
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    shutil.copyfile(photos / "captions.csv", tmp_path / "empty" / "captions.csv")
+    for source, out, said in (
+        (photos, photos, "--out must not be the source"),
+        (photos, tmp_path / "file", "name a folder that can be written"),
+        (tmp_path / "empty", tmp_path / "out", "none of the 3 photos"),
+    ):
+        assert run(monkeypatch, "--data", "folder", "--source", source, "--out", out) == 2
+        assert said in capsys.readouterr().err
+    assert run(monkeypatch, "--data", "scenes", "--out", tmp_path / "file") == 2
+    assert "name a folder that can be written" in capsys.readouterr().err
+    assert sorted(path.name for path in photos.iterdir()) == before
+
+
+def test_an_interrupted_run_leaves_the_earlier_dataset(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(scenes.PRESETS, "scenes", scenes.Preset(train=3, val=2))
+    drawn, own = tmp_path / "drawn", tmp_path / "own"
+    runs = (
+        ("--data", "scenes", "--out", drawn),
+        ("--data", "folder", "--source", photos, "--out", own),
+    )
+    assert [run(monkeypatch, *arguments) for arguments in runs] == [0, 0]
+    assert {row.split for row in read_manifest(drawn).rows} == {"train", "val"}
+    before = contents(drawn), contents(own)
+    monkeypatch.setattr(scenes, "write_manifest", interrupt)
+    monkeypatch.setattr(prepare, "decode", interrupt)
+    assert [run(monkeypatch, *arguments) for arguments in runs] == [130, 130]
+    assert (contents(drawn), contents(own)) == before
+    assert sorted(path.name for path in drawn.iterdir()) == [
+        "captions.jsonl", "dataset.json", "images",
+    ]  # fmt: skip
+
+
+def _flickr8k(folder: Path) -> dict[str, str]:
+    (folder / "Flickr8k_text").mkdir()
+    lines = [f"{name}.jpg#{n}\tA photo ." for name in "abc" for n in range(5)]
+    lines += [f"{KNOWN_DEFECT}#0\tA hole ."]
+    (folder / "Flickr8k_text" / "Flickr8k.token.txt").write_text("\n".join(lines))
+    (folder / "Flickr8k_text" / "Flickr_8k.trainImages.txt").write_text("a.jpg\n")
+    (folder / "Flickr8k_text" / "Flickr_8k.devImages.txt").write_text("b.jpg\n")
+    return {name: f"Flicker8k_Dataset/{name}.jpg" for name in "abc"}
+
+
+def _flickr30k(folder: Path) -> dict[str, str]:
+    images = [
+        {"filename": f"{name}.jpg", "split": split, "sentences": [{"raw": "A photo ."}]}
+        for name, split in (("a", "train"), ("b", "val"))
+    ]
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    return {name: f"flickr30k_images/flickr30k_images/{name}.jpg" for name in "ab"}
+
+
+def _coco(folder: Path) -> dict[str, str]:
+    (folder / "annotations").mkdir()
+    for number, split in enumerate(("train", "val")):
+        record = {
+            "images": [{"id": number, "file_name": f"{split}.jpg"}],
+            "annotations": [{"image_id": number, "caption": "A photo ."}],
+        }
+        path = folder / "annotations" / f"captions_{split}2017.json"
+        path.write_text(json.dumps(record))
+    return {"a": "train2017/train.jpg", "b": "val2017/val.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "lay_out"), [("flickr8k", _flickr8k), ("flickr30k", _flickr30k), ("coco", _coco)]
+)
+def test_published_layouts_from_end_to_end(
+    kind: str,
+    lay_out: Callable[[Path], dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = tmp_path / "raw", tmp_path / "out"
+    source.mkdir()
+    files = lay_out(source)
+    for file in files.values():
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7), "blue").save(source / file)
+    assert run(monkeypatch, "--data", kind, "--source", source, "--out", out) == 0
+    manifest = read_manifest(out)
+    assert [manifest.path(row) for row in manifest.rows] == [source / files[key] for key in "ab"]
+    assert [row.split for row in manifest.rows] == ["train", "val"]
+    dataset = json.loads((out / "dataset.json").read_text())
+    assert dataset["unused"] == (1 if kind == "flickr8k" else 0) and dataset["uncaptioned"] == 0
+    defects = [KNOWN_DEFECT] if kind == "flickr8k" else []
+    assert [entry["image"] for entry in dataset["skipped"]] == defects
 
 
 def test_flickr8k_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,3 +324,15 @@ def test_flickr8k_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run(monkeypatch, "--data", "flickr8k", "--source", source, "--out", out) == 0
     rows = read_manifest(out).split("val")
     assert [row.id for row in rows] == names and all(len(row.captions) == 5 for row in rows)
+
+
+def test_flickr8k_in_full() -> None:
+    if not SHARED.is_dir():
+        pytest.skip("../shared/flickr8k is not there")
+    source = read_flickr8k(SHARED)
+    assert [sum(photo.split == name for photo in source.photos) for name in ("train", "val")] == [
+        6000,
+        1000,
+    ]
+    assert all(len(photo.captions) == 5 for photo in source.photos) and not source.faults
+    assert len(prepare.find_photos(source)[0]) == 7000

@@ -7,9 +7,11 @@ skipped only up to `--max-skipped`, and otherwise nothing is written.
 
 import argparse
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
@@ -19,8 +21,15 @@ from training.data import download
 from training.data.coco import read_coco
 from training.data.flickr import read_flickr8k, read_flickr30k
 from training.data.folder import read_folder
-from training.data.manifest import Row, count_splits, write_manifest
-from training.data.source import Source
+from training.data.manifest import (
+    CAPTIONS_FILE,
+    DATASET_FILE,
+    Row,
+    count_splits,
+    read_manifest,
+    write_manifest,
+)
+from training.data.source import PHOTO_SUFFIXES, Photo, Source
 
 READERS: dict[str, Callable[[Path], Source]] = {
     "flickr8k": read_flickr8k,
@@ -29,16 +38,46 @@ READERS: dict[str, Callable[[Path], Source]] = {
     "folder": read_folder,
 }
 DRAWN = ("scenes", "scenes_full")
+DATASETS = Path("build/data")
 DOWNLOADS = Path("build/downloads")
 FAULTS_SHOWN = 20
+FAULTS_IN_ERROR = 5
 
 
-def find_fault(path: Path) -> str | None:
+def find_photos(source: Source) -> tuple[dict[str, str], int]:
+    """The file of every photo that has one, by the name that its captions use, and how many photo
+    files in the same folders have no captions.
+
+    The two names differ at most in the case of the suffix: cameras write `.JPG`.
+    """
+    folders = {PurePosixPath(photo.image).parent for photo in source.photos}
+    there: dict[PurePosixPath, PurePosixPath] = {}
+    for folder in folders:
+        if os.path.isdir(source.image_root / folder):
+            for name in sorted(os.listdir(source.image_root / folder)):
+                there[folder / name] = folder / name
+    # The exact name wins.
+    lowered = {path.with_suffix(path.suffix.lower()): path for path in there}
+    found = {}
+    for photo in source.photos:
+        path = PurePosixPath(photo.image)
+        file = there.get(path) or lowered.get(path.with_suffix(path.suffix.lower()))
+        if file is not None:
+            found[photo.image] = file.as_posix()
+    captioned = set(found.values())
+    uncaptioned = sum(
+        path.suffix.lower() in PHOTO_SUFFIXES and path.as_posix() not in captioned for path in there
+    )
+    return found, uncaptioned
+
+
+def find_fault(path: Path | None) -> str | None:
     """Why a photo cannot be used, or None."""
+    # isfile is False, too, for what would never end (a pipe) and for links that lead nowhere.
+    if path is None or not os.path.isfile(path):
+        return "photo is missing"
     try:
         decode(path.read_bytes())
-    except FileNotFoundError:
-        return "photo is missing"
     except OSError as error:
         return f"photo cannot be read ({error.strerror})"
     except InvalidImage as error:
@@ -46,72 +85,139 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def check_photos(source: Source) -> tuple[list[Row], list[dict[str, str]], int]:
-    """Opens every photo. Returns the rows that can be used, with captions whose blanks are single,
-    what was left out and why, and how many photos belong to no split."""
+def check_photos(source: Source, found: dict[str, str]) -> tuple[list[Row], list[dict[str, str]]]:
+    """Opens every photo that a split uses. Returns the rows that can be used, with captions whose
+    blanks are single, and what was left out and why."""
     skipped = [{"image": name, "reason": reason} for name, reason in source.faults]
-    used = [photo for photo in source.photos if photo.split is not None]
-    unused = [photo for photo in source.photos if photo.split is None]
-    for photo in unused:
-        if not (source.image_root / photo.image).is_file():
-            skipped.append({"image": photo.image, "reason": "photo is missing"})
+
+    def fault_of(photo: Photo) -> str | None:
+        file = found.get(photo.image)
+        if photo.split is None:
+            return None if file else "photo is missing"
+        return find_fault(source.image_root / file if file else None)
 
     rows = []
-    paths = [source.image_root / photo.image for photo in used]
+    owner: dict[str, str] = {}
     # Threads, for Pillow lets go of the interpreter's lock while it decodes.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults: Iterable[str | None] = pool.map(find_fault, paths)
-        faults = tqdm(faults, total=len(paths), desc="photos", unit="photo", disable=None)
-        for photo, fault in zip(used, faults, strict=True):
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        faults: Iterable[str | None] = pool.map(fault_of, source.photos)
+        faults = tqdm(faults, total=len(source.photos), desc="photos", unit="photo", disable=None)
+        for photo, fault in zip(source.photos, faults, strict=True):
             captions = [" ".join(caption.split()) for caption in photo.captions]
             kept = tuple(caption for caption in captions if caption)
             reasons = [f"caption {n} is empty" for n, text in enumerate(captions, 1) if not text]
             if fault is None and not captions:
                 fault = "photo has no caption"
+            if fault is None and owner.setdefault(found[photo.image], photo.id) != photo.id:
+                fault = f"the same file as {owner[found[photo.image]]}"
             if fault is not None:
                 reasons = [fault, *reasons]
-            elif kept:
-                assert photo.split is not None
-                rows.append(Row(photo.id, photo.image, kept, photo.split))
-            skipped += [{"image": photo.image, "reason": reason} for reason in reasons]
-    return rows, skipped, len(unused)
+            elif kept and photo.split is not None:
+                rows.append(Row(photo.id, found[photo.image], kept, photo.split))
+            if fault is not None or photo.split is not None:
+                skipped += [{"image": photo.image, "reason": reason} for reason in reasons]
+    finally:
+        # Otherwise Ctrl-C would wait for all the photos that are still to come.
+        pool.shutdown(cancel_futures=True)
+    return rows, skipped
 
 
-def prepare(name: str, folder: Path, out: Path, max_skipped: int) -> None:
-    """Writes the dataset `name`, whose raw files lie in `folder`, into the folder `out`.
+def prepare(kind: str, name: str, folder: Path, out: Path, max_skipped: int | float) -> None:
+    """Writes the raw files in `folder`, laid out as `kind`, as the dataset `name` into `out`.
 
-    Raises UserError, leaving an earlier manifest as it was, where the source is damaged or has
-    more than `max_skipped` faults.
+    max_skipped: how many faults pass (int), or their share of the photos (float). Raises
+    UserError, leaving an earlier manifest as it was, where the source is damaged or has more.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; SOURCE must name the one with the raw files")
-    source = READERS[name](folder)
-    rows, skipped, unused = check_photos(source)
-    for entry in skipped[:FAULTS_SHOWN]:
-        print(f"  {entry['image']}: {entry['reason']}")
-    if len(skipped) > FAULTS_SHOWN:
-        print(f"  and {len(skipped) - FAULTS_SHOWN} more")
-    if len(skipped) > max_skipped:
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out}: --out must not be the source itself, whose files it might replace")
+    source = READERS[kind](folder)
+    photos = len(source.photos)
+    found, uncaptioned = find_photos(source)
+    if not photos:
+        raise UserError(f"{folder}: its captions name no photo at all")
+    if not found:
         raise UserError(
-            f"{folder}: {len(skipped)} faults, the first in {skipped[0]['image']}: "
-            f"{skipped[0]['reason']}; mend them, or let them pass with --max-skipped {len(skipped)}"
+            f"{source.image_root}: none of the {photos} photos that have captions lies there "
+            f"(the first is {source.photos[0].image}); put them there"
+        )
+    rows, skipped = check_photos(source, found)
+    most = max_skipped if isinstance(max_skipped, int) else max_skipped * photos
+    passes = len(skipped) <= most
+    shown = FAULTS_SHOWN if passes else len(skipped)
+    for entry in skipped[:shown]:
+        print(f"  {entry['image']}: {entry['reason']}")
+    if len(skipped) > shown:
+        print(f"  and {len(skipped) - shown} more, listed in {out / DATASET_FILE}")
+    if not passes:
+        first = [f"{entry['image']}: {entry['reason']}" for entry in skipped[:FAULTS_IN_ERROR]]
+        rest = len(skipped) - len(first)
+        raise UserError(
+            f"{folder}: {len(skipped)} fault{'s' if len(skipped) > 1 else ''} ("
+            + "; ".join([*first, *([f"and {rest} more"] if rest else [])])
+            + f"); mend them, or let them pass with --max-skipped {len(skipped)} "
+            f'(make: DATA_ARGS="--max-skipped {len(skipped)}")'
         )
     known = [{"image": image, "reason": reason} for image, reason in source.known]
-    notes = {"splits": source.splits, "unused": unused}
+    unused = sum(photo.split is None for photo in source.photos)
+    captions = Counter((row.id, caption) for row in rows for caption in row.captions)
+    notes = {
+        "splits": source.splits,
+        "captions": captions.total(),
+        "repeated_captions": captions.total() - len(captions),
+        "unused": unused,
+        "uncaptioned": uncaptioned,
+    }
     write_manifest(out, name, rows, source.image_root, [*skipped, *known], notes)
-    counts = ", ".join(f"{count} {split}" for split, count in count_splits(rows).items())
-    captions = sum(len(row.captions) for row in rows)
     print(
-        f"{out}: {counts} (splits {source.splits}); {captions} captions; "
-        f"{len(skipped) + len(known)} skipped; {unused} photos in no split"
+        f"{summary(out)} (splits {source.splits}); {len(skipped) + len(known)} skipped; "
+        f"{unused} photos in no split; {uncaptioned} without captions"
     )
 
 
-def count(text: str) -> int:
-    """argparse type: a whole number, not negative."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
+def draw(preset: str, out: Path) -> None:
+    """Draws the scenes of a preset into `out`; an earlier dataset there stays until all are drawn.
+
+    Raises UserError for a folder that cannot be written.
+    """
+    # Imported here, so that the other sources do without the drawing.
+    from training.data import scenes
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".drawing-") as beside:
+            scenes.generate(Path(beside), preset)
+            (out / "images").mkdir(exist_ok=True)
+            # Cut off between two of these moves, there must be no manifest of other pictures.
+            (out / CAPTIONS_FILE).unlink(missing_ok=True)
+            for image in sorted(Path(beside, "images").iterdir()):
+                os.replace(image, out / "images" / image.name)
+            for file in (DATASET_FILE, CAPTIONS_FILE):
+                os.replace(Path(beside, file), out / file)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; name a folder that can be written") from None
+    print(summary(out))
+
+
+def summary(out: Path) -> str:
+    """Where a dataset lies, its photos a split, and its captions."""
+    rows = read_manifest(out).rows
+    counts = ", ".join(f"{count} {split}" for split, count in count_splits(rows).items())
+    return f"{out}: {counts}; {sum(len(row.captions) for row in rows)} captions"
+
+
+def limit(text: str) -> int | float:
+    """argparse type: a whole number, or a share such as `1%` or `0.01`."""
+    try:
+        number = float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        number = float(text)
+        if number >= 1:
+            raise argparse.ArgumentTypeError("must be a whole number or a share below 1") from None
+    if not 0 <= number < float("inf") or (text.endswith("%") and number > 1):
+        raise argparse.ArgumentTypeError("must be at least 0, and a share at most 100 %")
     return number
 
 
@@ -119,27 +225,34 @@ def main() -> None:
     parser = ArgumentParser(prog="training.prepare", description=__doc__)
     parser.add_argument("--data", default="scenes", choices=(*DRAWN, *READERS))
     parser.add_argument("--source", type=Path, help="folder where the raw files lie")
-    parser.add_argument("--out", type=Path, help="default build/data/NAME")
-    parser.add_argument("--max-skipped", type=count, default=0, help="faults that are let pass")
+    parser.add_argument("--name", help="what the dataset is called, default as --data")
+    parser.add_argument("--out", type=Path, help=f"default {DATASETS}/NAME")
+    parser.add_argument(
+        "--max-skipped",
+        type=limit,
+        default=0,
+        metavar="N",
+        help="faults that are let pass: a number, or a share of the photos such as 1%%",
+    )
     parser.add_argument(
         "--mirror", default=download.MIRROR, help="where flickr8k is loaded from without --source"
     )
     arguments = parser.parse_args()
-    name, folder = arguments.data, arguments.source
-    out = arguments.out or Path("build/data") / name
-    if name in DRAWN:
-        if folder is not None:
-            raise UserError(f"--source does not belong to --data {name}, which is drawn here")
-        # Imported here, so that the other sources do without the drawing.
-        from training.data import scenes
-
-        scenes.generate(out, name)
+    kind, folder = arguments.data, arguments.source
+    name = kind if arguments.name is None else arguments.name
+    if not name.strip() or name in (".", "..") or set(name) & {"/", "\0"}:
+        raise UserError(f"--name must be the name of a folder, not {name!r}")
+    out = arguments.out or DATASETS / name
+    if kind in DRAWN:
+        if folder is not None or arguments.name is not None:
+            raise UserError(f"--source and --name do not belong to --data {kind}, drawn here")
+        draw(kind, out)
         return
-    if folder is None and name == "flickr8k":
+    if folder is None and kind == "flickr8k":
         folder = download.download_flickr8k(DOWNLOADS, arguments.mirror)
     if folder is None:
-        raise UserError(f"{name} is not loaded from anywhere; say SOURCE=DIR (--source DIR)")
-    prepare(name, folder, out, arguments.max_skipped)
+        raise UserError(f"{kind} is not loaded from anywhere; say SOURCE=DIR (--source DIR)")
+    prepare(kind, name, folder, out, arguments.max_skipped)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """COCO captions (Chen et al. 2015): `captions_{train,val}{2014,2017}.json`, in the source's folder
-or in its `annotations/`, with the photos in `train2014/` and so on, there or below `images/`.
+or in its `annotations/`, with the photos in `train2014/` and so on, there or below `images/`. Of
+both years 2017 is read: the same photos, divided anew.
 
 With Karpathy's `dataset_coco.json` beside them, its captions and splits are used, since published
 numbers are measured on them. COCO's own test captions are not public, so there is no test split.
@@ -11,7 +12,6 @@ from handler.errors import UserError
 from training.data.karpathy import read_karpathy
 from training.data.source import Photo, Source, image_name, parse_json, read_text, take
 
-# 2017 is the same photos divided anew; where somebody has both years, the newer is read.
 YEARS = ("2017", "2014")
 
 

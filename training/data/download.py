@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import requests
@@ -148,7 +149,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+    # RuntimeError: an entry that claims to be encrypted or packed in a way unknown.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{archive}: damaged zip ({error}); remove it and run again") from None
     except OSError as error:
         raise UserError(f"{archive}: cannot be unpacked: {error.strerror or error}") from None

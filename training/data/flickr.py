@@ -5,8 +5,9 @@ that people have:
 - Karpathy's `dataset_flickr8k.json` or `dataset_flickr30k.json`,
 - Kaggle's: `captions.txt` (CSV with a header) or Flickr30k's `results.csv` (divided by `|`).
 
-Flickr8k's official lists `Flickr_8k.*Images.txt` make the splits wherever they lie beside, its dev
-list being called `val`. Where nothing tells the splits, a hash of the photo's name does.
+The files lie in the source's folder or in one below it, such as `Flickr8k_text/`. Flickr8k's
+official lists `Flickr_8k.*Images.txt` make the splits wherever they are found, its dev list being
+called `val`. Where nothing tells the splits, a hash of the photo's name does.
 """
 
 import re
@@ -19,6 +20,7 @@ from training.data.source import (
     HASHED,
     Photo,
     Source,
+    find_file,
     find_folder,
     image_name,
     read_csv,
@@ -53,8 +55,10 @@ def read_flickr30k(source: Path) -> Source:
 
 def _read(source: Path, name: str) -> Source:
     image_root = find_folder(source, IMAGE_FOLDERS[name])
-    token_file, karpathy_file = source / TOKEN_FILES[name], source / f"dataset_{name}.json"
-    lists = {split: source / file for split, file in SPLIT_LISTS.items() if name == "flickr8k"}
+    token_file = find_file(source, TOKEN_FILES[name])
+    karpathy_file = find_file(source, f"dataset_{name}.json")
+    official = SPLIT_LISTS if name == "flickr8k" else {}
+    lists = {split: find_file(source, file) for split, file in official.items()}
     lists = {split: path for split, path in lists.items() if path.is_file()}
     if karpathy_file.is_file() and not (token_file.is_file() and lists):
         return read_karpathy(karpathy_file, image_root)
@@ -62,9 +66,10 @@ def _read(source: Path, name: str) -> Source:
     for photo, caption in _captions(source, name):
         captions.setdefault(photo, []).append(caption)
 
-    known = [(KNOWN_DEFECT, "caption of a photo that was never published")]
-    if captions.pop(KNOWN_DEFECT, None) is None or (image_root / KNOWN_DEFECT).exists():
-        known = []
+    known = []
+    if KNOWN_DEFECT in captions and not (image_root / KNOWN_DEFECT).exists():
+        del captions[KNOWN_DEFECT]
+        known = [(KNOWN_DEFECT, "caption of a photo that was never published")]
     if not lists:
         hashed = split_by_hash(captions)
         photos = [Photo(key, key, tuple(texts), hashed[key]) for key, texts in captions.items()]
@@ -86,13 +91,12 @@ def _read(source: Path, name: str) -> Source:
 
 
 def _captions(source: Path, name: str) -> Iterator[tuple[str, str]]:
-    token_file = source / TOKEN_FILES[name]
+    token_file = find_file(source, TOKEN_FILES[name])
     if token_file.is_file():
         return _read_tokens(token_file)
-    for file in KAGGLE_FILES[name]:
-        if (source / file).is_file():
-            bars = file == "results.csv"
-            return _read_bars(source / file) if bars else _read_kaggle(source / file)
+    for path in (find_file(source, file) for file in KAGGLE_FILES[name]):
+        if path.is_file():
+            return _read_bars(path) if path.name == "results.csv" else _read_kaggle(path)
     files = (TOKEN_FILES[name], f"dataset_{name}.json", *KAGGLE_FILES[name])
     raise UserError(f"{source}: no captions there; it must hold one of {', '.join(files)}")
 

@@ -1,20 +1,27 @@
-"""The user's own photographs: a folder with one CSV or JSONL file of captions.
+"""The user's own photographs: a folder with a CSV or JSONL file of captions.
 
 Columns or fields: the photo (`file_name`, as in Hugging Face's imagefolder, or `image`,
 `filename`), the caption (`caption` or `text`; in JSONL a list `captions` too) and, if wanted,
-`split`. A photo may stand in several rows, one caption each. Without a split column, a hash of the
-photo's name makes the splits; with one, a photo whose split is empty is not used.
+`split`. A photo may stand in several rows, one caption each. Photos are named relative to the file
+of captions, or to `images/` beside it.
+
+Splits come from the column; a photo whose split is empty there is not used. Without the column
+they come from folders named `train`, `validation`, `test` and the like, as imagefolder has them
+(one file of captions above, or one in each); otherwise from a hash of the photo's name.
 """
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from handler.errors import UserError
 from training.data.source import (
     HASHED,
+    SPLIT_NAMES,
     Photo,
     Source,
+    check_unicode,
     image_name,
     parse_json,
     read_csv,
@@ -23,7 +30,8 @@ from training.data.source import (
     split_name,
 )
 
-CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "captions.jsonl", "captions.csv")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+CAPTION_FILES = (*METADATA_FILES, "captions.jsonl", "captions.csv")
 IMAGE_FIELDS = ("file_name", "image", "filename")
 CAPTION_FIELDS = ("caption", "text", "captions")
 
@@ -34,36 +42,54 @@ def read_folder(source: Path) -> Source:
     captions: dict[str, list[str]] = {}
     split_of: dict[str, str | None] = {}
     has_splits = False
-    for where, record in _records(_caption_file(source)):
-        image = image_name(_text(record, _field(record, IMAGE_FIELDS, where), where), where)
-        field = _field(record, CAPTION_FIELDS, where)
-        if isinstance(record[field], list):
-            texts = [_text({field: text}, field, where) for text in record[field]]
-        else:
-            texts = [_text(record, field, where)]
-        has_splits = has_splits or "split" in record
-        split = split_name(_text(record, "split", where), where) if record.get("split") else None
-        if split_of.setdefault(image, split) != split:
-            raise UserError(
-                f"{where}: field 'split' puts {image} into {split}, "
-                f"an earlier line into {split_of[image]}"
-            )
-        captions.setdefault(image, []).extend(texts)
-    splits = split_of if has_splits else split_by_hash(captions)
-    photos = [Photo(image, image, tuple(captions[image]), splits[image]) for image in captions]
-    return Source(source, photos, splits="by the column 'split'" if has_splits else HASHED)
+    for path in _caption_files(source):
+        below = path.parent.relative_to(source)
+        for where, record in _records(path):
+            name = image_name(_text(record, _field(record, IMAGE_FIELDS, where), where), where)
+            image = (below / name).as_posix()
+            has_splits = has_splits or "split" in record
+            named = _text(record, "split", where) if record.get("split") else ""
+            split = split_name(named, where)
+            if split_of.setdefault(image, split) != split:
+                raise UserError(
+                    f"{where}: field 'split' puts {image} into {split}, "
+                    f"an earlier line into {split_of[image]}"
+                )
+            captions.setdefault(image, []).extend(_captions(record, where))
+
+    how = "by the column 'split'"
+    if not has_splits:
+        outermost = {image: PurePosixPath(image).parts[0].lower() for image in captions}
+        in_folders = set(outermost.values()) <= SPLIT_NAMES.keys()
+        how = "by the folders' names" if in_folders else HASHED
+        split_of.update(
+            {image: SPLIT_NAMES[folder] for image, folder in outermost.items()}
+            if in_folders
+            else split_by_hash(captions)
+        )
+    photos = [Photo(image, image, tuple(captions[image]), split_of[image]) for image in captions]
+    roots = (source, source / "images")
+    there = (root for root in roots if any(os.path.isfile(root / image) for image in captions))
+    return Source(next(there, source), photos, splits=how)
 
 
-def _caption_file(source: Path) -> Path:
+def _caption_files(source: Path) -> list[Path]:
     named = [source / name for name in CAPTION_FILES if (source / name).is_file()]
     files = named or sorted([*source.glob("*.jsonl"), *source.glob("*.csv")])
-    if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "none"
+    if not files:
+        files = [
+            folder / name
+            for folder in sorted(source.iterdir())
+            for name in METADATA_FILES
+            if folder.name.lower() in SPLIT_NAMES and (folder / name).is_file()
+        ]
+    if len({path.parent for path in files}) < max(1, len(files)):
+        found = ", ".join(path.relative_to(source).as_posix() for path in files) or "none"
         raise UserError(
             f"{source}: must hold one file of captions, such as metadata.jsonl or captions.csv; "
             f"found: {found}"
         )
-    return files[0]
+    return files
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -72,6 +98,13 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         for where, line in read_lines(path):
             yield where, parse_json(line, where)
+
+
+def _captions(record: dict[str, Any], where: str) -> list[str]:
+    """The captions of one row; null, which exports write for a missing one, is an empty one."""
+    field = _field(record, CAPTION_FIELDS, where)
+    values = record[field] if isinstance(record[field], list) else [record[field]]
+    return ["" if value is None else _text({field: value}, field, where) for value in values]
 
 
 def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
@@ -85,4 +118,5 @@ def _text(record: dict[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise UserError(f"{where}: field '{field}' must be a text")
+    check_unicode(value, f"{where}: field '{field}'")
     return value

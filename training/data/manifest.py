@@ -104,7 +104,8 @@ def write_manifest(
 
     skipped: `{"image" or "id": ..., "reason": ...}` for everything the source left out.
     notes: further fields of `dataset.json`, such as the rule that made the splits.
-    Raises UserError for an id that occurs twice, or where nothing is left to write.
+    Raises UserError for an id that occurs twice, where nothing is left to write, or for a folder
+    that cannot be written.
     """
     directory = Path(os.path.abspath(directory))
     root = Path(os.path.abspath(image_root))
@@ -135,14 +136,19 @@ def write_manifest(
         if root.is_relative_to(directory)
         else str(root),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as beside:
-        captions_file, dataset_file = Path(beside, CAPTIONS_FILE), Path(beside, DATASET_FILE)
-        captions_file.write_bytes("".join(lines).encode())
-        text = json.dumps(dataset, ensure_ascii=False, indent=2) + "\n"
-        dataset_file.write_bytes(text.encode())
-        os.replace(captions_file, directory / CAPTIONS_FILE)
-        os.replace(dataset_file, directory / DATASET_FILE)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as beside:
+            captions_file, dataset_file = Path(beside, CAPTIONS_FILE), Path(beside, DATASET_FILE)
+            captions_file.write_bytes("".join(lines).encode())
+            text = json.dumps(dataset, ensure_ascii=False, indent=2) + "\n"
+            dataset_file.write_bytes(text.encode())
+            os.replace(captions_file, directory / CAPTIONS_FILE)
+            os.replace(dataset_file, directory / DATASET_FILE)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: {error.strerror}; name a folder that can be written"
+        ) from None
 
 
 def read_manifest(directory: Path) -> Manifest:

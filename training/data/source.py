@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ SPLIT_NAMES = {
     "valid": "val",
     "validation": "val",
 }
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HELD_OUT = {"val": 0.1, "test": 0.1}
 HASHED = "by a hash of the id: 80 % train, 10 % val, 10 % test"
 
@@ -31,7 +33,10 @@ Json = TypeVar("Json", str, int, list, dict)
 @dataclass(frozen=True)
 class Photo:
     """One photo as its source tells of it, not opened yet. `image` is relative to the image root,
-    `captions` are raw (perhaps empty), `split` is None where no list names the photo."""
+    `captions` are raw (perhaps empty), `split` is None where no list names the photo.
+
+    A caption that a photo has twice stays twice: two people may have written the same, and scores
+    are comparable only against the references as published."""
 
     id: str
     image: str
@@ -54,9 +59,11 @@ class Source:
 def read_text(path: Path) -> str:
     """A UTF-8 file, with or without byte-order mark; line ends are left as they are."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
     except FileNotFoundError:
         raise UserError(f"{path}: missing; SOURCE must hold it") from None
     except OSError as error:
@@ -91,12 +98,25 @@ def take(record: Any, name: str, kind: type[Json], where: str) -> Json:
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
         raise UserError(f"{where}: field '{name}' must be {kinds[kind]}")
+    if isinstance(value, str):
+        check_unicode(value, f"{where}: field '{name}'")
     return value
 
 
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, record) of every row below the header line; names and values are stripped."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+def check_unicode(text: str, what: str) -> None:
+    """Refuses what JSON can spell and UTF-8 cannot: half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} holds half a surrogate pair") from None
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, record) of every row below the header line; names and values are stripped. Commas
+    divide them, or what the header has more of: semicolons (spreadsheets in Europe), tabs."""
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     start = 1
     try:
@@ -108,6 +128,8 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, 
                 continue
             if not header:
                 header = cells
+                if len(set(header)) < len(header):
+                    raise UserError(f"{where}: a column's name occurs more than once")
                 continue
             if len(cells) != len(header):
                 raise UserError(
@@ -121,7 +143,10 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, 
 
 def image_name(name: str, where: str) -> str:
     """A photo's name as the manifest writes it; UserError where it leads out of its folder."""
+    if not name.strip():
+        raise UserError(f"{where}: the photo's name is empty")
     check_inside(name, f"{where}: the photo")
+    check_unicode(name, f"{where}: the photo's name")
     return PurePosixPath(name).as_posix()
 
 
@@ -157,12 +182,40 @@ def split_by_hash(ids: Iterable[str]) -> dict[str, str]:
     return splits
 
 
+def find_file(source: Path, name: str) -> Path:
+    """`name` in `source` or, where an archive brought its own folder, in one below; the first of
+    these where there is none."""
+    below = [folder / name for folder in _folders(source)]
+    return next((path for path in (source / name, *below) if path.is_file()), source / name)
+
+
 def find_folder(source: Path, names: Iterable[str]) -> Path:
-    """The first of `names` that is a folder in `source`; archives often nest one of the same name
-    within."""
+    """The folder of photos: one of `names`, in `source` or in a folder below, or `source` itself.
+
+    One that holds photos is preferred, since archives often nest one of the same name within.
+    """
     names = list(names)
-    for name in names:
-        if (source / name).is_dir():
-            inner = source / name / name
-            return inner if inner.is_dir() else source / name
-    raise UserError(f"{source}: no folder of photos there; it must be one of {', '.join(names)}")
+    folders = [
+        outer / name
+        for outer in (source, *_folders(source))
+        for name in names
+        if (outer / name).is_dir()
+    ]
+    for folder in (*folders, source):
+        if has_photos(folder):
+            return folder
+    if not folders:
+        raise UserError(f"{source}: no photos there; they must lie in {' or '.join(names)}")
+    return folders[0]
+
+
+def has_photos(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(PHOTO_SUFFIXES) for entry in entries)
+
+
+def _folders(source: Path) -> list[Path]:
+    """The folders in `source`, less the hidden ones and what macOS puts into zips."""
+    return sorted(
+        path for path in source.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))
+    )
