@@ -9,6 +9,7 @@ import datetime
 import ipaddress
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -149,18 +150,25 @@ def wait_until_ready(server: Server, models: list[str], home: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.3)
-        log = read_log(home)
-        if not psutil.pid_exists(server.pid) or is_zombie(server.pid):
-            raise UserError(f"the server did not start: {reason(log)} ({CONSOLE})")
-        if "Retry worker" in log:
-            raise UserError(f"the model cannot be loaded: {reason(log)} ({LOG})")
-        if "Failed to load model" in log:
-            raise UserError(f"the archive cannot be loaded: {reason(log)} ({LOG})")
+        failure = failed(server, read_log(home))
+        if failure:
+            time.sleep(0.5)  # the log is still being written
+            raise UserError(f"{failure}: {reason(read_log(home))} ({LOG}, {CONSOLE})")
         if all(is_ready(server, model, home) for model in models):
             return
     raise UserError(
         f"no worker was ready within {START_SECONDS} s: {reason(read_log(home))} ({LOG})"
     )
+
+
+def failed(server: Server, log: str) -> str | None:
+    """What did not work, once it is clear that it never will."""
+    if not psutil.pid_exists(server.pid) or is_zombie(server.pid):
+        return "the server did not start"
+    if "Failed to load model" in log:
+        return "the archive cannot be loaded"
+    # TorchServe tries again and again: loading fails the same way each time.
+    return "the model cannot be loaded" if "Retry worker" in log else None
 
 
 def is_ready(server: Server, model: str, home: Path) -> bool:
@@ -195,26 +203,16 @@ def read_log(home: Path) -> str:
 
 
 def reason(log: str) -> str:
-    """The line of a log that says why: the last one of the first Python traceback, or the cause of
-    the first Java exception."""
-    lines = [line.split(" - ", 1)[-1].strip() for line in log.splitlines()]
-    for mark in ("Traceback (most recent call last)", "Caused by:", "Exception", "ERROR", "rror"):
-        for number, line in enumerate(lines):
-            if mark not in line:
-                continue
-            if mark.startswith("Traceback"):
-                # Its frames are indented in the log, whose prefix split() took away.
-                frames = (n for n in range(number + 1, len(lines)) if _is_exception(lines[n]))
-                return lines[next(frames, number)][:300]
-            return line.removeprefix("Caused by: ")[:300]
-    return "the log does not say why"
-
-
-def _is_exception(line: str) -> bool:
-    name = line.split(":", 1)[0]
-    return name.replace(".", "").replace("_", "").isalnum() and name.endswith(
-        ("Error", "Exception", "InvalidParameter", "KeyboardInterrupt")
-    )
+    """The line of a log that says why: the exception that ended the first try of the worker, or
+    the cause of a Java exception."""
+    first_try = log.split("Retry worker", 1)[0]
+    lines = [line.split(" - ", 1)[-1].strip() for line in first_try.splitlines()]
+    # The last of Python's chained exceptions is the one that was meant for people.
+    python = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception)(:|$)", line)]
+    java = [line for line in lines if line.startswith("Caused by:")]
+    other = [line for line in lines if "rror" in line or "not found" in line]
+    said = (python[-1:] or java[:1] or other[:1] or ["the log does not say why"])[0]
+    return said.removeprefix("Caused by: ")[:300]
 
 
 def read_properties(path: Path) -> dict[str, str]:
