@@ -1,43 +1,61 @@
 """Greedy search, sampling and beam search, batched, over a decoder's step function.
 
-The semantics are those of Hugging Face's `generate` (transformers, generation/utils.py:
-`_beam_search` and `_sample`; logits_process.py), so that the same model gives the same sequences
-and scores:
+Semantics are those of Hugging Face's `generate` (transformers 5.23: `_beam_search` and `_sample` in
+generation/utils.py, logits_process.py), so that the same model gives the same sequences and scores:
 
-- beam search ranks by the sum of processed log-probabilities over n ** length_penalty, where n
-  counts the generated tokens, end token included; a beam that reaches `max_new_tokens` counts as
-  finished; of the best 2K continuations only ends among the first K are kept;
-- processors act on log-softmax in beam search and on raw logits in greedy search and sampling; the
-  begin token counts as context for repetition penalty and n-grams;
-- `early_stopping` false and true stop by Hugging Face's rules.
+- Beam search ranks by the sum of processed log-probabilities over n ** length_penalty, n counting
+  the generated tokens, end token included. Of the best 2K continuations of a photo's K beams, the
+  first K that do not end stay open; one that ends is kept only if it is among the first K. At
+  `max_new_tokens` every continuation counts as ended, and its score is divided by its length.
+- Processors act on log-softmax in beam search and on raw logits in greedy search and sampling, in
+  the order repetition penalty, n-grams, minimum length, then temperature, top-k, top-p. The begin
+  token counts as text for the first two, and as an n-gram's or penalised token like any other.
+- `early_stopping` true stops a photo at K ended hypotheses; false also waits until the best open
+  beam, at its present length, is no better than the worst of them.
 
-Where it deviates: under `never` a photo stops as soon as no open beam can still enter the best
-`num_return_sequences` (Hugging Face waits for the worst of all K; the captions are the same).
-Greedy search and sampling have a score too: the processed log-probabilities, normalised, over
-n ** length_penalty. `suppress` lists ids that are never written (padding, begin, <unk>); the
-model's own log-probabilities are not touched by it. Of equal candidates torch.topk decides.
+Where it deviates:
 
-Nothing is copied per beam: cross-attention keys belong to the photo, and the self-attention cache
-stays in place while an ancestry mask says which slots a beam descends from. The token of beam k at
-time t lies in slot t * K + k.
+- Under `never` a photo stops as soon as no open beam can still enter the best
+  `num_return_sequences`; Hugging Face waits for the worst of all K. The bound is exact (log-
+  probabilities only fall, and the kindest length still reachable is known), so what is returned is
+  the same, sooner.
+- One beam and samples have a score too: the sum of the log-softmax of the processed logits
+  (temperature, top-k and top-p included) over n ** length_penalty. Samples are sorted by it.
+- Impossible is -inf, not -1e9. Hugging Face returns sequences of nothing, or twice the same, where
+  there are fewer continuations than beams (a vocabulary below 2K), or where a score falls below
+  -1e9 (a strongly negative length penalty on a long caption). Here a list is shorter instead.
+- Where processors forbid every token, a caption ends as if it had reached its greatest length.
+- `suppress` names ids that are never generated (padding, begin, <unk>).
+- Sampling inverts the cumulative distribution with uniforms that each request draws up front from
+  a generator of its own, so that a seed's captions do not depend on the rest of the batch.
 
-Dimension key: B photos, K beams (the most that any photo of the batch asks for; the others' surplus
-beams are dead), V vocabulary, S slots, T time.
+Ties: greedy search takes the lowest id. Among candidates of equal score `torch.topk` decides; that
+is the same on every call with the same numbers, but no rule should be read into it.
+
+Nothing is copied per beam. Cross-attention keys belong to the photo. The self-attention cache stays
+in place while a mask says which slots a beam descends from. Which beam wrote which token is kept as
+parents and tokens of each step, and a caption is read off them backwards once, at the end.
+
+Dimension key: B photos that are still open, K beams or samples (the most that a photo asks for; the
+surplus of the others is dead), Q queries (1 at first, since all beams begin alike, then K), V
+vocabulary, S slots, T time; B1 and BT are columns and tables of a photo's own settings.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from handler.errors import UserError
 
 MAX_BEAMS = 16
-# What Hugging Face uses for "impossible": finite, so that dead beams stay ordered among themselves.
-IMPOSSIBLE = -1.0e9
+NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's memory are damaged"
+# From this many candidates on, `_best` looks for the best blocks first (measured on CPUs).
+MANY_CANDIDATES, BLOCK = 2**15, 128
 
 
 class InvalidParameter(UserError):
@@ -48,14 +66,15 @@ class InvalidParameter(UserError):
         self.field = field
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> None:
+def _integer(name: str, value: Any, low: int, high: int, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidParameter(name, f"{name} must be an integer from {low} to {high}")
+        raise InvalidParameter(name, f"{name} must be an integer from {low} to {high}{why}")
 
 
 def _number(name: str, value: Any, low: float, high: float, open_low: bool) -> None:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or value > high or value < low or (open_low and value == low):
+    # NaN fails both comparisons; an integer too great for a float compares all the same.
+    valid = isinstance(value, int | float) and not isinstance(value, bool)
+    if not valid or not low <= value <= high or (open_low and value == low):
         raise InvalidParameter(
             name, f"{name} must be a number {'above' if open_low else 'from'} {low:g} to {high:g}"
         )
@@ -96,13 +115,14 @@ class DecodeOptions:
                 raise InvalidParameter(
                     "num_beams", "num_beams must be 1 with do_sample; leave one of them out"
                 )
-        most = MAX_BEAMS if self.do_sample else self.beams
-        _integer("num_return_sequences", self.num_return_sequences, 1, most)
+        most, why = (MAX_BEAMS, "") if self.do_sample else (self.beams, ", num_beams")
+        _integer("num_return_sequences", self.num_return_sequences, 1, most, why)
         if self.max_new_tokens is not None:
             _integer("max_new_tokens", self.max_new_tokens, 1, 2**31)
-        _integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or 2**31)
+        longest = self.max_new_tokens or 2**31
+        _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", max_new_tokens")
         _number("length_penalty", self.length_penalty, -5, 5, False)
-        if self.early_stopping != "never" and not isinstance(self.early_stopping, bool):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise InvalidParameter("early_stopping", "early_stopping must be false, true or never")
         _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10)
         _number("repetition_penalty", self.repetition_penalty, 0, 10, True)
@@ -126,16 +146,21 @@ class DecodeOptions:
         """(max_new_tokens, top_k) of a model. Raises InvalidParameter where it is too small."""
         longest = max_positions - 1
         if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, longest)
-        _integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens or longest)
-        _integer("top_k", self.top_k, 0, vocab_size)
+            _integer("max_new_tokens", self.max_new_tokens, 1, longest, ", the model's limit")
+        else:
+            _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", the model's limit")
+        _integer("top_k", self.top_k, 0, vocab_size, ", the vocabulary")
         return self.max_new_tokens or longest, self.top_k
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One decoded caption: `ids` without begin and end token; `token_log_probs` of the model
-    itself, one an id and one more when the end token was reached (`finished`)."""
+    """One decoded caption.
+
+    `ids` leaves out the begin and the end token; `token_log_probs` are of the model itself, before
+    any processor: one an id and one more when the end token was reached (`finished`); `score` is
+    what the search ranks by.
+    """
 
     ids: list[int]
     token_log_probs: list[float]
@@ -143,52 +168,7 @@ class Hypothesis:
     finished: bool
 
 
-class _Rows:
-    """The options of the photos in a batch as columns (B, 1) or (B, 1, 1)."""
-
-    def __init__(
-        self, options: Sequence[DecodeOptions], decoder: Any, device: torch.device
-    ) -> None:
-        limits = [o.limits(decoder.vocab_size, decoder.max_positions) for o in options]
-
-        def column(values: list[Any], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
-
-        self.rows = column([o.rows for o in options], torch.long)
-        self.returned = column([o.num_return_sequences for o in options], torch.long)
-        self.longest = column([limit[0] for limit in limits], torch.long)
-        self.shortest = column([o.min_new_tokens for o in options], torch.long)
-        self.penalty = column([o.length_penalty for o in options], torch.float32)
-        self.never = column([o.early_stopping == "never" for o in options], torch.bool)
-        self.early = column([o.early_stopping is True for o in options], torch.bool)
-        self.ngram = column([o.no_repeat_ngram_size for o in options], torch.long)
-        self.repetition = column([o.repetition_penalty for o in options], torch.float32)
-        # One beam decides at once, whether it samples or takes the best.
-        self.single = column([o.do_sample or o.beams == 1 for o in options], torch.bool)
-        self.sample = column([o.do_sample for o in options], torch.bool)
-        self.temperature = column(
-            [o.temperature if o.do_sample else 1.0 for o in options], torch.float32
-        )
-        self.top_k = column(
-            [limit[1] if o.do_sample else 0 for o, limit in zip(options, limits, strict=True)],
-            torch.long,
-        )
-        self.top_p = column([o.top_p if o.do_sample else 1.0 for o in options], torch.float32)
-        # Work that no photo asked for is not done.
-        self.any_minimum = any(o.min_new_tokens for o in options)
-        self.ngrams = sorted({o.no_repeat_ngram_size for o in options} - {0})
-        self.any_repetition = any(o.repetition_penalty != 1 for o in options)
-        self.any_sample = any(o.do_sample for o in options)
-        self.any_single = bool(self.single.any())
-        self.any_beam = not bool(self.single.all())
-        self.any_top = any(o.do_sample and (o.top_k or o.top_p < 1) for o in options)
-
-    def keep(self, live: Tensor) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[live])
-
-
+@torch.inference_mode()
 def search(
     decoder: Any,
     memory_BPD: Tensor,
@@ -200,343 +180,549 @@ def search(
 ) -> list[list[Hypothesis]]:
     """Decodes each photo by its own options: a list (photos) of lists (best first).
 
-    `memory` (B, P, D) is the encoder's; `decoder` has `begin`, `new_cache`, `step` (see
-    `training.model.Decoder`). `on_token(photo, token id)` hears of each token of a photo's first
-    sequence, end token left out, as it is decided: for greedy search and sampling only. Raises
-    InvalidParameter for options that the model is too small for, RuntimeError for a model whose
-    output is no number.
+    `memory` (B, P, D) is the encoder's; `decoder` has `begin`, `new_cache`, `step`, `vocab_size`
+    and `max_positions` (see `training.model.Decoder`; what `begin` and `new_cache` return is
+    written into). Ids in `suppress` are never generated. `on_token(photo, token id)` hears the ids
+    of a photo's first hypothesis in their order: as they are decided where one sequence is open
+    (greedy search, a single sample), at the end where the best of several samples is only known
+    then; never for beam search, which may change its mind.
+
+    Each list holds `num_return_sequences` hypotheses, fewer only where the vocabulary and the
+    options leave no more. Raises InvalidParameter for options that the model is too small for,
+    RuntimeError for a model whose output is not a number.
     """
-    if not options:
-        return []
-    device = memory_BPD.device
-    rows = _Rows(options, decoder, device)
-    photos, beams = len(options), max(o.rows for o in options)
-    longest = int(rows.longest.max())
-    uniforms = _uniforms(options, beams, longest, device) if rows.any_sample else None
-
-    cross = decoder.begin(memory_BPD)
-    cache = decoder.new_cache(photos, longest * beams)
-    photo = torch.arange(photos, device=device)  # which photo each row of the batch is
-    arange_K = torch.arange(beams, device=device)
-    tokens_BK = torch.full((photos, beams), begin_id, device=device)
-    mask_BKS = torch.zeros(photos, beams, 0, dtype=torch.bool, device=device)
-    own_1KK = torch.eye(beams, dtype=torch.bool, device=device).unsqueeze(0)
-    # Open sequences, newest token last, begin token first; and their log-probabilities.
-    text_BKT = tokens_BK.unsqueeze(2)
-    logs_BKT = torch.zeros(photos, beams, 0, device=device)
-    # Only the first beam is alive at first: all are equal. Independent samples are all alive.
-    dead_BK = arange_K >= torch.where(rows.single, rows.rows, torch.ones_like(rows.rows))
-    sums_BK = torch.zeros(photos, beams, device=device).masked_fill(dead_BK, IMPOSSIBLE)
-    # The finished sequences of each photo, best first; slots beyond its own beams stay empty.
-    done_text = torch.zeros(photos, beams, longest, dtype=torch.long, device=device)
-    done_logs = torch.zeros(photos, beams, longest, device=device)
-    done_length = torch.zeros(photos, beams, dtype=torch.long, device=device)
-    done_score = torch.full((photos, beams), IMPOSSIBLE, device=device)
-    done_ended = torch.zeros(photos, beams, dtype=torch.bool, device=device)
-    done = (done_text, done_logs, done_length, done_score, done_ended)
-    hopeful = torch.ones(photos, 1, dtype=torch.bool, device=device)
-    open_BK = ~dead_BK  # samples (and the greedy beam) that have not ended
+    if len(options) != memory_BPD.size(0):
+        raise ValueError(f"{len(options)} options for {memory_BPD.size(0)} photos")
+    limits = [o.limits(decoder.vocab_size, decoder.max_positions) for o in options]
     results: list[list[Hypothesis]] = [[] for _ in options]
-
-    for time in range(longest):
-        length = time + 1  # tokens generated once this step is decided
-        mask_BKS = torch.cat([mask_BKS, own_1KK.expand(len(photo), -1, -1)], dim=2)
-        positions_BK = torch.full_like(tokens_BK, time)
-        logits_BKV = decoder.step(tokens_BK, positions_BK, mask_BKS, cache, time * beams, cross)
-        own_BKV = torch.log_softmax(logits_BKV, dim=-1)
-        at_limit = rows.longest == length
-
-        if rows.any_single:
-            scores_BKV = _processed(logits_BKV, text_BKT, rows, length, end_id, suppress)
-            scores_BKV = scores_BKV / rows.temperature.unsqueeze(2)
-            picked, gain = _pick(scores_BKV, rows, uniforms, time)
-            single_parent = arange_K.expand_as(picked)
-            single_sums = sums_BK + gain
-        if rows.any_beam:
-            scores_BKV = _processed(own_BKV, text_BKT, rows, length, end_id, suppress)
-            flat = (scores_BKV + sums_BK.unsqueeze(2)).flatten(1)
-            vocab = scores_BKV.size(2)
-            count = min(2 * beams, flat.size(1))
-            top, where = flat.topk(count, dim=1)
-            parent, token = where // vocab, where % vocab
-            ends = (token == end_id) | at_limit
-            # Open beams: the best K (of this photo) continuations that do not end.
-            own_2K = torch.arange(count, device=device) < 2 * rows.rows
-            open_scores = top.masked_fill(ends | ~own_2K, IMPOSSIBLE)
-            open_scores = torch.where(ends & own_2K, top + IMPOSSIBLE, open_scores)
-            next_sums, chosen = open_scores.topk(beams, dim=1)
-            beam_parent = parent.gather(1, chosen)
-            beam_token = token.gather(1, chosen)
-            next_sums = next_sums.masked_fill(arange_K >= rows.rows, IMPOSSIBLE)
-            # Ends: only those among the first K candidates count.
-            full = _worst(done_score, rows.rows) > IMPOSSIBLE / 2
-            eligible = ends & (torch.arange(count, device=device) < rows.rows)
-            eligible &= ~(full & rows.early) & hopeful & ~rows.single
-            ended = top / length**rows.penalty
-            ended = ended.masked_fill(~eligible, IMPOSSIBLE)
-            own_logs = own_BKV.flatten(1).gather(1, where)
-            done = _merge(
-                done, ended, parent, token, own_logs, text_BKT, logs_BKT, length, end_id, rows
-            )
-            done_score = done[3]
-
-        if rows.any_single and rows.any_beam:
-            parent_BK = torch.where(rows.single, single_parent, beam_parent)
-            tokens_BK = torch.where(rows.single, picked, beam_token)
-            sums_BK = torch.where(rows.single, single_sums, next_sums)
-        elif rows.any_single:
-            parent_BK, tokens_BK, sums_BK = single_parent, picked, single_sums
+    # Beam search and the others share no arithmetic: at most two batches, one after the other.
+    for beams in (True, False):
+        photos = [i for i, o in enumerate(options) if (o.beams > 1) == beams]
+        if not photos:
+            continue
+        memory = memory_BPD if len(photos) == len(options) else memory_BPD[photos]
+        longest = [limits[i][0] for i in photos]
+        chosen = [options[i] for i in photos]
+        processors = _Processors(chosen, end_id, suppress, memory.device)
+        batch = _Batch(decoder, memory, max(o.rows for o in chosen), max(longest), begin_id)
+        processors.write(batch.begin_B1)
+        if beams:
+            found = _beam_search(batch, chosen, longest, processors, end_id)
         else:
-            parent_BK, tokens_BK, sums_BK = beam_parent, beam_token, next_sums
-
-        gained = own_BKV[torch.arange(len(photo), device=device).unsqueeze(1), parent_BK, tokens_BK]
-        text_BKT = torch.cat([_follow(text_BKT, parent_BK), tokens_BK.unsqueeze(2)], dim=2)
-        logs_BKT = torch.cat([_follow(logs_BKT, parent_BK), gained.unsqueeze(2)], dim=2)
-        mask_BKS = _follow(mask_BKS, parent_BK)
-
-        finished = torch.zeros_like(hopeful)
-        if rows.any_single:
-            if on_token is not None:
-                _tell(on_token, photo, tokens_BK, open_BK, rows, end_id)
-            ends_BK = open_BK & ((tokens_BK == end_id) | at_limit) & rows.single
-            done = _close(
-                done, ends_BK, tokens_BK, text_BKT, logs_BKT, sums_BK, length, end_id, rows
-            )
-            done_score = done[3]
-            open_BK = open_BK & ~ends_BK
-            finished = rows.single & ~open_BK.any(1, keepdim=True)
-        if rows.any_beam:
-            hopeful = hopeful & _can_improve(sums_BK, done_score, rows, length)
-            full = _worst(done_score, rows.rows) > IMPOSSIBLE / 2
-            stop = ~hopeful | (full & rows.early) | at_limit
-            finished = torch.where(rows.single, finished, stop)
-
-        if bool(finished.any()) or length == longest:  # the only wait for the device in a step
-            if not bool(torch.isfinite(done_score).all()):
-                raise RuntimeError("the model's output is no number; its weights are damaged")
-            _collect(results, photo[finished[:, 0]], [d[finished[:, 0]] for d in done], options)
-            live = (~finished[:, 0]).nonzero()[:, 0]
-            if not len(live):
-                break
-            photo, hopeful, open_BK = photo[live], hopeful[live], open_BK[live]
-            tokens_BK, sums_BK, mask_BKS = tokens_BK[live], sums_BK[live], mask_BKS[live]
-            text_BKT, logs_BKT = text_BKT[live], logs_BKT[live]
-            done = tuple(d[live] for d in done)  # type: ignore[assignment]
-            done_score = done[3]
-            cache = [slots[live] for slots in cache]
-            cross = [keys[live] for keys in cross]
-            uniforms = None if uniforms is None else uniforms[live]
-            rows.keep(live)
+            hear = None if on_token is None else _renumber(on_token, photos)
+            found = _one_at_a_time(batch, chosen, longest, processors, end_id, hear)
+        for photo, hypotheses in zip(photos, found, strict=True):
+            results[photo] = hypotheses
     return results
 
 
-def _follow(x_BKT: Tensor, parent_BK: Tensor) -> Tensor:
-    """The rows of each beam's parent."""
-    return x_BKT.gather(1, parent_BK.unsqueeze(2).expand(-1, -1, x_BKT.size(2)))
+def _renumber(hear: Callable[[int, int], None], photos: list[int]) -> Callable[[int, int], None]:
+    return lambda row, token: hear(photos[row], token)
 
 
-def _uniforms(
-    options: Sequence[DecodeOptions], beams: int, longest: int, device: torch.device
-) -> Tensor:
-    """Random numbers (B, K, T) in [0, 1): each photo's from a generator of its own, drawn up front,
-    so that they depend on its seed and nothing else."""
-    drawn = torch.zeros(len(options), beams, longest, dtype=torch.float64)
-    for row, o in zip(drawn, options, strict=True):
-        if o.do_sample:
-            generator = torch.Generator()
-            if o.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(o.seed)
-            # Drawn time by time: a longer limit in the batch appends, and changes nothing before.
-            for time in range(longest):
-                row[: o.rows, time] = torch.rand(o.rows, generator=generator, dtype=torch.float64)
-    return drawn.to(device)
+class _Batch:
+    """The decoder's side of the open photos: keys, values, and the ancestry of beams.
+
+    The begin token lies in slot 0, from which every beam descends; what beam k wrote at time t > 0
+    lies in slot 1 + (t - 1) * K + k.
+    """
+
+    def __init__(
+        self, decoder: Any, memory_BPD: Tensor, beams: int, longest: int, begin_id: int
+    ) -> None:
+        photos, device = memory_BPD.size(0), memory_BPD.device
+        self.decoder, self.beams, self.device = decoder, beams, device
+        self.rows = list(range(photos))  # which photo lies in each row
+        self.time = self.used = 0
+        self.cross = decoder.begin(memory_BPD)
+        # The last token is never fed back, so it needs no slot.
+        self.cache = decoder.new_cache(photos, 1 + (longest - 1) * beams)
+        # Every beam's own slots of all times to come are open from the start; `follow` gives it
+        # those of its ancestors.
+        own_KS = torch.eye(beams, dtype=torch.bool, device=device).repeat(1, longest - 1)
+        self.mask_BKS = F.pad(own_KS, (1, 0), value=True).repeat(photos, 1, 1)
+        time_T11 = torch.arange(longest, device=device).view(-1, 1, 1)
+        self.positions_TBK = time_T11.expand(-1, photos, beams)
+        self.begin_B1 = torch.full((photos, 1), begin_id, device=device)
+
+    def step(self, tokens_BQ: Tensor) -> Tensor:
+        """Logits (B, Q, V) of what follows the newest tokens."""
+        photos, queries = tokens_BQ.shape
+        used, slots = self.used, self.used + queries
+        positions_BQ = self.positions_TBK[self.time, :photos, :queries]
+        mask_BQS = self.mask_BKS[:, :queries, :slots]
+        self.time, self.used = self.time + 1, slots
+        return self.decoder.step(tokens_BQ, positions_BQ, mask_BQS, self.cache, used, self.cross)
+
+    def follow(self, parents_BK: Tensor) -> None:
+        """Each beam now descends from what its parent descends from, and from the parent."""
+        if self.used > 1:
+            seen_BKS = self.mask_BKS[:, :, : self.used]
+            seen_BKS.copy_(seen_BKS.gather(1, parents_BK.unsqueeze(2).expand_as(seen_BKS)))
+
+    def leave(self, is_open: Sequence[bool]) -> Tensor:
+        """Drops the rows that are not open; returns the old row numbers of those that stay.
+
+        The last open rows move into the gaps, so that keys and values of few photos are copied.
+        """
+        photos = sum(is_open)
+        order = list(range(photos))
+        late = [row for row in range(photos, len(is_open)) if is_open[row]]
+        for gap in (row for row in range(photos) if not is_open[row]):
+            order[gap] = late.pop()
+            for slots in self.cache:
+                slots[gap, :, : self.used] = slots[order[gap], :, : self.used]
+            for keys in self.cross:
+                keys[gap] = keys[order[gap]]
+        self.cache = [slots[:photos] for slots in self.cache]
+        self.cross = [keys[:photos] for keys in self.cross]
+        self.rows = [self.rows[row] for row in order]
+        kept = torch.tensor(order, dtype=torch.long, device=self.device)
+        self.mask_BKS = self.mask_BKS[kept]
+        return kept
 
 
-def _processed(
-    scores_BKV: Tensor,
-    text_BKT: Tensor,
-    rows: _Rows,
-    length: int,
-    end_id: int,
-    suppress: Sequence[int],
-) -> Tensor:
-    """Hugging Face's logits processors, in its order; ids of `suppress` become impossible."""
-    copied = False
-    if rows.any_repetition:
-        seen = scores_BKV.gather(2, text_BKT)
-        penalty = rows.repetition.unsqueeze(2)
-        seen = torch.where(seen < 0, seen * penalty, seen / penalty)
-        scores_BKV, copied = scores_BKV.scatter(2, text_BKT, seen), True
-    if suppress or rows.ngrams or rows.any_minimum:
-        scores_BKV = scores_BKV if copied else scores_BKV.clone()
-    if suppress:
-        scores_BKV[:, :, list(suppress)] = -math.inf
-    for size in rows.ngrams:
-        _ban_ngrams(scores_BKV, text_BKT, size, (rows.ngram == size).unsqueeze(2))
-    if rows.any_minimum:
-        too_short = (rows.shortest >= length).expand(-1, scores_BKV.size(1))
-        ends = scores_BKV[:, :, end_id]
-        scores_BKV[:, :, end_id] = ends.masked_fill(too_short, -math.inf)
-    return scores_BKV
+class _Processors:
+    """Hugging Face's logits processors, those that a photo of the batch asks for, and the text so
+    far that they look at."""
+
+    def __init__(
+        self,
+        options: Sequence[DecodeOptions],
+        end_id: int,
+        suppress: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.end_id = end_id
+        self.suppress = torch.tensor(suppress, device=device) if suppress else None
+        self.sizes = sorted({o.no_repeat_ngram_size for o in options} - {0})
+        self.size_B1 = _column([o.no_repeat_ngram_size for o in options], device)
+        self.shortest = max(o.min_new_tokens for o in options)
+        self.shortest_B1 = _column([o.min_new_tokens for o in options], device)
+        self.penalises = any(o.repetition_penalty != 1 for o in options)
+        # Not so small that a logit over it overflows.
+        penalties = [max(o.repetition_penalty, 1e-30) for o in options]
+        self.penalty_B11 = _column(penalties, device).unsqueeze(2)
+        self.reads = self.penalises or bool(self.sizes)
+        self.text_BKT = torch.zeros(0, dtype=torch.long)
+
+    def write(self, tokens_BQ: Tensor, parents_BK: Tensor | None = None) -> None:
+        """Appends the newest tokens, to the texts of the parents where beams were reordered."""
+        if not self.reads:
+            return
+        text_BKT = self.text_BKT
+        if not text_BKT.numel():
+            self.text_BKT = tokens_BQ.unsqueeze(2)
+            return
+        if parents_BK is None:
+            text_BKT = text_BKT.expand(-1, tokens_BQ.size(1), -1)
+        else:
+            text_BKT = text_BKT.gather(1, parents_BK.unsqueeze(2).expand(-1, -1, text_BKT.size(2)))
+        self.text_BKT = torch.cat([text_BKT, tokens_BQ.unsqueeze(2)], dim=2)
+
+    def penalise(self, scores_BQV: Tensor) -> Tensor:
+        """Repetition penalty (Keskar et al. 2019), on a copy where anyone asked for it."""
+        if not self.penalises:
+            return scores_BQV
+        text_BQT = self.text_BKT.expand(-1, scores_BQV.size(1), -1)
+        seen = scores_BQV.gather(2, text_BQT)
+        seen = torch.where(seen < 0, seen * self.penalty_B11, seen / self.penalty_B11)
+        return scores_BQV.scatter(2, text_BQT, seen)
+
+    def bans(self, time: int) -> bool:
+        """Whether `ban` has anything to do."""
+        return self.suppress is not None or bool(self.sizes) or time < self.shortest
+
+    def ban(self, scores_BQV: Tensor, time: int) -> None:
+        """Makes -inf, in place, what may not follow."""
+        if self.suppress is not None:
+            scores_BQV.index_fill_(2, self.suppress, -math.inf)
+        if time < self.shortest:
+            ends_BQ = scores_BQV[:, :, self.end_id]
+            ends_BQ.masked_fill_(self.shortest_B1 > time, -math.inf)
+        for size in self.sizes:
+            if size <= time + 1:
+                text_BQT = self.text_BKT.expand(-1, scores_BQV.size(1), -1)
+                windows = text_BQT.unfold(2, size, 1)  # (B, Q, T - size + 1, size)
+                tail = text_BQT[:, :, time + 2 - size :].unsqueeze(2)
+                repeats = (windows[..., :-1] == tail).all(-1)
+                if len(self.sizes) > 1:
+                    repeats &= (self.size_B1 == size).unsqueeze(2)
+                scores_BQV.scatter_add_(2, windows[..., -1], torch.where(repeats, -math.inf, 0.0))
+
+    def keep(self, rows: Tensor) -> None:
+        self.size_B1, self.shortest_B1 = self.size_B1[rows], self.shortest_B1[rows]
+        self.penalty_B11 = self.penalty_B11[rows]
+        if self.reads:
+            self.text_BKT = self.text_BKT[rows]
 
 
-def _ban_ngrams(scores_BKV: Tensor, text_BKT: Tensor, size: int, asked_B11: Tensor) -> None:
-    """Makes impossible, in place, what would complete an n-gram that stands in the text already."""
-    if text_BKT.size(2) < size:
-        return
-    windows = text_BKT.unfold(2, size, 1)  # (B, K, T - size + 1, size)
-    tail = text_BKT[:, :, text_BKT.size(2) - size + 1 :].unsqueeze(2)
-    repeats = (windows[..., : size - 1] == tail).all(-1) & asked_B11
-    last = windows[..., -1]
-    banned = torch.zeros_like(scores_BKV).scatter_add(2, last, repeats.to(scores_BKV.dtype))
-    scores_BKV.masked_fill_(banned > 0, -math.inf)
+class _Rules:
+    """What beam search divides scores by, and when a photo is done, as tables over time."""
+
+    def __init__(
+        self,
+        options: Sequence[DecodeOptions],
+        longest: Sequence[int],
+        beams: int,
+        device: torch.device,
+    ) -> None:
+        length_T = torch.arange(1, max(longest) + 1)
+        longest_B1 = _column(longest)
+        penalty_B1 = _column([o.length_penalty for o in options]).double()
+        never_B1 = _column([o.early_stopping == "never" for o in options])
+        # The kindest length that an open beam may still have. Exact under `never`: the greatest
+        # where length is rewarded, otherwise the smallest at which it may end, one token on at
+        # least. Hugging Face otherwise takes the present length.
+        soonest_BT = (length_T + 1).maximum(_column([o.min_new_tokens + 1 for o in options]))
+        kindest_BT = torch.where(penalty_B1 > 0, longest_B1, soonest_BT.minimum(longest_B1))
+        kindest_BT = torch.where(never_B1, kindest_BT, length_T)
+        self.divisor_BT = (length_T**penalty_B1).float().to(device)
+        self.reach_BT = (kindest_BT**penalty_B1).float().to(device)
+        self.last_BT = (length_T == longest_B1).to(device)
+        # The rank in the pool that an open beam has to beat.
+        ranks = [
+            o.num_return_sequences if o.early_stopping == "never" else o.beams for o in options
+        ]
+        self.rank_B1 = _column(ranks, device) - 1
+        self.early_B1 = _column([o.early_stopping is True for o in options], device)
+        self.any_early = any(o.early_stopping is True for o in options)
+        surplus_BK = torch.arange(beams) >= _column([o.beams for o in options])
+        self.surplus_BK = surplus_BK.to(device) if surplus_BK.any() else None
+
+    def is_open(self, running_BK: Tensor, pool_BK: Tensor, time: int) -> Tensor:
+        """(B, 1): whether the best open beam may still change what is returned. Not so for NaN."""
+        rival_B1 = pool_BK.gather(1, self.rank_B1)
+        if self.any_early:
+            rival_B1 = rival_B1.masked_fill(self.early_B1 & (rival_B1 > -math.inf), math.inf)
+        return running_BK[:, :1] / self.reach_BT[:, time : time + 1] > rival_B1
+
+    def keep(self, rows: Tensor) -> None:
+        self.divisor_BT, self.reach_BT = self.divisor_BT[rows], self.reach_BT[rows]
+        self.last_BT, self.rank_B1 = self.last_BT[rows], self.rank_B1[rows]
+        self.early_B1 = self.early_B1[rows]
+        if self.surplus_BK is not None:
+            self.surplus_BK = self.surplus_BK[rows]
 
 
-def _pick(
-    scores_BKV: Tensor, rows: _Rows, uniforms: Tensor | None, time: int
-) -> tuple[Tensor, Tensor]:
-    """The token (B, K) that greedy search or sampling takes, and its processed log-probability."""
-    if rows.any_top:
-        scores_BKV = _top(scores_BKV, rows)
-    logs_BKV = torch.log_softmax(scores_BKV, dim=-1)
-    token = scores_BKV.argmax(-1)
-    if uniforms is not None:
-        # Inverse of the cumulative distribution, in double precision.
-        heights = logs_BKV.double().exp().cumsum(-1)
-        target = uniforms[:, :, time : time + 1] * heights[..., -1:]
-        drawn = torch.searchsorted(heights, target, right=True).squeeze(2)
-        token = torch.where(rows.sample, drawn.clamp(max=scores_BKV.size(2) - 1), token)
-    return token, logs_BKV.gather(2, token.unsqueeze(2)).squeeze(2)
-
-
-def _top(scores_BKV: Tensor, rows: _Rows) -> Tensor:
-    """Keeps the top_k best, then the smallest set whose probability reaches top_p (nucleus,
-    Holtzman et al. 2020)."""
-    ordered, order = scores_BKV.sort(dim=-1, descending=True)
-    rank = torch.arange(ordered.size(2), device=ordered.device)
-    k = rows.top_k.unsqueeze(2)
-    # Ties with the k-th stay, as in Hugging Face.
-    kth = ordered.gather(2, (k - 1).clamp(min=0).expand(-1, ordered.size(1), 1))
-    ordered = ordered.masked_fill((k > 0) & (ordered < kth), -math.inf)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    p = rows.top_p.unsqueeze(2)
-    ordered = ordered.masked_fill((p < 1) & (before >= p) & (rank > 0), -math.inf)
-    return torch.empty_like(scores_BKV).scatter_(2, order, ordered)
-
-
-def _worst(score_BK: Tensor, count_B1: Tensor) -> Tensor:
-    """The count-th best score, (B, 1); the scores are sorted, best first."""
-    return score_BK.gather(1, count_B1 - 1)
-
-
-def _can_improve(sums_BK: Tensor, done_score: Tensor, rows: _Rows, length: int) -> Tensor:
-    """Whether an open beam may still beat a finished one, (B, 1)."""
-    best = sums_BK.max(1, keepdim=True).values
-    # The kindest length an open beam can still reach. Hugging Face counts the current one unless
-    # `never` and a positive penalty promise more.
-    reach = torch.where(
-        rows.never & (rows.penalty > 0), rows.longest, torch.full_like(rows.longest, length)
-    )
-    # Exact under `never`: one more token is the least that an open beam still takes.
-    reach = torch.where(rows.never & (rows.penalty <= 0), reach + 1, reach)
-    bound = best / reach**rows.penalty
-    rank = torch.where(rows.never, rows.returned, rows.rows)
-    return bound > _worst(done_score, rank)
-
-
-Done = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _merge(
-    done: Done,
-    ended: Tensor,
-    parent: Tensor,
-    token: Tensor,
-    own_logs: Tensor,
-    text_BKT: Tensor,
-    logs_BKT: Tensor,
-    length: int,
-    end_id: int,
-    rows: _Rows,
-) -> Done:
-    """The best K of the finished sequences and the candidates that have just ended."""
-    text, logs, lengths, scores, is_end = done
-    beams = scores.size(1)
-    merged = torch.cat([scores, ended], dim=1)
-    best, where = merged.topk(beams, dim=1)
-    best = best.masked_fill(torch.arange(beams, device=best.device) >= rows.rows, IMPOSSIBLE)
-    new_text = torch.cat([_follow(text_BKT, parent)[:, :, 1:], token.unsqueeze(2)], dim=2)
-    new_logs = torch.cat([_follow(logs_BKT, parent), own_logs.unsqueeze(2)], dim=2)
-    pad = (0, text.size(2) - length)
-    text = torch.cat([text, torch.nn.functional.pad(new_text, pad)], dim=1)
-    logs = torch.cat([logs, torch.nn.functional.pad(new_logs, pad)], dim=1)
-    lengths = torch.cat([lengths, torch.full_like(parent, length)], dim=1)
-    is_end = torch.cat([is_end, token == end_id], dim=1)
-    return (
-        _follow(text, where),
-        _follow(logs, where),
-        lengths.gather(1, where),
-        best,
-        is_end.gather(1, where),
-    )
-
-
-def _close(
-    done: Done,
-    ends_BK: Tensor,
-    tokens_BK: Tensor,
-    text_BKT: Tensor,
-    logs_BKT: Tensor,
-    sums_BK: Tensor,
-    length: int,
-    end_id: int,
-    rows: _Rows,
-) -> Done:
-    """Files the greedy and sampled sequences that have just ended, each in its own slot."""
-    text, logs, lengths, scores, is_end = done
-    ends_BKT = ends_BK.unsqueeze(2)
-    text, logs = text.clone(), logs.clone()
-    text[:, :, :length] = torch.where(ends_BKT, text_BKT[:, :, 1:], text[:, :, :length])
-    logs[:, :, :length] = torch.where(ends_BKT, logs_BKT, logs[:, :, :length])
-    return (
-        text,
-        logs,
-        lengths.masked_fill(ends_BK, length),
-        torch.where(ends_BK, sums_BK / length**rows.penalty, scores),
-        torch.where(ends_BK, tokens_BK == end_id, is_end),
-    )
-
-
-def _tell(
-    on_token: Callable[[int, int], None],
-    photo: Tensor,
-    tokens_BK: Tensor,
-    open_BK: Tensor,
-    rows: _Rows,
-    end_id: int,
-) -> None:
-    heard = open_BK[:, 0] & rows.single[:, 0] & (tokens_BK[:, 0] != end_id)
-    for index, token in zip(photo[heard].tolist(), tokens_BK[heard, 0].tolist(), strict=True):
-        on_token(index, token)
-
-
-def _collect(
-    results: list[list[Hypothesis]],
-    photos: Tensor,
-    done: Sequence[Tensor],
+def _beam_search(
+    batch: _Batch,
     options: Sequence[DecodeOptions],
-) -> None:
-    """Reads the finished photos out as hypotheses."""
-    for photo, *columns in zip(photos.tolist(), *(d.tolist() for d in done), strict=True):
-        o = options[photo]
-        for text, logs, length, score, ended in zip(*columns, strict=True):
-            if len(results[photo]) == o.num_return_sequences:
+    longest: Sequence[int],
+    processors: _Processors,
+    end_id: int,
+) -> list[list[Hypothesis]]:
+    beams, device = batch.beams, batch.device
+    rules = _Rules(options, longest, beams, device)
+    tokens_BQ, running_BQ = batch.begin_B1, torch.zeros(len(options), 1, device=device)
+    # The best ended hypotheses, best first: their scores, and which candidates they are, as
+    # time * K + rank.
+    pool_BK = torch.full((len(options), beams), -math.inf, device=device)
+    place_BK = torch.zeros(len(options), beams, dtype=torch.long, device=device)
+    places_TK = torch.arange(max(longest) * beams, device=device).view(-1, beams)
+    pools: list[list[_End]] = [[] for _ in options]
+    history: list[_Moment] = []
+
+    while True:
+        time, rows = batch.time, batch.rows
+        own_BQV = torch.log_softmax(batch.step(tokens_BQ), dim=-1)
+        total_BQV = processors.penalise(own_BQV) + running_BQ.unsqueeze(2)
+        processors.ban(total_BQV, time)
+
+        # The best candidates, best first: each beam ends at most one, so that K of 2K go on.
+        value_BC, where_BC = _best(total_BQV.flatten(1), 2 * beams)
+        parent_BC = where_BC.div(own_BQV.size(2), rounding_mode="floor")
+        token_BC = where_BC - parent_BC * own_BQV.size(2)
+        gain_BC = own_BQV.flatten(1).gather(1, where_BC)
+        ended_BC = (token_BC == end_id) | rules.last_BT[:, time : time + 1]
+
+        before_BQ = running_BQ
+        running_BQ, chosen_BK = value_BC.masked_fill(ended_BC, -math.inf).topk(beams)
+        ended_BK = ended_BC[:, :beams]
+        if rules.surplus_BK is not None:
+            running_BQ = running_BQ.masked_fill(rules.surplus_BK, -math.inf)
+            ended_BK = ended_BK & ~rules.surplus_BK
+        tokens_BQ = token_BC.gather(1, chosen_BK)
+        parents_BK = parent_BC.gather(1, chosen_BK)
+        history.append(_Moment(rows, (parent_BC, token_BC, chosen_BK), (gain_BC,)))
+
+        score_BK = value_BC[:, :beams] / rules.divisor_BT[:, time : time + 1]
+        score_BK = torch.where(ended_BK, score_BK, -math.inf)
+        pool_BK, best_BK = torch.cat([pool_BK, score_BK], dim=1).topk(beams)
+        places_BK = places_TK[time].expand(len(rows), -1)
+        place_BK = torch.cat([place_BK, places_BK], dim=1).gather(1, best_BK)
+
+        # The only wait for the device in a step.
+        is_open = rules.is_open(running_BQ, pool_BK, time).flatten().tolist()
+        if not all(is_open):
+            scores, places = pool_BK.tolist(), place_BK.tolist()
+            running, before = running_BQ[:, 0].tolist(), before_BQ[:, 0].tolist()
+            for row in (row for row, stays in enumerate(is_open) if not stays):
+                if math.isnan(scores[row][0] + running[row]):
+                    raise RuntimeError(NOT_A_NUMBER)
+                option, pool = options[rows[row]], pools[rows[row]]
+                for score, place in zip(scores[row], places[row], strict=True):
+                    if score > -math.inf and len(pool) < option.num_return_sequences:
+                        pool.append(_End(score, *divmod(place, beams)))
+                if not pool:
+                    # A dead end: nothing may follow, nothing has ended. The first beam was best.
+                    norm = max(time, 1) ** option.length_penalty
+                    pool.append(_End(before[row] / norm, time - 1, None))
+            stay = batch.leave(is_open)
+            if not batch.rows:
                 break
-            results[photo].append(
-                Hypothesis(text[: length - ended], logs[:length], score, bool(ended))
-            )
-        if o.do_sample:
-            # Samples are best first too, though none of them was searched for.
-            results[photo].sort(key=lambda hypothesis: -hypothesis.score)
+            tokens_BQ, parents_BK, running_BQ = tokens_BQ[stay], parents_BK[stay], running_BQ[stay]
+            pool_BK, place_BK = pool_BK[stay], place_BK[stay]
+            processors.keep(stay)
+            rules.keep(stay)
+        batch.follow(parents_BK)
+        processors.write(tokens_BQ, parents_BK)
+
+    moments = _read(history)
+    return [
+        [_trace(moments, photo, end, end_id) for end in pool] for photo, pool in enumerate(pools)
+    ]
+
+
+class _Moment(NamedTuple):
+    """What one step decided, as tensors (rows, ...); once read, as nested lists."""
+
+    rows: list[int]  # the photo in each row
+    whole: Sequence[Any]  # of int64
+    real: Sequence[Any]  # of float32
+
+
+class _End(NamedTuple):
+    """Where a hypothesis ends: at the candidate of this rank, or (None) with the first beam."""
+
+    score: float
+    time: int
+    rank: int | None
+
+
+def _read(history: Sequence[_Moment]) -> list[_Moment]:
+    """Brings a history to the host in two transfers."""
+
+    def lists(tensors: list[Tensor]) -> Iterator[Any]:
+        flat = torch.cat([t.flatten() for t in tensors]).cpu().split([t.numel() for t in tensors])
+        return (part.view(t.shape).tolist() for part, t in zip(flat, tensors, strict=True))
+
+    whole = lists([t for moment in history for t in moment.whole])
+    real = lists([t for moment in history for t in moment.real])
+    return [
+        _Moment(m.rows, [next(whole) for _ in m.whole], [next(real) for _ in m.real])
+        for m in history
+    ]
+
+
+def _trace(moments: Sequence[_Moment], photo: int, end: _End, end_id: int) -> Hypothesis:
+    """Reads a hypothesis off a beam search's history, backwards."""
+    ids: list[int] = []
+    log_probs: list[float] = []
+    rank, beam = end.rank, 0
+    for moment in reversed(moments[: end.time + 1]):
+        row = moment.rows.index(photo)
+        (parent, token, chosen), (gain,) = moment.whole, moment.real
+        rank = chosen[row][beam] if rank is None else rank
+        ids.append(token[row][rank])
+        log_probs.append(gain[row][rank])
+        rank, beam = None, parent[row][rank]
+    return _hypothesis(ids[::-1], log_probs[::-1], end.score, end_id)
+
+
+def _hypothesis(ids: list[int], log_probs: list[float], score: float, end_id: int) -> Hypothesis:
+    finished = ids[-1:] == [end_id]
+    return Hypothesis(ids[:-1] if finished else ids, log_probs, score, finished)
+
+
+def _one_at_a_time(
+    batch: _Batch,
+    options: Sequence[DecodeOptions],
+    longest: Sequence[int],
+    processors: _Processors,
+    end_id: int,
+    hear: Callable[[int, int], None] | None,
+) -> list[list[Hypothesis]]:
+    """Greedy search and sampling: sequences that never compete for a place."""
+    beams, device = batch.beams, batch.device
+    sampler = None
+    if any(o.do_sample for o in options):
+        sampler = _Sampler(options, longest, beams, device)
+    last_BT = (torch.arange(1, max(longest) + 1) == _column(longest)).to(device)
+    open_BK = torch.arange(beams, device=device) < _column([o.rows for o in options], device)
+    tokens_BQ = batch.begin_B1
+    history: list[_Moment] = []
+
+    while True:
+        time, rows = batch.time, batch.rows
+        # At first there is one query, and each sample goes its own way from it.
+        logits_BKV = batch.step(tokens_BQ).expand(-1, beams, -1)
+        own_BKV = torch.log_softmax(logits_BKV, dim=-1)
+        scores_BKV = processors.penalise(logits_BKV)
+        if processors.bans(time):
+            scores_BKV = scores_BKV.clone() if scores_BKV is logits_BKV else scores_BKV
+            processors.ban(scores_BKV, time)
+        if sampler is not None:
+            scores_BKV = sampler.warp(scores_BKV)
+        logs_BKV = own_BKV
+        if scores_BKV is not logits_BKV:
+            logs_BKV = torch.log_softmax(scores_BKV, dim=-1)
+        tokens_BQ = scores_BKV.argmax(-1)
+        if sampler is not None:
+            tokens_BQ = sampler.draw(logs_BKV, tokens_BQ, time)
+        gain_BK = own_BKV.gather(2, tokens_BQ.unsqueeze(2)).squeeze(2)
+        log_BK = gain_BK
+        if logs_BKV is not own_BKV:
+            log_BK = logs_BKV.gather(2, tokens_BQ.unsqueeze(2)).squeeze(2)
+        history.append(_Moment(rows, (tokens_BQ,), (gain_BK, log_BK)))
+        # NaN is a dead end, where nothing may follow, or a broken model; it is told apart below.
+        open_BK = open_BK & (tokens_BQ != end_id) & (log_BK == log_BK)
+        open_BK = open_BK & ~last_BT[:, time : time + 1]
+
+        # The only wait for the device in a step, but for those who listen.
+        if hear is not None:
+            heard = zip(rows, tokens_BQ[:, 0].tolist(), log_BK[:, 0].tolist(), strict=True)
+            for photo, token, log in heard:
+                if options[photo].rows == 1 and token != end_id and not math.isnan(log):
+                    hear(photo, token)
+        is_open = open_BK.any(1).tolist()
+        if not all(is_open):
+            stay = batch.leave(is_open)
+            if not batch.rows:
+                break
+            tokens_BQ, open_BK, last_BT = tokens_BQ[stay], open_BK[stay], last_BT[stay]
+            processors.keep(stay)
+            if sampler is not None:
+                sampler.keep(stay)
+        processors.write(tokens_BQ)
+
+    moments = _read(history)
+    found = []
+    for photo, o in enumerate(options):
+        samples = [_sequence(moments, photo, k, o, end_id) for k in range(o.rows)]
+        samples.sort(key=lambda sample: -sample.score)
+        found.append(samples)
+        if hear is not None and o.rows > 1:
+            for token in samples[0].ids:
+                hear(photo, token)
+    return found
+
+
+def _sequence(
+    moments: Sequence[_Moment], photo: int, k: int, options: DecodeOptions, end_id: int
+) -> Hypothesis:
+    """Reads the k-th sequence of a photo off a greedy search's or a sampling's history."""
+    ids: list[int] = []
+    log_probs: list[float] = []
+    total = 0.0
+    for moment in moments:
+        if photo not in moment.rows or ids[-1:] == [end_id]:
+            break
+        row = moment.rows.index(photo)
+        token, gain, log = (table[row][k] for table in (*moment.whole, *moment.real))
+        if math.isnan(gain):
+            raise RuntimeError(NOT_A_NUMBER)
+        if math.isnan(log):
+            break
+        ids.append(token)
+        log_probs.append(gain)
+        total += log
+    score = total / max(len(ids), 1) ** options.length_penalty
+    return _hypothesis(ids, log_probs, score, end_id)
+
+
+class _Sampler:
+    """Temperature, top-k and top-p, and the drawing; rows that do not sample pass through."""
+
+    def __init__(
+        self,
+        options: Sequence[DecodeOptions],
+        longest: Sequence[int],
+        samples: int,
+        device: torch.device,
+    ) -> None:
+        warm = [o if o.do_sample else DecodeOptions() for o in options]
+        temperatures = [max(o.temperature, 1e-30) for o in warm]
+        self.temperature_B11 = _column(temperatures, device).unsqueeze(2)
+        self.top_k_B11 = _column([o.top_k for o in warm], device).unsqueeze(2)
+        self.cut_B11 = _column([1 - o.top_p for o in warm], device).unsqueeze(2)
+        self.heats = any(o.temperature != 1 for o in warm)
+        self.top_k = max(o.top_k for o in warm)
+        self.cuts = any(o.top_p < 1 for o in warm)
+        self.samples_B1 = _column([o.do_sample for o in options], device)
+        self.greedy = not all(o.do_sample for o in options)
+        uniforms_BKT = torch.zeros(len(options), samples, max(longest), dtype=torch.float64)
+        for uniforms_KT, o, steps in zip(uniforms_BKT, options, longest, strict=True):
+            if o.do_sample:
+                generator = torch.Generator()
+                if o.seed is None:
+                    generator.seed()
+                else:
+                    generator.manual_seed(o.seed)
+                uniforms_KT[: o.rows, :steps].uniform_(generator=generator)
+        self.uniforms_BKT = uniforms_BKT.to(device)
+
+    def warp(self, scores_BKV: Tensor) -> Tensor:
+        """The scores of what may be drawn, the others -inf; a copy if anything changes."""
+        if self.heats:
+            # From the best downwards, so that a tiny temperature does not overflow.
+            scores_BKV = scores_BKV - scores_BKV.amax(-1, keepdim=True)
+            scores_BKV = scores_BKV / self.temperature_B11
+        if self.top_k:
+            best = scores_BKV.topk(self.top_k).values
+            least = best.gather(2, (self.top_k_B11 - 1).clamp(min=0).expand(-1, best.size(1), -1))
+            # Equals of the k-th stay, as in Hugging Face.
+            out = (scores_BKV < least) & (self.top_k_B11 > 0)
+            scores_BKV = scores_BKV.masked_fill(out, -math.inf)
+        if self.cuts:
+            # Nucleus (Holtzman et al. 2020): the tail whose probability sums to at most 1 - top_p
+            # goes, the best token never.
+            ordered, order = scores_BKV.sort(dim=-1)
+            out = (ordered.softmax(-1).cumsum(-1) <= self.cut_B11) & (self.cut_B11 > 0)
+            out[:, :, -1] = False
+            scores_BKV = scores_BKV.masked_fill(out.scatter(2, order, out), -math.inf)
+        return scores_BKV
+
+    def draw(self, logs_BKV: Tensor, best_BK: Tensor, time: int) -> Tensor:
+        """Tokens (B, K) by inversion of the cumulative distribution, in double precision; a token
+        of probability 0 is never drawn. `best` where a photo does not sample."""
+        heights_BKV = logs_BKV.double().exp().cumsum(-1)
+        target_BK1 = self.uniforms_BKT[:, :, time : time + 1] * heights_BKV[:, :, -1:]
+        drawn_BK = torch.searchsorted(heights_BKV, target_BK1, right=True).squeeze(2)
+        # Only NaN, which is dealt with later, leads past the last token.
+        drawn_BK = drawn_BK.clamp(max=logs_BKV.size(2) - 1)
+        return torch.where(self.samples_B1, drawn_BK, best_BK) if self.greedy else drawn_BK
+
+    def keep(self, rows: Tensor) -> None:
+        self.temperature_B11, self.top_k_B11 = self.temperature_B11[rows], self.top_k_B11[rows]
+        self.cut_B11, self.samples_B1 = self.cut_B11[rows], self.samples_B1[rows]
+        self.uniforms_BKT = self.uniforms_BKT[rows]
+
+
+def _column(values: Sequence[Any], device: torch.device | None = None) -> Tensor:
+    """(B, 1)."""
+    return torch.tensor(values, device=device).unsqueeze(1)
+
+
+def _best(scores_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` greatest of each row, best first, and where: `topk`, which is slow over many.
+
+    The greatest lie in the blocks with the greatest maxima (or tie with them), and a maximum is
+    found at the speed of memory. Rows that are too short are filled with -inf at 0.
+    """
+    photos, width = scores_BN.shape
+    if not scores_BN.is_cpu or width < MANY_CANDIDATES:
+        if width >= count:
+            return scores_BN.topk(count)
+        value_BC, where_BC = scores_BN.topk(width)
+        missing = (0, count - width)
+        return F.pad(value_BC, missing, value=-math.inf), F.pad(where_BC, missing)
+    blocks = width // BLOCK
+    whole_BGN = scores_BN[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
+    block_BC = whole_BGN.amax(2).topk(count).indices
+    near = whole_BGN.gather(1, block_BC.unsqueeze(2).expand(-1, -1, BLOCK)).flatten(1)
+    # What is left over at the end counts as one block more.
+    near = torch.cat([near, scores_BN[:, blocks * BLOCK :]], dim=1)
+    block_BC = F.pad(block_BC, (0, 1), value=blocks)
+    value_BC, where_BC = near.topk(count)
+    return value_BC, block_BC.gather(1, where_BC // BLOCK) * BLOCK + where_BC % BLOCK

@@ -11,7 +11,10 @@ from training.model import Decoder, DecoderConfig
 
 transformers = pytest.importorskip("transformers")
 
-VOCAB, WIDTH, LAYERS, HEADS, POSITIONS, END = 30, 16, 2, 2, 16, 7
+# The vocabulary holds twice the most beams, as every real one does.
+VOCAB, WIDTH, LAYERS, HEADS, POSITIONS, END = 64, 16, 2, 2, 26, 7
+
+SHARPNESS, LIKING = 0.35, 1.0
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +38,19 @@ def models():
         add_cross_attention=True,
         bos_token_id=END,
         eos_token_id=END,
-        initializer_range=0.6,  # a model with opinions, so that captions end at many lengths
+        initializer_range=0.6,
     )
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, text)
     theirs = transformers.VisionEncoderDecoderModel(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+        # A model with opinions, and with a liking for the end, so that captions end at all lengths.
+        last = theirs.decoder.transformer.ln_f
+        last.weight.mul_(SHARPNESS)
+        last.bias.mul_(SHARPNESS)
+        end = theirs.decoder.transformer.wte.weight[END]
+        end.add_(LIKING * last.bias / last.bias.norm() ** 2)
     ours = Decoder(
         DecoderConfig(
             vocab_size=VOCAB,
