@@ -92,9 +92,9 @@ class Augment:
     """A photo as it might have been taken: mild crop, mirror, light and colour."""
 
     def __init__(self, preprocessing: PreprocessConfig, augment: bool, flip: bool) -> None:
-        self.preprocessing, self.flip = preprocessing, flip
+        self.preprocessing, self.augment, self.flip = preprocessing, augment, flip
         size = [preprocessing.image_size] * 2
-        self.transform: Callable[[Image.Image], Image.Image] = v2.Compose(
+        self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(
                     size,
@@ -104,16 +104,19 @@ class Augment:
                 ),
                 v2.ColorJitter(0.3, 0.3, 0.3, 0.03),
             ]
-            if augment
-            else [v2.Identity()]
         )
+
+    def mirrors(self, seed: int) -> bool:
+        """Whether the photo of this seed is mirrored."""
+        return self.flip and seed % 2 == 1
 
     def __call__(self, photo: Image.Image, seed: int) -> tuple[Tensor, bool]:
         """The tensor (3, S, S), and whether the photo was mirrored."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            mirror = self.flip and bool(torch.rand(()) < 0.5)
-            photo = self.transform(photo)
+        if self.augment:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                photo = self.transform(photo)
+        mirror = self.mirrors(seed)
         if mirror:
             photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(resize(photo, self.preprocessing), self.preprocessing), mirror
@@ -232,9 +235,7 @@ class FeatureCache:
         self.mirror = torch.zeros(len(rows), views, dtype=torch.bool)
         for index in range(len(rows)):
             for view in range(1, views):
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed_of(seed, view, index))
-                    self.mirror[index, view] = augment.flip and bool(torch.rand(()) < 0.5)
+                self.mirror[index, view] = augment.mirrors(seed_of(seed, view, index))
         size = (len(rows), views, *shape)
         if not self.path.exists():
             folder.mkdir(parents=True, exist_ok=True)

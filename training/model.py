@@ -256,6 +256,9 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.apply(_initialise)
         nn.init.trunc_normal_(self.positions, std=0.02)
+        with torch.no_grad():
+            waves_PD = waves(config.grid, width)
+            self.positions[0, -patches:, : waves_PD.size(1)] = waves_PD
         if self.prefix is not None:
             nn.init.trunc_normal_(self.prefix, std=0.02)
 
@@ -273,6 +276,16 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x_BPD = block(x_BPD)
         return self.norm(x_BPD)
+
+
+def waves(grid: int, width: int) -> Tensor:
+    """Sines and cosines of row and column at width / 4 wavelengths, (grid * grid, about width):
+    where learned positions best begin (Beyer et al. 2022, Better plain ViT baselines)."""
+    count = width // 4
+    frequencies = 10_000 ** -(torch.arange(count) / max(1, count - 1))
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    phases_PD = torch.cat([n.flatten()[:, None] * frequencies for n in (rows, columns)], dim=1)
+    return torch.cat([phases_PD.sin(), phases_PD.cos()], dim=1)
 
 
 def interpolate_positions(positions_1PD: Tensor, prefix: int, grid: int) -> Tensor:
@@ -355,7 +368,7 @@ class Decoder(nn.Module):
         for name, weight in self.named_parameters():
             # GPT-2 scales what is added to the residual stream by its depth.
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
-                nn.init.normal_(weight, std=0.02 / math.sqrt(3 * config.layers))
+                weight.data.div_(math.sqrt(3 * config.layers))
 
     @torch.jit.export
     def begin(self, memory_BPD: Tensor) -> list[Tensor]:
@@ -466,7 +479,11 @@ class CaptioningModel(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+    """Weights in proportion to the layer's size (Glorot and Bengio 2010): GPT-2's constant 0.02 is
+    too small for narrow models, which then learn little for many steps."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if isinstance(bias := getattr(module, "bias", None), Tensor):
-            nn.init.zeros_(bias)
