@@ -15,61 +15,66 @@ from typing import Any
 
 import torch
 
+from export.precision import PRECISIONS, candidates, in_precision
 from export.script_decoder import script_decoder
 from export.trace_encoder import trace_encoder
-from export.verify import verify_captions, verify_numbers
+from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import Captioner
 from handler.errors import ArgumentParser, UserError, run_command
 from training.checkpoint import WEIGHTS_FILE, load_captioner, load_model
 from training.data.manifest import read_manifest
 from training.dataset import read_photo
+from training.model import CaptioningModel
 from training.train import data_folder
 
-# Enough to see a difference, few enough to wait for; with fewer photos than that, all of them.
-VERIFIED_PHOTOS = 200
+# The most that are compared: all of Flickr8k's, and no more than a minute or two of COCO's.
+VERIFIED_PHOTOS = 1000
 
 
-def export_checkpoint(checkpoint: Path, out: Path, data: str | None = None) -> dict[str, Any]:
-    """Exports in fp32 and returns the written config. `data` names the dataset whose validation
-    photos are compared, by default the one it was trained on, where that is still there; random
-    images stand in for it otherwise. Raises UserError, and then writes nothing."""
+def export_checkpoint(
+    checkpoint: Path, out: Path, precision: str = "fp32", data: str | None = None
+) -> dict[str, Any]:
+    """Exports in `precision` (`auto`: the fastest for this processor that keeps the captions; see
+    `export.verify.FLOORS`) and returns the written config. `data` names the dataset whose
+    validation photos are compared, by default the one it was trained on, where that is still
+    there; random images stand in for it otherwise. Raises UserError, and then writes nothing."""
     model, config, tokenizer = load_model(checkpoint)
-    weights = (checkpoint / WEIGHTS_FILE).read_bytes()
+    digest = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
+    config |= {"name": checkpoint.name, "checkpoint": f"sha256:{digest}"}
     eager = load_captioner(checkpoint)
+    photos = _validation_photos(config, eager, data)
+    expected = captions_of(eager, photos.images)
     out.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        with warnings.catch_warnings():
-            # torch announces a successor of TorchScript that TorchServe cannot load.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            trace_encoder(model.encoder, eager.preprocessing.image_size).save(
-                str(stage / "encoder.pt")
-            )
-            script_decoder(model.decoder).save(str(stage / "decoder.pt"))
-        tokenizer.save(stage / "tokenizer.json")
-        config["name"] = checkpoint.name
-        config["precision"] = "fp32"
-        config["checkpoint"] = "sha256:" + hashlib.sha256(weights).hexdigest()
-        _write_config(stage, config)
-        exported = Captioner.load(stage)
-        difference = verify_numbers(eager, exported)
-        images, source = _validation_images(config, eager, data)
-        compared = verify_captions(eager, exported, images)
-        config["verified"] = {
-            "against": "eager",
-            "photos": compared,
-            "source": source,
-            "identical_captions": 1.0,
-            "largest_difference": difference,
-        }
-        _write_config(stage, config)
-        stage.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        stage.rename(out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    for chosen in (tries := candidates(precision)):
+        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            _write_scripts(in_precision(model, chosen), eager.preprocessing.image_size, stage)
+            tokenizer.save(stage / "tokenizer.json")
+            config["precision"] = chosen
+            _write_config(stage, config)
+            exported = Captioner.load(stage)
+            verified = verify(eager, exported, photos, expected, chosen)
+            if precision == "auto" and not verified["kept"] and chosen != tries[-1]:
+                print(f"{chosen}: {told(verified)}: not enough, trying the next")
+                continue
+            config["verified"] = verified
+            _write_config(stage, config)
+            stage.chmod(0o755)
+            if out.exists():
+                shutil.rmtree(out)
+            stage.rename(out)
+            break
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
     return config
+
+
+def _write_scripts(model: CaptioningModel, image_size: int, folder: Path) -> None:
+    with warnings.catch_warnings():
+        # torch announces a successor of TorchScript that TorchServe cannot load.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        trace_encoder(model.encoder, image_size).save(str(folder / "encoder.pt"))
+        script_decoder(model.decoder).save(str(folder / "decoder.pt"))
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -77,35 +82,52 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _validation_images(
+def _validation_photos(
     config: dict[str, Any], captioner: Captioner, data: str | None
-) -> tuple[list[torch.Tensor], str]:
+) -> ValidationPhotos:
     name = data or config.get("training", {}).get("config", {}).get("data")
     if name is not None and (data is not None or data_folder(name).exists()):
         manifest = read_manifest(data_folder(name))
         rows = manifest.split("val")[:VERIFIED_PHOTOS]
-        return [captioner.preprocess(read_photo(manifest, row)) for row in rows], f"{name} val"
+        images = [captioner.preprocess(read_photo(manifest, row)) for row in rows]
+        return ValidationPhotos(f"{manifest.name} val", images, [row.captions for row in rows])
     generator = torch.Generator().manual_seed(0)
     size = captioner.preprocessing.image_size
-    return list(torch.randn(8, 3, size, size, generator=generator)), "random images"
+    images = list(torch.randn(8, 3, size, size, generator=generator))
+    return ValidationPhotos("random images", images, None)
+
+
+def told(verified: dict[str, Any]) -> str:
+    """What was compared, in one line."""
+    line = f"{verified['identical_captions']:.1%} of {verified['photos']} captions "
+    line += f"({verified['source']}) as the eager model's"
+    if "cider" in verified:
+        line += f", CIDEr {verified['cider']:.4f} against {verified['cider_eager']:.4f}"
+    return f"{line}; numbers within {verified['largest_difference']:.1e}"
 
 
 def main() -> None:
     parser = ArgumentParser(prog="export.export", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
-    parser.add_argument("--out", type=Path, help="default build/export/NAME")
-    parser.add_argument("--precision", default="fp32", choices=("fp32",))
+    parser.add_argument("--out", type=Path, help="default build/export/NAME[-PRECISION]")
+    parser.add_argument("--precision", default="fp32", choices=(*PRECISIONS, "auto"))
     parser.add_argument("--data", help="dataset whose val photos are compared")
     arguments = parser.parse_args()
     if not arguments.checkpoint.is_dir():
         raise UserError(f"{arguments.checkpoint}: no such folder; train first, or give CHECKPOINT=")
-    out = arguments.out or Path("build/export") / arguments.checkpoint.name
-    config = export_checkpoint(arguments.checkpoint, out, arguments.data)
+    name = arguments.checkpoint.resolve().name
+    if arguments.precision != "fp32":
+        name += f"-{arguments.precision}"
+    out = arguments.out or Path("build/export") / name
+    config = export_checkpoint(arguments.checkpoint, out, arguments.precision, arguments.data)
     verified = config["verified"]
-    print(
-        f"{out}: {config['precision']}; {verified['photos']} captions ({verified['source']}) "
-        f"as the eager model's; numbers within {verified['largest_difference']:.1e}"
-    )
+    print(f"{out}: {config['precision']}; {told(verified)}")
+    if not verified["kept"]:
+        least, loss = FLOORS[config["precision"]]
+        print(
+            f"warning: {config['precision']} promises {least:.0%} identical captions and at most "
+            f"{loss:.0%} of CIDEr lost; this model wants a finer precision, or more training"
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-METHODS = ["begin", "new_cache", "step", "attention", "vocab_size", "max_positions"]
-
 
 def script_decoder(decoder: nn.Module) -> torch.jit.ScriptModule:
-    """Scripts a decoder in evaluation mode and freezes it, keeping the methods of the search."""
-    return torch.jit.freeze(torch.jit.script(decoder.eval()), preserved_attrs=METHODS)
+    """Scripts a decoder in evaluation mode. It is frozen when it is loaded, with packed weights."""
+    return torch.jit.script(decoder.eval())

@@ -6,8 +6,9 @@ from torch import nn
 
 
 def trace_encoder(encoder: nn.Module, image_size: int) -> torch.jit.ScriptModule:
-    """Traces an encoder in evaluation mode, images (B, 3, S, S) -> memory (B, P, D), and freezes
-    it. Traced at batch 2, because batch 1 can be mistaken for a constant."""
+    """Traces an encoder in evaluation mode, images (B, 3, S, S) -> memory (B, P, D). Traced at
+    batch 2, because batch 1 can be mistaken for a constant. It is frozen when it is loaded, with
+    packed weights."""
     example_B3SS = torch.randn(2, 3, image_size, image_size)
-    with torch.inference_mode():
-        return torch.jit.freeze(torch.jit.trace(encoder.eval(), example_B3SS))
+    with torch.no_grad():
+        return torch.jit.trace(encoder.eval(), example_B3SS)

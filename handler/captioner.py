@@ -22,6 +22,8 @@ from handler.image_preprocess import PreprocessConfig, preprocess
 Photo = bytes | bytearray | memoryview | Image.Image
 # Photos encoded and searched at once when a caller hands over a long list.
 BATCH = 16
+# What the search asks of a scripted decoder.
+DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
 
 
 @dataclass(frozen=True)
@@ -199,14 +201,20 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
-    """A TorchScript file on `device`, ready for inference."""
+    """A TorchScript file on `device`, ready for inference: its linear layers packed for this
+    processor (see `export.packed_linear`), then frozen."""
     if not path.is_file():
         raise UserError(f"{path}: missing; export the checkpoint again")
     try:
-        return torch.jit.load(str(path), map_location=device).eval()
+        script = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        for module in script.modules():
+            if hasattr(module, "prepack"):
+                module.prepack()
+    return torch.jit.freeze(script, [name for name in DECODER_METHODS if hasattr(script, name)])
 
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class Mlp(nn.Module):
             x = x * torch.sigmoid(1.702 * x)
         elif self.activation == "gelu_tanh":
             x = F.gelu(x, approximate="tanh")
-        else:
+        elif self.activation == "gelu":
             x = F.gelu(x)
         return self.down(x)
 
@@ -181,6 +181,7 @@ class SelfAttention(nn.Module):
         v = split_heads(v, self.heads)
         if cache_k_BHSd is not None and cache_v_BHSd is not None:
             end = used + x_BQD.size(1)
+            q = q.to(cache_k_BHSd.dtype)
             cache_k_BHSd[:, :, used:end] = k
             cache_v_BHSd[:, :, used:end] = v
             k = cache_k_BHSd[:, :, :end]
@@ -279,12 +280,14 @@ class Encoder(nn.Module):
 
 
 def waves(grid: int, width: int) -> Tensor:
-    """Sines and cosines of row and column at width / 4 wavelengths, (grid * grid, about width):
-    where learned positions best begin (Beyer et al. 2022, Better plain ViT baselines)."""
+    """Sines and cosines of row and column, (grid * grid, about width): where learned positions
+    begin, so that they count beside the patches from the first step (as in Beyer et al. 2022,
+    Better plain ViT baselines). The frequencies are spread evenly up to one turn in two patches:
+    on the small grids that are trained from scratch, most of the usual ones hardly change."""
     count = width // 4
-    frequencies = 10_000 ** -(torch.arange(count) / max(1, count - 1))
+    frequencies = math.pi * torch.arange(1, count + 1) / max(1, count)
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-    phases_PD = torch.cat([n.flatten()[:, None] * frequencies for n in (rows, columns)], dim=1)
+    phases_PD = torch.cat([(n.reshape(-1, 1) + 0.5) * frequencies for n in (rows, columns)], dim=1)
     return torch.cat([phases_PD.sin(), phases_PD.cos()], dim=1)
 
 
@@ -444,7 +447,8 @@ class Decoder(nn.Module):
         x_BQD = self.token_embedding(tokens_BQ) + self.position_embedding(positions_BQ)
         x_BQD = self.dropout(x_BQD)
         # One additive mask for all layers: a boolean one would be converted in each.
-        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=cross[0].dtype, device=mask_BQS.device)
+        dtype = cross[0].dtype if cache is None else cache[0].dtype
+        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=dtype, device=mask_BQS.device)
         mask_B1QS = mask_B1QS.masked_fill(mask_BQS.logical_not(), float("-inf")).unsqueeze(1)
         cache_k: Tensor | None = None
         cache_v: Tensor | None = None

@@ -1,0 +1,128 @@
+"""Linear layers for decoding on a CPU: oneDNN's kernels over weights that are packed once, after
+loading.
+
+`torch.nn.Linear` reads its weight anew in a layout that suits storage. oneDNN can reorder it into
+the blocks its kernel works on, which at the few rows of a decoding step makes the difference of
+three to five times. A packed weight cannot be saved, so an export holds the plain one, and
+`Captioner.load` calls `prepack()` on every layer here. Until then, on a GPU, or where oneDNN is
+missing, the plain product gives the same result.
+
+Every layer treats each row alone: what a photo gets never depends on its neighbours in a batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# How many rows the packed layout is made for: beams of a few photos. Layouts made for one row are
+# slow for more, and this one serves an encoder's hundreds as well.
+ROWS = 8
+# oneDNN's names of what may follow a product: none, GELU by erf, GELU by tanh.
+GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+class PackedLinear(nn.Module):
+    """y = activation(x W' + b) in float32, or in bfloat16: sums in float32, y rounded to bfloat16.
+
+    `activation` is "" or one of `GELUS`, computed in the same pass.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    packed: bool
+
+    def __init__(
+        self, linear: nn.Linear, dtype: torch.dtype = torch.float32, activation: str = ""
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.detach().to(dtype, copy=True))
+        bias = linear.bias
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype, copy=True))
+        self.dtype = dtype
+        self.activation = "gelu" if activation else "none"
+        self.algorithm = GELUS[activation] if activation else ""
+        self.packed = False
+
+    @torch.jit.export
+    def prepack(self) -> None:
+        """Reorders the weight for oneDNN; the plain one is given up."""
+        if not self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
+            self.packed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, self.bias, self.activation, [], self.algorithm
+            )
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y, approximate=self.algorithm) if self.activation == "gelu" else y
+
+
+class Int8Linear(nn.Module):
+    """y = activation(x W' + b) with W in int8, a scale for each of its rows (output channels), and
+    x in 8 or 16 bits, a scale for each row of x.
+
+    With `fine`, what the first 8 bits of x leave over goes in as rows of its own, 1/254 as large:
+    the same pass over the weights, which is what a decoding step waits for, then has x nearly
+    exact.
+
+    x is sent as unsigned bytes around 128, which the processor's instructions want; `offset` takes
+    the 128 out again.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor
+    offset: Tensor
+    bias: Tensor
+    packed: bool
+
+    def __init__(self, linear: nn.Linear, fine: bool, activation: str = "") -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(1e-10) / 127
+        quantized = torch.round(weight / scale[:, None]).to(torch.int8)
+        bias = weight.new_zeros(weight.size(0)) if linear.bias is None else linear.bias.detach()
+        self.register_buffer("weight", quantized)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", torch.zeros(weight.size(0), dtype=torch.int32))
+        offset = -128 * quantized.sum(1, dtype=torch.int64).double() * scale.double()
+        self.register_buffer("offset", offset.float())
+        self.register_buffer("bias", bias.float().clone())
+        self.fine, self.algorithm = fine, GELUS[activation] if activation else ""
+        self.packed = False
+
+    @torch.jit.export
+    def prepack(self) -> None:
+        """Reorders the weight for oneDNN; the plain one is given up."""
+        if not self.packed:
+            self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            self.packed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            y = self._product(x.float())
+        else:
+            y = F.linear(x.float(), self.weight.float() * self.scale[:, None], self.bias)
+        return F.gelu(y, approximate=self.algorithm) if self.algorithm != "" else y
+
+    def _product(self, x: Tensor) -> Tensor:
+        step = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
+        x = x / step  # -127 to 127
+        if not self.fine:
+            return torch.addcmul(self.bias, self._whole(x), step)
+        coarse = torch.round(x)
+        rest = (x - coarse) * 254  # -127 to 127 again
+        y, y_rest = self._whole(torch.stack([coarse, rest])).unbind(0)
+        return torch.addcmul(self.bias, y.add(y_rest, alpha=1 / 254), step)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """x W' for x rounded to whole numbers from -127 to 127."""
+        # 128 to make it unsigned, and a half so that cutting rounds.
+        u8 = (x + 128.5).to(torch.uint8)
+        return torch.ops.onednn.qlinear_pointwise(
+            u8, 1.0, 0, self.weight, self.scale, self.zero, self.offset,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
