@@ -1,0 +1,146 @@
+"""Packed layers against torch's own, and exports in every precision."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_program
+from torch import nn
+
+from export.packed_linear import Int8Linear, PackedLinear
+from export.precision import candidates, in_precision
+from export.verify import FLOORS, ValidationPhotos, captions_of, verify
+from handler.captioner import Captioner
+from handler.errors import UserError
+from training.checkpoint import load_captioner, load_model
+
+# Relative error of one layer: rounding to 8 bits of mantissa; weights to 8 bits; both to 8 bits.
+LAYERS = {
+    "fp32": (lambda linear: PackedLinear(linear), 1e-6),
+    "bf16": (lambda linear: PackedLinear(linear, torch.bfloat16), 5e-3),
+    "int8, 16-bit activations": (lambda linear: Int8Linear(linear, fine=True), 7e-3),
+    "int8, 8-bit activations": (lambda linear: Int8Linear(linear, fine=False), 2e-2),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_and_error(request):
+    return LAYERS[request.param]
+
+
+def relative(found, expected) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_is_torchs_own_before_and_after_packing(layer_and_error, bias):
+    make, error = layer_and_error
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 160, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 5, 96) * torch.rand(5, 1) * 3
+    layer = torch.jit.script(make(linear).eval())
+    assert relative(layer(x), linear(x)) < error
+    layer.prepack()
+    layer.prepack()  # a second call changes nothing
+    assert relative(torch.jit.freeze(layer)(x), linear(x)) < error
+
+
+def test_a_row_never_depends_on_its_neighbours(layer_and_error):
+    """A scale for a whole batch would let a loud photo drown its neighbours."""
+    make, _ = layer_and_error
+    torch.manual_seed(0)
+    layer = make(nn.Linear(64, 48).requires_grad_(False))
+    layer.prepack()
+    quiet = torch.randn(3, 64)
+    alone = layer(quiet)
+    beside = layer(torch.cat([quiet, 1000 * torch.randn(4, 64)]))[:3]
+    assert torch.equal(alone, beside)
+
+
+def test_zeros_and_large_numbers_survive_int8():
+    layer = Int8Linear(nn.Linear(8, 8).requires_grad_(False), fine=True)
+    layer.prepack()
+    x = torch.cat([torch.zeros(1, 8), 1e30 * torch.ones(1, 8)])
+    y = layer(x)
+    assert torch.isfinite(y).all() and torch.equal(y[0], layer.bias)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ["packed", "int8"])
+def test_the_activation_is_fused(activation, kind):
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 32).requires_grad_(False)
+    make = PackedLinear if kind == "packed" else Int8Linear
+    layer = make(linear, activation=activation) if kind == "packed" else make(
+        linear, True, activation
+    )  # fmt: skip
+    x = torch.randn(4, 32)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    expected = F.gelu(linear(x), approximate=approximate)
+    assert relative(layer(x), expected) < 2e-2
+    layer.prepack()
+    assert relative(layer(x), expected) < 2e-2
+
+
+def test_every_linear_layer_is_replaced(tiny_run):
+    model, _, _ = load_model(tiny_run / "build/checkpoints/tiny")
+    for precision in ("fp32", "bf16", "int8"):
+        changed = in_precision(model, precision)
+        assert not [m for m in changed.modules() if isinstance(m, nn.Linear)]
+    assert [m for m in model.modules() if isinstance(m, nn.Linear)]  # the original stays
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "auto"])
+def test_an_export_records_what_it_lost(tiny_run, tiny_data, precision):
+    done = run_program(
+        "export.export", "--checkpoint", "build/checkpoints/tiny", "--data", str(tiny_data),
+        "--precision", precision, cwd=tiny_run,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tiny_run / f"build/export/tiny-{precision}"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["precision"] in FLOORS and (precision in (config["precision"], "auto"))
+    verified = config["verified"]
+    assert verified["photos"] == 4 and 0 <= verified["identical_captions"] <= 1
+    if config["precision"] != "fp32":
+        assert {"cider", "cider_eager"} <= set(verified)
+    captioner = Captioner.load(folder)
+    photos = [(tiny_data / f"images/{n}.png").read_bytes() for n in range(16, 20)]
+    together = captioner.caption(photos, num_beams=3)
+    alone = [captioner.caption([photo], num_beams=3)[0] for photo in photos]
+    assert [c[0].text for c in together] == [c[0].text for c in alone]
+
+
+def test_auto_ends_with_fp32_and_starts_with_what_the_processor_can(monkeypatch):
+    assert candidates("int8") == ("int8",)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert candidates("auto") == ("bf16", "fp32")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert candidates("auto") == ("fp32",)
+
+
+def test_a_damaged_export_is_not_believed(tiny_run, tiny_export):
+    """Another bias in one layer: the numbers tell."""
+    eager = load_captioner(tiny_run / "build/checkpoints/tiny")
+    exported = Captioner.load(tiny_export)
+    images = list(torch.randn(2, 3, 32, 32))
+    photos = ValidationPhotos("random", images, None)
+    assert verify(eager, exported, photos, captions_of(eager, images), "fp32")["kept"]
+    with torch.no_grad():
+        eager.decoder.blocks[0].mlp.down.bias[0].add_(1.0)
+    with pytest.raises(UserError, match=r"export: decoder logits differs"):
+        verify(eager, exported, photos, captions_of(eager, images), "fp32")
+
+
+def test_another_caption_in_fp32_is_an_error(tiny_run, tiny_export):
+    eager = load_captioner(tiny_run / "build/checkpoints/tiny")
+    images = list(torch.randn(2, 3, 32, 32))
+    expected = captions_of(eager, images)
+    expected[1] = captions_of(eager, [5 * torch.ones(3, 32, 32)])[0]
+    expected[1].ids.append(0)
+    with pytest.raises(UserError, match="photo 1 is"):
+        verify(
+            eager, Captioner.load(tiny_export), ValidationPhotos("x", images, None), expected,
+            "fp32",
+        )  # fmt: skip
