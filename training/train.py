@@ -27,6 +27,7 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.image_preprocess import PreprocessConfig
+from training.allocator import keep_freed_memory
 from training.checkpoint import WEIGHTS_FILE, load_model, save_checkpoint
 from training.config import Stage, TrainConfig, load_config
 from training.data.manifest import Manifest, read_manifest
@@ -519,6 +520,7 @@ def main() -> None:
         precision=arguments.precision,
         device=arguments.device,
     )
+    keep_freed_memory()
     manifest = read_manifest(data_folder(config.data))
     folder = BUILD / "checkpoints" / (arguments.run or config.name)
     train(config, manifest, folder, arguments.encoder_weights, arguments.resume)

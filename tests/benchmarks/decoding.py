@@ -1,0 +1,169 @@
+"""`make bench`: milliseconds a photo, ours against Hugging Face's `generate`, on the same weights,
+in the same run.
+
+    python tests/benchmarks/decoding.py yardstick      ViT-B/16 + GPT-2, random weights
+    python tests/benchmarks/decoding.py CHECKPOINT     one of ours, eager against its exports
+
+The yardstick is built with transformers, imported by `training.import_huggingface` and exported by
+`export.export`, so that what is timed is what a user runs. Its fp32 sequences are compared with
+those of `generate` before anything is timed. Every caption has exactly --tokens tokens.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from timing import machine, medians, peak_megabytes, print_peak, report, table
+
+from export.export import export_checkpoint
+from handler.captioner import Captioner
+from training.checkpoint import load_captioner
+
+ROOT = Path("build/bench")
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def build_yardstick(folder: Path) -> None:
+    """A random ViT-B/16 + GPT-2 of 239 million parameters, as `save_pretrained` writes it."""
+    import transformers
+
+    sys.path.append("tests")
+    from huggingface_models import tiny_tokenizer
+
+    torch.manual_seed(0)
+    text = transformers.GPT2Config(add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.ViTConfig(), text
+    )
+    model = transformers.VisionEncoderDecoderModel(config).eval()
+    end = text.eos_token_id
+    model.generation_config.decoder_start_token_id = end
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = end
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    transformers.ViTImageProcessorPil().save_pretrained(folder)
+
+
+def prepare(name: str) -> tuple[Path | None, Path, dict[str, Path]]:
+    """(Hugging Face's folder, the checkpoint, its exports by precision), made where missing."""
+    theirs = None
+    checkpoint = Path(name)
+    if name == "yardstick":
+        from training.import_huggingface import import_huggingface
+
+        theirs, checkpoint = ROOT / "yardstick-huggingface", ROOT / "yardstick"
+        if not theirs.exists():
+            build_yardstick(theirs)
+        if not checkpoint.exists():
+            import_huggingface(str(theirs), checkpoint)
+    exports = {p: ROOT / f"{checkpoint.name}-{p}" for p in PRECISIONS}
+    for precision, folder in exports.items():
+        if not folder.exists():
+            export_checkpoint(checkpoint, folder, precision)
+    return theirs, checkpoint, exports
+
+
+def images_of(photos: int, size: int) -> torch.Tensor:
+    return torch.randn(photos, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def ours(captioner: Captioner, images: torch.Tensor, beams: int, tokens: int):
+    options = captioner.options(num_beams=beams, min_new_tokens=tokens, max_new_tokens=tokens)
+    return captioner.caption_tensors(images, [options] * len(images))
+
+
+def generate(model, images: torch.Tensor, beams: int, tokens: int) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.generate(
+            pixel_values=images, num_beams=beams, do_sample=False,
+            min_new_tokens=tokens, max_new_tokens=tokens,
+        )  # fmt: skip
+
+
+def load_theirs(folder: Path):
+    import transformers
+
+    return transformers.VisionEncoderDecoderModel.from_pretrained(folder).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="yardstick", help="yardstick or a checkpoint")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--peak", metavar="CONTENDER", help="caption once and print peak memory")
+    arguments = parser.parse_args()
+    theirs, checkpoint, exports = prepare(arguments.model)
+    tokens = arguments.tokens
+
+    if arguments.peak:
+        if arguments.peak == "generate":
+            assert theirs is not None
+            generate(load_theirs(theirs), images_of(1, 224), 5, tokens)
+        else:
+            captioner = Captioner.load(exports[arguments.peak])
+            ours(captioner, images_of(1, captioner.preprocessing.image_size), 5, tokens)
+        print_peak()
+        return
+
+    captioners = {"eager": load_captioner(checkpoint)}
+    captioners |= {p: Captioner.load(folder) for p, folder in exports.items()}
+    size = captioners["eager"].preprocessing.image_size
+    model = load_theirs(theirs) if theirs else None
+    if model is not None:
+        images = images_of(2, size)
+        expected = generate(model, images, 5, tokens)[:, 1:].tolist()
+        for name in ("eager", "fp32"):
+            found = [best[0].ids for best in ours(captioners[name], images, 5, tokens)]
+            assert found == expected, f"{name} does not give the sequences of generate"
+
+    rows, figures = [], []
+    for photos, beams in ((1, 1), (1, 5), (8, 1), (8, 5)):
+        images = images_of(photos, size)
+        contenders = {} if model is None else {
+            "generate": lambda i=images, b=beams: generate(model, i, b, tokens)
+        }  # fmt: skip
+        contenders |= {
+            name: lambda c=captioner, i=images, b=beams: ours(c, i, b, tokens)
+            for name, captioner in captioners.items()
+        }
+        seconds = medians(contenders, arguments.rounds)
+        first = next(iter(seconds.values()))
+        for name, value in seconds.items():
+            rows.append([
+                photos, beams, name, f"{1000 * value:.0f}", f"{photos / value:.2f}",
+                f"{first / value:.1f}",
+            ])  # fmt: skip
+            figures.append({"photos": photos, "beams": beams, "contender": name, "seconds": value})
+    title = f"{checkpoint.name}, exactly {tokens} tokens, {arguments.rounds} rounds. {machine()}"
+    header = ("photos", "beams", "contender", "ms", "photos/s", "times the first")
+    report(f"decoding-{checkpoint.name}", f"{title}\n\n{table(header, rows)}\n", figures)
+
+    growth = {}
+    fastest = captioners["int8"]
+    for what, settings in {
+        "beams": [(1, b, tokens) for b in (1, 2, 3, 5, 8)],
+        "photos": [(p, 5, tokens) for p in (1, 2, 4, 8, 16)],
+        "tokens": [(1, 5, t) for t in (5, 10, 15, 20, 25) if t < fastest.decoder.max_positions],
+    }.items():
+        runs = {
+            str(setting): lambda s=setting: ours(fastest, images_of(s[0], size), s[1], s[2])
+            for setting in settings
+        }
+        growth[what] = {k: 1000 * v for k, v in medians(runs, arguments.rounds).items()}
+    rows = [[what, k, f"{v:.0f}"] for what, values in growth.items() for k, v in values.items()]
+    header = ("grows with", "(photos, beams, tokens)", "ms, int8")
+    report(f"growth-{checkpoint.name}", table(header, rows) + "\n", growth)
+
+    peaks = {
+        name: peak_megabytes(__file__, arguments.model, "--peak", name)
+        for name in (*(["generate"] if theirs else []), *PRECISIONS)
+    }
+    rows = [[name, f"{value:.0f}"] for name, value in peaks.items()]
+    header = ("contender", "peak MB, one photo, 5 beams")
+    report(f"memory-{checkpoint.name}", table(header, rows) + "\n", peaks)
+
+
+if __name__ == "__main__":
+    main()
