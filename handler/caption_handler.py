@@ -83,7 +83,7 @@ class CaptionHandler:
             check_stream(options, grpc, explain)
         request.attention = request.attention or explain
         config = self.captioner.preprocessing
-        image = resize(decode(request.photo, config.image_size), config)
+        image = resize(decode(request.photo, config.side), config)
         return Job(
             place,
             request,

@@ -18,23 +18,43 @@ KINDS = ("word", "bpe")
 
 class CaptionTokenizer:
     """`begin_id` starts every caption, `end_id` closes it, `pad_id` fills a batch; they may be one
-    and the same, as they are in GPT-2."""
+    and the same, as they are in GPT-2. `suppressed_ids` are never part of a caption: if not given,
+    padding, begin and <unk>, unless one of them is also the end token."""
 
-    def __init__(self, tokenizer: Tokenizer, begin_id: int, end_id: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        begin_id: int,
+        end_id: int,
+        pad_id: int,
+        suppressed_ids: Sequence[int] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self.begin_id, self.end_id, self.pad_id = begin_id, end_id, pad_id
         self._special = {begin_id, end_id, pad_id}
+        if suppressed_ids is None:
+            unknown = tokenizer.token_to_id(UNKNOWN)
+            suppressed_ids = [pad_id, begin_id] + ([unknown] if unknown is not None else [])
+            suppressed_ids = sorted(set(suppressed_ids) - {end_id})
+        self.suppressed_ids = list(suppressed_ids)
         # A word-level vocabulary has no decoder: its words are joined by spaces.
         self._words = tokenizer.decoder is None
 
     @classmethod
-    def load(cls, path: Path, begin_id: int, end_id: int, pad_id: int) -> "CaptionTokenizer":
+    def load(
+        cls,
+        path: Path,
+        begin_id: int,
+        end_id: int,
+        pad_id: int,
+        suppressed_ids: Sequence[int] | None = None,
+    ) -> "CaptionTokenizer":
         """Reads a `tokenizer.json`. Raises UserError naming the file when it cannot be read."""
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{path}: no readable tokenizer ({error})") from error
-        return cls(tokenizer, begin_id, end_id, pad_id)
+        return cls(tokenizer, begin_id, end_id, pad_id, suppressed_ids)
 
     @classmethod
     def train(
@@ -87,14 +107,6 @@ class CaptionTokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    @property
-    def suppressed_ids(self) -> list[int]:
-        """Tokens that are never part of a caption: padding, begin and <unk>, unless one of them is
-        also the end token."""
-        unknown = self._tokenizer.token_to_id(UNKNOWN)
-        ids = {self.pad_id, self.begin_id} | ({unknown} if unknown is not None else set())
-        return sorted(ids - {self.end_id})
-
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end token. Where the text spells one of the special
         tokens, that token is left out: a caption cannot end itself."""
@@ -102,9 +114,9 @@ class CaptionTokenizer:
         return [i for i in ids if i not in self._special]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; begin, end and padding are left out."""
+        """The text of ids; begin, end, padding and what the file marks as special are left out."""
         ids = [i for i in ids if i not in self._special]
-        return self._tokenizer.decode(ids, skip_special_tokens=False).strip()
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """One piece of text a token. A byte-pair piece keeps its leading space, and a character
@@ -113,7 +125,7 @@ class CaptionTokenizer:
             return [self._tokenizer.id_to_token(i) or "" for i in ids]
         pieces, done = [], ""
         for end in range(1, len(ids) + 1):
-            text = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=False)
+            text = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
             if text.endswith("\ufffd") and end < len(ids):
                 pieces.append("")
                 continue

@@ -62,17 +62,28 @@ class ImageTooLarge(InvalidImage):
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How a photo becomes a tensor: side in pixels, normalisation of the 0-1 channels, fitting."""
+    """How a photo becomes a tensor: side in pixels, normalisation of the 0-1 channels, fitting.
+
+    `resize_to` is the side that the photo is resized to before its middle is cut out, where that is
+    more than `image_size` (as for DeiT: 256, then 224).
+    """
 
     image_size: int = 224
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Literal["squash", "crop"] = "squash"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_to: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.image_size) is not int or not 1 <= self.image_size <= 4096:
             raise UserError(f"preprocessing: image_size is {self.image_size!r}; give 1 to 4096")
+        if self.resize_to is not None and (
+            type(self.resize_to) is not int or not self.image_size <= self.resize_to <= 4096
+        ):
+            raise UserError(
+                f"preprocessing: resize_to is {self.resize_to!r}; give image_size to 4096, or null"
+            )
         for name in ("mean", "std"):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or len(values) != 3:
@@ -88,6 +99,11 @@ class PreprocessConfig:
             raise UserError(
                 f"preprocessing: interpolation is {self.interpolation!r}; give bicubic or bilinear"
             )
+
+    @property
+    def side(self) -> int:
+        """Pixels that a photo's side is resized to; under `crop`, its short side."""
+        return self.resize_to or self.image_size
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PreprocessConfig":
@@ -109,7 +125,7 @@ def preprocess(
     photo: bytes | bytearray | memoryview | Image.Image, config: PreprocessConfig
 ) -> Tensor:
     """A photo as the encoder takes it: float32 (3, S, S), normalised. Raises InvalidImage."""
-    return to_tensor(resize(decode(photo, min_side=config.image_size), config), config)
+    return to_tensor(resize(decode(photo, min_side=config.side), config), config)
 
 
 def decode(
@@ -265,15 +281,18 @@ def orientation(image: Image.Image) -> Image.Transpose | None:
 
 
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
-    """RGB of (S, S): the whole photo squashed to the square, or its middle square."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = ((width - side) / 2, (height - side) / 2) if config.resize == "crop" else (0, 0)
+    """RGB of (S, S): the middle of the photo once it is resized (squashed to a square, or by its
+    short side). The same geometry as resizing first and cutting then, as Hugging Face does it."""
+    size, side = config.image_size, config.side
     # Cutting before the resize keeps a strip of 1 x 60,000 from growing to S x 60,000 S.
+    box = []
+    for length in image.size:
+        resized = side * length // min(image.size) if config.resize == "crop" else side
+        start = (resized - size) // 2
+        box.append((start * length / resized, (start + size) * length / resized))
+    (left, right), (top, bottom) = box
     return image.resize(
-        (config.image_size, config.image_size),
-        RESAMPLING[config.interpolation],
-        box=(left, top, width - left, height - top),
+        (size, size), RESAMPLING[config.interpolation], box=(left, top, right, bottom)
     )
 
 

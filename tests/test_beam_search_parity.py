@@ -5,94 +5,20 @@ import random
 
 import pytest
 import torch
+from huggingface_models import tiny_model
 
 from handler.beam_search import DecodeOptions, search
-from training.model import Decoder, DecoderConfig
-
-transformers = pytest.importorskip("transformers")
+from training.huggingface_model import import_model
 
 # The vocabulary holds twice the most beams, as every real one does.
-VOCAB, WIDTH, LAYERS, HEADS, POSITIONS, END = 64, 16, 2, 2, 26, 7
-
-SHARPNESS, LIKING = 0.35, 1.0
+VOCAB, END = 64, 7
 
 
 @pytest.fixture(scope="module")
 def models():
     """(Hugging Face's model, our decoder with the same weights)."""
-    torch.manual_seed(3)
-    encoder = transformers.ViTConfig(
-        hidden_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=HEADS,
-        intermediate_size=32,
-        image_size=16,
-        patch_size=8,
-    )
-    text = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=POSITIONS,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        add_cross_attention=True,
-        bos_token_id=END,
-        eos_token_id=END,
-        initializer_range=0.6,
-    )
-    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, text)
-    theirs = transformers.VisionEncoderDecoderModel(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        # A model with opinions, and with a liking for the end, so that captions end at all lengths.
-        last = theirs.decoder.transformer.ln_f
-        last.weight.mul_(SHARPNESS)
-        last.bias.mul_(SHARPNESS)
-        end = theirs.decoder.transformer.wte.weight[END]
-        end.add_(LIKING * last.bias / last.bias.norm() ** 2)
-    ours = Decoder(
-        DecoderConfig(
-            vocab_size=VOCAB,
-            max_positions=POSITIONS,
-            width=WIDTH,
-            layers=LAYERS,
-            heads=HEADS,
-            mlp_width=4 * WIDTH,
-            memory_width=WIDTH,
-            activation="gelu_tanh",
-        )
-    ).eval()
-    state = theirs.decoder.transformer.state_dict()
-    renamed = {
-        "token_embedding.weight": state["wte.weight"],
-        "head.weight": state["wte.weight"],
-        "position_embedding.weight": state["wpe.weight"],
-        "norm.weight": state["ln_f.weight"],
-        "norm.bias": state["ln_f.bias"],
-    }
-    for i in range(LAYERS):
-        for mine, other in (
-            ("norm1", "ln_1"),
-            ("norm2", "ln_cross_attn"),
-            ("norm3", "ln_2"),
-        ):
-            for part in ("weight", "bias"):
-                renamed[f"blocks.{i}.{mine}.{part}"] = state[f"h.{i}.{other}.{part}"]
-        for mine, other in (
-            ("self_attention.qkv", "attn.c_attn"),
-            ("self_attention.out", "attn.c_proj"),
-            ("cross_attention.q", "crossattention.q_attn"),
-            ("cross_attention.kv", "crossattention.c_attn"),
-            ("cross_attention.out", "crossattention.c_proj"),
-            ("mlp.up", "mlp.c_fc"),
-            ("mlp.down", "mlp.c_proj"),
-        ):
-            # GPT-2's Conv1D keeps (in, out).
-            renamed[f"blocks.{i}.{mine}.weight"] = state[f"h.{i}.{other}.weight"].T
-            renamed[f"blocks.{i}.{mine}.bias"] = state[f"h.{i}.{other}.bias"]
-    ours.load_state_dict(renamed)
-    return theirs, ours
+    theirs = tiny_model(VOCAB, END)
+    return theirs, import_model(theirs.config.to_dict(), theirs.state_dict(), "theirs").decoder
 
 
 @torch.inference_mode()

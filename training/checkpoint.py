@@ -39,6 +39,7 @@ def save_checkpoint(
             "begin_id": tokenizer.begin_id,
             "end_id": tokenizer.end_id,
             "pad_id": tokenizer.pad_id,
+            "suppressed_ids": tokenizer.suppressed_ids,
         },
         "decoding": decoding,
         "training": training,

@@ -6,7 +6,6 @@ own download; here its parameters are renamed one by one, and a parameter too ma
 error that names it. The normalisation that the encoder was trained with comes along.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,38 +15,40 @@ from torch import Tensor
 
 from handler.errors import UserError
 from training.model import Encoder, EncoderConfig, interpolate_positions
+from training.rename import Names, fill, rename
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 TIMM_NAMES = (
-    (r"cls_token|dist_token|reg_token", ""),  # joined into `prefix`, below
-    (r"pos_embed", "positions"),
-    (r"patch_embed\.proj\.(\w+)", r"patch_embed.\1"),
-    (r"norm_pre\.(\w+)", r"norm_pre.\1"),
-    (r"(?:fc_)?norm\.(\w+)", r"norm.\1"),
-    (r"blocks\.(\d+)\.norm([12])\.(\w+)", r"blocks.\1.norm\2.\3"),
-    (r"blocks\.(\d+)\.attn\.qkv\.(\w+)", r"blocks.\1.attention.qkv.\2"),
-    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"blocks.\1.attention.out.\2"),
-    (r"blocks\.(\d+)\.mlp\.fc1\.(\w+)", r"blocks.\1.mlp.up.\2"),
-    (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"blocks.\1.mlp.down.\2"),
-    (r"blocks\.(\d+)\.ls([12])\.gamma", r"blocks.\1.scale\2"),
+    ("cls_token", ""),  # joined into `prefix`, below
+    ("dist_token", ""),
+    ("reg_token", ""),
+    ("pos_embed", "positions"),
+    ("patch_embed.proj.{p}", "patch_embed.{p}"),
+    ("norm_pre.{p}", "norm_pre.{p}"),
+    ("norm.{p}", "norm.{p}"),
+    ("fc_norm.{p}", "norm.{p}"),
+    ("blocks.{i}.norm1.{p}", "blocks.{i}.norm1.{p}"),
+    ("blocks.{i}.attn.qkv.{p}", "blocks.{i}.attention.qkv.{p}"),
+    ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.out.{p}"),
+    ("blocks.{i}.ls1.gamma", "blocks.{i}.scale1"),
+    ("blocks.{i}.norm2.{p}", "blocks.{i}.norm2.{p}"),
+    ("blocks.{i}.mlp.fc1.{p}", "blocks.{i}.mlp.up.{p}"),
+    ("blocks.{i}.mlp.fc2.{p}", "blocks.{i}.mlp.down.{p}"),
+    ("blocks.{i}.ls2.gamma", "blocks.{i}.scale2"),
 )
+LAYER = "encoder.layers.encoder_layer_{i}"
 TORCHVISION_NAMES = (
-    (r"class_token", ""),
-    (r"encoder\.pos_embedding", "positions"),
-    (r"conv_proj\.(\w+)", r"patch_embed.\1"),
-    (r"encoder\.ln\.(\w+)", r"norm.\1"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.ln_([12])\.(\w+)", r"blocks.\1.norm\2.\3"),
-    (
-        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.in_proj_(\w+)",
-        r"blocks.\1.attention.qkv.\2",
-    ),
-    (
-        r"encoder\.layers\.encoder_layer_(\d+)\.self_attention\.out_proj\.(\w+)",
-        r"blocks.\1.attention.out.\2",
-    ),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.0\.(\w+)", r"blocks.\1.mlp.up.\2"),
-    (r"encoder\.layers\.encoder_layer_(\d+)\.mlp\.3\.(\w+)", r"blocks.\1.mlp.down.\2"),
+    ("class_token", ""),
+    ("encoder.pos_embedding", "positions"),
+    ("conv_proj.{p}", "patch_embed.{p}"),
+    ("encoder.ln.{p}", "norm.{p}"),
+    (f"{LAYER}.ln_1.{{p}}", "blocks.{i}.norm1.{p}"),
+    (f"{LAYER}.self_attention.in_proj_{{p}}", "blocks.{i}.attention.qkv.{p}"),
+    (f"{LAYER}.self_attention.out_proj.{{p}}", "blocks.{i}.attention.out.{p}"),
+    (f"{LAYER}.ln_2.{{p}}", "blocks.{i}.norm2.{p}"),
+    (f"{LAYER}.mlp.0.{{p}}", "blocks.{i}.mlp.up.{p}"),
+    (f"{LAYER}.mlp.3.{{p}}", "blocks.{i}.mlp.down.{p}"),
 )
 PREFIXES = ("cls_token", "dist_token", "reg_token", "class_token")
 CLASSIFIERS = ("head.", "head_dist.", "heads.", "attn_pool.")
@@ -175,25 +176,13 @@ def _rename(
     config: EncoderConfig,
     state: dict[str, Tensor],
     prefix: list[Tensor],
-    names: tuple[tuple[str, str], ...],
+    names: Names,
     image_size: int | None,
 ) -> Encoder:
     """Our encoder with the other library's parameters; every one must find its place."""
-    ours: dict[str, Tensor] = {}
-    unknown = []
-    for key, tensor in state.items():
-        if key.startswith(CLASSIFIERS):
-            continue  # the classifier is not part of the encoder
-        for pattern, replacement in names:
-            match = re.fullmatch(pattern, key)
-            if match:
-                if replacement:
-                    ours[match.expand(replacement)] = tensor
-                break
-        else:
-            unknown.append(key)
-    if unknown:
-        raise UserError(f"{name}: parameters that our encoder has no place for: {_few(unknown)}")
+    # The classifier is not part of the encoder.
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(CLASSIFIERS)}
+    ours = rename(name, state, names)
     if prefix:
         ours["prefix"] = torch.cat(prefix, dim=1)
     if image_size is not None and image_size != config.image_size:
@@ -202,15 +191,7 @@ def _rename(
             ours["positions"], config.prefix_tokens if config.prefix_positions else 0, config.grid
         )
     encoder = Encoder(config)
-    expected = set(encoder.state_dict())
-    if missing := sorted(expected - set(ours)):
-        raise UserError(f"{name}: parameters missing: {_few(missing)}")
-    if extra := sorted(set(ours) - expected):
-        raise UserError(f"{name}: parameters that our encoder has no place for: {_few(extra)}")
-    try:
-        encoder.load_state_dict(ours)
-    except RuntimeError as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+    fill(name, encoder, ours, names)
     return encoder
 
 
@@ -222,10 +203,6 @@ def _activation(module: torch.nn.Module) -> str:
     if "gelu" in type(module).__name__.lower():
         return "gelu"
     raise UserError(f"encoder.pretrained: activation {type(module).__name__} is not supported")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _cannot_load(name: str, weights: Path | None, error: Exception) -> str:

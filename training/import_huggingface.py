@@ -1,0 +1,214 @@
+"""`python -m training.import_huggingface NAME_OR_DIR`: a Hugging Face `VisionEncoderDecoderModel`
+of ViT or DeiT and GPT-2, such as `nlpconnect/vit-gpt2-image-captioning`, -> a checkpoint of ours.
+
+NAME_OR_DIR is a folder that `save_pretrained` wrote (model, tokenizer, image processor), or a name
+on the Hub, which is downloaded into its cache. The checkpoint captions as `generate` does with the
+model's own generation config. Files are read as data: no code that comes with a model is run.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from handler.caption_tokenizer import CaptionTokenizer
+from handler.errors import ArgumentParser, UserError, run_command
+from training.checkpoint import save_checkpoint
+from training.huggingface_model import import_model, model_configs
+from training.huggingface_settings import (
+    TOKENIZER_FILES,
+    import_decoding,
+    import_ids,
+    import_preprocessing,
+    import_tokenizer,
+    legacy_generation,
+)
+from training.model import CaptioningModel
+from training.pretrained import read_weights
+from training.train import BUILD, set_aside
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+PROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+# In the order of preference. An index says in which file of several a parameter lies.
+SAFE = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
+    """Writes the model as the checkpoint `out`; a checkpoint that was there is kept as
+    NAME.previous. Raises UserError naming the file and the field or parameter that does not fit,
+    and then writes nothing."""
+    folder = fetch(name_or_folder)
+    check_out(out, folder)
+    config = read_json(folder / CONFIG)
+    with naming(folder / CONFIG):
+        encoder, decoder = model_configs(config)
+    source, generation = folder / CONFIG, legacy_generation(config)
+    if (folder / GENERATION).exists():
+        source, generation = folder / GENERATION, read_json(folder / GENERATION)
+    with naming(source):
+        decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
+        ids = import_ids(generation, decoder.vocab_size)
+    processor = read_json(folder / PROCESSOR)
+    with naming(folder / PROCESSOR):
+        preprocessing = import_preprocessing(processor, encoder.image_size)
+    settings: dict[str, Any] = {}
+    for name in (ADDED, SPECIAL, TOKENIZER):
+        if (folder / name).exists():
+            found = read_json(folder / name)
+            settings |= {"added_tokens": found} if name == ADDED else found
+    try:
+        tokenizer = import_tokenizer(folder, settings, decoder.vocab_size)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / TOKENIZER}: malformed ({error!r}); download it again"
+        ) from error
+
+    weights, state = read_state(folder)
+    model = import_model(config, state, str(weights))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            save_checkpoint(
+                stage,
+                model,
+                CaptionTokenizer(tokenizer, **ids),
+                preprocessing.to_dict(),
+                decoding,
+                {"imported_from": name_or_folder},
+            )
+            stage.chmod(0o755)
+            set_aside(out)
+            stage.rename(out)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); give another --out"
+        ) from error
+    return model
+
+
+def fetch(name_or_folder: str) -> Path:
+    """The model's folder; a name is downloaded, or found in the cache. Raises UserError."""
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder}: this is a file; give the folder that it lies in")
+    from huggingface_hub import snapshot_download
+
+    small = [CONFIG, GENERATION, PROCESSOR, TOKENIZER, SPECIAL, ADDED, *TOKENIZER_FILES]
+    try:
+        folder = Path(
+            snapshot_download(name_or_folder, allow_patterns=[*small, *SAFE, "model-*.safetensors"])
+        )
+        if not any((folder / name).exists() for name in SAFE):
+            patterns = [*PICKLED, "pytorch_model-*.bin"]
+            folder = Path(snapshot_download(name_or_folder, allow_patterns=patterns))
+    except Exception as error:  # a name, a network and a hub fail in many ways
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name_or_folder}: no such folder, and no model of this name can be had from the Hub "
+            f"({reason}); give the folder of a model"
+        ) from error
+    return folder
+
+
+def check_out(out: Path, folder: Path) -> None:
+    """Refuses to put the checkpoint where something else lies."""
+    if out.resolve() == folder.resolve():
+        raise UserError(f"{out}: --out is the model that is imported; give another folder")
+    if (
+        out.exists()
+        and not (out / CONFIG).exists()
+        and not (out.is_dir() and not any(out.iterdir()))
+    ):
+        raise UserError(f"{out}: --out exists and is no checkpoint; give another folder")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, nulls left out: they mean the same as an absent field. Raises UserError naming
+    the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_nulls)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: missing; a model's folder holds what save_pretrained of the model, of its "
+            "tokenizer and of its image processor wrote"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not an object of fields; download it again")
+    return content
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file (or the index of several) that holds the weights, and all of them."""
+    path = next((folder / name for name in (*SAFE, *PICKLED) if (folder / name).exists()), None)
+    if path is None:
+        raise UserError(f"{folder}: no weights there, neither {SAFE[0]} nor {PICKLED[0]}")
+    if path.suffix != ".json":
+        return path, read_file(path)
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(name, str) and name == Path(name).name for name in places.values()
+    ):
+        raise UserError(f"{path}: field 'weight_map' does not name files beside it")
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        state |= read_file(folder / name)
+    return path, state
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """A file of weights. Raises UserError naming it."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; download it again")
+    try:
+        state = read_weights(path)
+    except Exception as error:  # truncated, damaged, or holding more than tensors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not readable as weights ({reason}); download it again") from error
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: holds more than tensors; give the state dict alone")
+    return state
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors about fields begin with the file that the fields are from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="training.import_huggingface", description=__doc__)
+    parser.add_argument("model", metavar="NAME_OR_DIR", help="a name on the Hub, or a folder")
+    parser.add_argument("--out", type=Path, help="default build/checkpoints/NAME")
+    arguments = parser.parse_args()
+    name = Path(arguments.model).resolve().name
+    out = arguments.out or BUILD / "checkpoints" / name
+    model = import_huggingface(arguments.model, out)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{out}: {millions:.1f} M parameters from {arguments.model}")
+
+
+if __name__ == "__main__":
+    run_command(main)
