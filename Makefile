@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv-bench/.installed
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 # The first that runs and is 3.11: a name that is found need not be either (pyenv's shims).
 PYTHON ?= $(shell for name in python3.11 python3 python; do \
@@ -37,7 +38,7 @@ CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data train export mar serve stop caption evaluate demo test test-slow lint clean
+.PHONY: help setup data train export mar serve stop caption evaluate bench demo test test-slow lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,7 +68,7 @@ train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3"
 	python -m training.train --config $(call quote,$(CONFIG)) --run $(call quote,$(RUN)) \
 		$(call option,--data,$(DATA)) $(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
 
-export: setup ## checkpoint to TorchScript, verified: CHECKPOINT=DIR PRECISION=fp32
+export: setup ## checkpoint to TorchScript, verified: CHECKPOINT=DIR PRECISION=fp32|bf16|int8|auto
 	python -m export.export --checkpoint $(call quote,$(CHECKPOINT)) \
 		--out $(call quote,$(EXPORT)) --precision $(call quote,$(PRECISION))
 
@@ -102,6 +103,19 @@ demo: setup ## the whole road on drawn scenes (build/*/scenes and captioner.mar 
 	grpc=$$(python -m handler.client --image "$$photo" --grpc); \
 	printf '%s\nREST: %s\ngRPC: %s\n' "$$photo" "$$rest" "$$grpc"; \
 	test "$$rest" = "$$grpc" || { echo "error: REST and gRPC answer differently" >&2; exit 1; }
+
+$(BENCH_STAMP): $(STAMP) requirements-bench.txt
+	python -m venv --clear .venv-bench
+	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r requirements-bench.txt
+	@touch $@
+
+bench: setup $(BENCH_STAMP) ## speed tables: a ViT-B + GPT-2, and CHECKPOINT=DIR; ARGS="--rounds 5"
+	python -W ignore -m tests.benchmarks.decoding yardstick --onnx .venv-bench/bin/python $(ARGS)
+	$(if $(wildcard $(CHECKPOINT)/model.safetensors),python -W ignore \
+		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS))
 
 lint: setup ## ruff and mypy
 	ruff check .

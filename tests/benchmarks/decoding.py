@@ -1,23 +1,24 @@
 """`make bench`: milliseconds a photo, ours against Hugging Face's `generate`, on the same weights,
 in the same run.
 
-    python tests/benchmarks/decoding.py yardstick      ViT-B/16 + GPT-2, random weights
-    python tests/benchmarks/decoding.py CHECKPOINT     one of ours, eager against its exports
+    python -m tests.benchmarks.decoding yardstick      ViT-B/16 + GPT-2, random weights
+    python -m tests.benchmarks.decoding CHECKPOINT     one of ours, eager against its exports
 
 The yardstick is built with transformers, imported by `training.import_huggingface` and exported by
 `export.export`, so that what is timed is what a user runs. Its fp32 sequences are compared with
-those of `generate` before anything is timed. Every caption has exactly --tokens tokens.
+those of `generate` before anything is timed. Every caption has exactly --tokens tokens. With --onnx
+PYTHON, the interpreter of an environment with Optimum, ONNX Runtime runs the same model too.
 """
 
 import argparse
-import sys
+import subprocess
 from pathlib import Path
 
 import torch
-from timing import machine, medians, peak_megabytes, print_peak, report, table
 
 from export.export import export_checkpoint
 from handler.captioner import Captioner
+from tests.benchmarks.timing import machine, medians, peak_megabytes, print_peak, report, table
 from training.checkpoint import load_captioner
 
 ROOT = Path("build/bench")
@@ -28,8 +29,7 @@ def build_yardstick(folder: Path) -> None:
     """A random ViT-B/16 + GPT-2 of 239 million parameters, as `save_pretrained` writes it."""
     import transformers
 
-    sys.path.append("tests")
-    from huggingface_models import tiny_tokenizer
+    from tests.huggingface_models import tiny_tokenizer
 
     torch.manual_seed(0)
     text = transformers.GPT2Config(add_cross_attention=True)
@@ -87,11 +87,38 @@ def load_theirs(folder: Path):
     return transformers.VisionEncoderDecoderModel.from_pretrained(folder).eval()
 
 
+class OnnxRuntime:
+    """ONNX Runtime in a process of its own, as `onnx_runtime.py` runs it."""
+
+    def __init__(self, python: str, folder: Path, precision: str) -> None:
+        command = [python, "-W", "ignore", str(Path(__file__).with_name("onnx_runtime.py"))]
+        command += [str(folder), precision]
+        subprocess.run([*command, "--export"], check=True, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._wait("ready")
+
+    def __call__(self, photos: int, beams: int, tokens: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{photos} {beams} {tokens}\n")
+        self.process.stdin.flush()
+        self._wait("done")
+
+    def _wait(self, word: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.strip() == word:
+                return
+        raise RuntimeError("ONNX Runtime ended; its reason stands above")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="yardstick", help="yardstick or a checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--onnx", metavar="PYTHON", help="of an environment with Optimum")
     parser.add_argument("--peak", metavar="CONTENDER", help="caption once and print peak memory")
     arguments = parser.parse_args()
     theirs, checkpoint, exports = prepare(arguments.model)
@@ -118,6 +145,11 @@ def main() -> None:
             found = [best[0].ids for best in ours(captioners[name], images, 5, tokens)]
             assert found == expected, f"{name} does not give the sequences of generate"
 
+    onnx = {}
+    if theirs and arguments.onnx:
+        onnx = {
+            f"ONNX Runtime {p}": OnnxRuntime(arguments.onnx, theirs, p) for p in ("fp32", "int8")
+        }
     rows, figures = [], []
     for photos, beams in ((1, 1), (1, 5), (8, 1), (8, 5)):
         images = images_of(photos, size)
@@ -127,6 +159,9 @@ def main() -> None:
         contenders |= {
             name: lambda c=captioner, i=images, b=beams: ours(c, i, b, tokens)
             for name, captioner in captioners.items()
+        }
+        contenders |= {
+            name: lambda r=run, p=photos, b=beams: r(p, b, tokens) for name, run in onnx.items()
         }
         seconds = medians(contenders, arguments.rounds)
         first = next(iter(seconds.values()))
@@ -157,7 +192,7 @@ def main() -> None:
     report(f"growth-{checkpoint.name}", table(header, rows) + "\n", growth)
 
     peaks = {
-        name: peak_megabytes(__file__, arguments.model, "--peak", name)
+        name: peak_megabytes("tests.benchmarks.decoding", arguments.model, "--peak", name)
         for name in (*(["generate"] if theirs else []), *PRECISIONS)
     }
     rows = [[name, f"{value:.0f}"] for name, value in peaks.items()]

@@ -30,15 +30,14 @@ def medians(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def peak_megabytes(program: str, *arguments: str) -> float:
-    """Peak resident memory of a fresh Python that runs `program`, which prints it at its end with
+def peak_megabytes(module: str, *arguments: str) -> float:
+    """Peak resident memory of a fresh Python that runs `module`, which prints it at its end with
     `print_peak`."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", program, *arguments],
+        [sys.executable, "-W", "ignore", "-m", module, *arguments],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     return float(done.stdout.split()[-1])
 
