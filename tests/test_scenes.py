@@ -317,17 +317,28 @@ def test_generate_is_deterministic(tmp_path, monkeypatch):
     assert all(manifest.path(row).is_file() for row in manifest.rows)
 
 
-def test_an_interrupted_run_leaves_no_manifest(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_the_earlier_scenes(tmp_path, monkeypatch):
     monkeypatch.setitem(scenes.PRESETS, "tiny", Preset(train=4, val=2))
+
+    def files() -> dict[str, bytes]:
+        whole = [tmp_path / "captions.jsonl", *(tmp_path / "images").iterdir()]
+        return {str(path): path.read_bytes() for path in whole}
+
     generate(tmp_path, "tiny", 1)
+    before, draw, left = files(), scenes.draw, [3]
 
     def stop(scene, rng: random.Random):
-        raise KeyboardInterrupt
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return draw(scene, rng)
 
-    monkeypatch.setattr(scenes, "draw", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scenes, "draw", stop)
         generate(tmp_path, "tiny", 2)
-    assert not (tmp_path / "captions.jsonl").exists()
+    assert files() == before
+    generate(tmp_path, "tiny", 2)
+    assert files().keys() == before.keys() and files() != before
 
 
 def test_wrong_preset_or_directory(tmp_path):

@@ -12,6 +12,7 @@ Everything follows from the preset, the seed and the number of the scene.
 """
 
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from handler.errors import UserError
-from training.data.manifest import CAPTIONS_FILE, DATASET_FILE, Row, write_manifest
+from training.data.manifest import Row, write_manifest
 from training.data.scene_language import (
     COLOURS,
     PATTERNS,
@@ -93,12 +94,10 @@ def generate(directory: Path, preset: str, seed: int = 0) -> None:
         raise UserError(f"no preset {preset!r} of scenes; there are {', '.join(PRESETS)}")
     counts = {"train": PRESETS[preset].train, "val": PRESETS[preset].val}
     directory = Path(directory)
-    images = directory / "images"
+    images, partial = directory / "images", directory / ".images.partial"
     try:
-        images.mkdir(parents=True, exist_ok=True)
-        # An interrupted run must not leave an old manifest that describes new pictures.
-        for name in (CAPTIONS_FILE, DATASET_FILE):
-            (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(
             f"{directory}: {error.strerror}; name a folder that can be written"
@@ -107,9 +106,12 @@ def generate(directory: Path, preset: str, seed: int = 0) -> None:
     with tqdm(total=sum(counts.values()), desc=preset, unit="scene") as bar:
         for row, picture in make_rows(counts, seed):
             # Noise hardly compresses: a higher level costs time and saves nothing.
-            picture.save(images / row.image, compress_level=1)
+            picture.save(partial / row.image, compress_level=1)
             rows.append(row)
             bar.update()
+    # Earlier pictures stay until the new ones are all there.
+    shutil.rmtree(images, ignore_errors=True)
+    partial.rename(images)
     write_manifest(directory, preset, rows, images, [])
 
 
