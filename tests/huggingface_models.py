@@ -10,16 +10,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 transformers = pytest.importorskip("transformers")
 
 WIDTH, LAYERS, HEADS, POSITIONS, SIDE = 16, 2, 2, 26, 16
-SHARPNESS, LIKING = 0.35, 1.0
+SHARPNESS = 0.35
 # Sentences that a tokenizer is fitted on; with them come 256 bytes.
 SENTENCES = ["a brown dog runs across the grass .", "two dogs play with a ball .", "a café"]
 
 
 def tiny_model(
-    vocab_size: int, end: int, encoder: str = "vit", seed: int = 3, **text: object
+    vocab_size: int, end: int, encoder: str = "vit", liking: float = 1.0, **text: object
 ) -> "transformers.VisionEncoderDecoderModel":
-    """A ViT or DeiT and a GPT-2 whose logits differ much, and whose captions end at all lengths."""
-    torch.manual_seed(seed)
+    """A ViT or DeiT and a GPT-2 with opinions: their logits differ much, and they have as much
+    `liking` for the end token as makes captions end at all lengths."""
+    torch.manual_seed(3)
     kind = {"vit": transformers.ViTConfig, "deit": transformers.DeiTConfig}[encoder]
     photo = kind(
         hidden_size=WIDTH,
@@ -42,12 +43,11 @@ def tiny_model(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        # A model with opinions, and with a liking for the end, so that captions end at all lengths.
         last = model.decoder.transformer.ln_f
         last.weight.mul_(SHARPNESS)
         last.bias.mul_(SHARPNESS)
         likes = model.decoder.transformer.wte.weight[end]
-        likes.add_(LIKING * last.bias / last.bias.norm() ** 2)
+        likes.add_(liking * last.bias / last.bias.norm() ** 2)
     model.generation_config.decoder_start_token_id = end
     model.generation_config.pad_token_id = end
     return model
@@ -75,7 +75,7 @@ def tiny_tokenizer() -> "transformers.GPT2Tokenizer":
 def save_captioner(folder: Path, encoder: str = "vit", **text: object):
     """A whole captioner as people save it: (model, tokenizer, image processor)."""
     tokenizer = tiny_tokenizer()
-    model = tiny_model(len(tokenizer), tokenizer.eos_token_id, encoder, **text)
+    model = tiny_model(len(tokenizer), tokenizer.eos_token_id, encoder, liking=2.0, **text)
     # The backend over Pillow: to the pixel what ours does.
     processor = transformers.ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
     for part in (model, tokenizer, processor):
