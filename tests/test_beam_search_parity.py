@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import zlib
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def combinations(count: int) -> list[DecodeOptions]:
 def test_sequences_and_scores_are_those_of_generate(models, options):
     """Batches of three photos; under `never` our stop is earlier, and the answer the same."""
     theirs, ours = models
-    torch.manual_seed(hash(options) % 1000)
+    torch.manual_seed(zlib.crc32(repr(options).encode()))
     pixels = torch.randn(3, 3, 16, 16)
     memory = theirs.encoder(pixels).last_hidden_state
     found = search(ours, memory, [options] * 3, begin_id=END, end_id=END)
