@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from export.precision import PRECISIONS, candidates, in_precision
+from export.precision import WAYS, in_precision, ways
 from export.script_decoder import script_decoder
 from export.trace_encoder import trace_encoder
 from export.verify import FLOORS, ValidationPhotos, captions_of, verify
@@ -34,10 +34,11 @@ VERIFIED_PHOTOS = 1000
 def export_checkpoint(
     checkpoint: Path, out: Path, precision: str = "fp32", data: str | None = None
 ) -> dict[str, Any]:
-    """Exports in `precision` (`auto`: the fastest for this processor that keeps the captions; see
-    `export.verify.FLOORS`) and returns the written config. `data` names the dataset whose
-    validation photos are compared, by default the one it was trained on, where that is still
-    there; random images stand in for it otherwise. Raises UserError, and then writes nothing."""
+    """Exports in `precision` (`auto`: the fastest for this processor), in the fastest way that
+    keeps the captions (`export.verify.FLOORS`), and returns the written config. `data` names the
+    dataset whose validation photos are compared, by default the one it was trained on, where that
+    is still there; random images stand in for it otherwise. Raises UserError, and then writes
+    nothing."""
     model, config, tokenizer = load_model(checkpoint)
     digest = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
     config |= {"name": checkpoint.name, "checkpoint": f"sha256:{digest}"}
@@ -45,17 +46,19 @@ def export_checkpoint(
     photos = _validation_photos(config, eager, data)
     expected = captions_of(eager, photos.images)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for chosen in (tries := candidates(precision)):
+    tries = ways(precision)
+    for number, (chosen, encoder, decoder) in enumerate(tries, start=1):
         stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
-            _write_scripts(in_precision(model, chosen), eager.preprocessing.image_size, stage)
+            changed = in_precision(model, encoder, decoder)
+            _write_scripts(changed, eager.preprocessing.image_size, stage)
             tokenizer.save(stage / "tokenizer.json")
-            config["precision"] = chosen
+            config |= {"precision": chosen, "parts": {"encoder": encoder, "decoder": decoder}}
             _write_config(stage, config)
             exported = Captioner.load(stage)
             verified = verify(eager, exported, photos, expected, chosen)
-            if precision == "auto" and not verified["kept"] and chosen != tries[-1]:
-                print(f"{chosen}: {told(verified)}: not enough, trying the next")
+            if not verified["kept"] and number < len(tries):
+                print(f"{described(config)}: {told(verified)}; trying the next way", flush=True)
                 continue
             config["verified"] = verified
             _write_config(stage, config)
@@ -97,6 +100,12 @@ def _validation_photos(
     return ValidationPhotos("random images", images, None)
 
 
+def described(config: dict[str, Any]) -> str:
+    """The precision, and how it is reached."""
+    parts = config["parts"]
+    return f"{config['precision']} (encoder {parts['encoder']}, decoder {parts['decoder']})"
+
+
 def told(verified: dict[str, Any]) -> str:
     """What was compared, in one line."""
     line = f"{verified['identical_captions']:.1%} of {verified['photos']} captions "
@@ -110,7 +119,7 @@ def main() -> None:
     parser = ArgumentParser(prog="export.export", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--out", type=Path, help="default build/export/NAME[-PRECISION]")
-    parser.add_argument("--precision", default="fp32", choices=(*PRECISIONS, "auto"))
+    parser.add_argument("--precision", default="fp32", choices=(*WAYS, "auto"))
     parser.add_argument("--data", help="dataset whose val photos are compared")
     arguments = parser.parse_args()
     if not arguments.checkpoint.is_dir():
@@ -121,7 +130,7 @@ def main() -> None:
     out = arguments.out or Path("build/export") / name
     config = export_checkpoint(arguments.checkpoint, out, arguments.precision, arguments.data)
     verified = config["verified"]
-    print(f"{out}: {config['precision']}; {told(verified)}")
+    print(f"{out}: {described(config)}; {told(verified)}")
     if not verified["kept"]:
         least, loss = FLOORS[config["precision"]]
         print(

@@ -22,7 +22,8 @@ GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class PackedLinear(nn.Module):
-    """y = activation(x W' + b) in float32, or in bfloat16: sums in float32, y rounded to bfloat16.
+    """y = activation(x W' + b) in float32, or with x, W and y rounded to bfloat16 around sums in
+    float32. Takes and gives float32: attention rounds its logits too far in bfloat16.
 
     `activation` is "" or one of `GELUS`, computed in the same pass.
     """
@@ -55,8 +56,8 @@ class PackedLinear(nn.Module):
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, self.activation, [], self.algorithm
-            )
-        y = F.linear(x, self.weight, self.bias)
+            ).float()
+        y = F.linear(x, self.weight, self.bias).float()
         return F.gelu(y, approximate=self.algorithm) if self.activation == "gelu" else y
 
 

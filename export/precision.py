@@ -1,12 +1,13 @@
 """What an export computes in: float32, bfloat16, or int8 weights.
 
-    precision   encoder                   decoder                      output head
-    fp32        packed float32            packed float32               packed float32
-    bf16        packed bfloat16           packed bfloat16              packed float32
-    int8        int8, 8-bit activations   int8, 16-bit activations     int8, 16-bit activations
+    fp32   packed float32
+    bf16   packed bfloat16; the output head in float32, whose logits decide between words that are
+           nearly as good
+    int8   int8 weights; activations in 8 bits in the encoder, in 16 bits in the decoder
 
-The residual stream, layer norms and sums are float32 everywhere. The output head's logits decide
-between words that are nearly as good; rounded to bfloat16 they would tie.
+The residual stream, layer norms, attention and sums are float32 everywhere. A precision is tried in
+several ways, the fastest first, until one keeps the captions: an encoder's rounding adds up over
+all its layers before the first word, so it is the first part to go back to a finer precision.
 """
 
 import copy
@@ -17,16 +18,21 @@ from torch import nn
 from export.packed_linear import GELUS, Int8Linear, PackedLinear
 from training.model import CaptioningModel, Mlp
 
-PRECISIONS = ("fp32", "bf16", "int8")
+# The ways to try, (encoder, decoder).
+WAYS = {
+    "fp32": (("fp32", "fp32"),),
+    "bf16": (("bf16", "bf16"), ("fp32", "bf16")),
+    "int8": (("int8", "int8"), ("bf16", "int8"), ("fp32", "int8")),
+}
 
 
-def in_precision(model: CaptioningModel, precision: str) -> CaptioningModel:
+def in_precision(model: CaptioningModel, encoder: str, decoder: str) -> CaptioningModel:
     """A copy of `model` for inference whose linear layers are those of `export.packed_linear`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    _replace(model.encoder, precision, fine=False)
+    _replace(model.encoder, encoder, fine=False)
     head = model.decoder.head
-    _replace(model.decoder, precision, fine=True)
-    if precision == "bf16":
+    _replace(model.decoder, decoder, fine=True)
+    if decoder == "bf16":
         model.decoder.add_module("head", _scripted(PackedLinear(head)))
     return model
 
@@ -54,14 +60,15 @@ def _scripted(layer: nn.Module) -> torch.jit.ScriptModule:
     return torch.jit.script(layer.eval())
 
 
-def candidates(precision: str) -> tuple[str, ...]:
-    """The precisions to try, best first: the one that was asked for, or for `auto` the fastest that
-    this processor has instructions for, then slower ones."""
-    if precision != "auto":
-        return (precision,)
-    has = torch.cpu.get_capabilities()
-    fast = {
-        "int8": has.get("avx512_vnni") or has.get("avx_vnni") or has.get("amx_int8"),
-        "bf16": has.get("avx512_bf16") or has.get("amx_bf16"),
-    }
-    return (*(name for name, supported in fast.items() if supported), "fp32")
+def ways(precision: str) -> list[tuple[str, str, str]]:
+    """(precision, encoder's, decoder's) to try in this order: those of the precision that was asked
+    for, or for `auto` of each that this processor has instructions for, and of fp32."""
+    asked = [precision]
+    if precision == "auto":
+        has = torch.cpu.get_capabilities()
+        fast = {
+            "int8": has.get("avx512_vnni") or has.get("avx_vnni") or has.get("amx_int8"),
+            "bf16": has.get("avx512_bf16") or has.get("amx_bf16"),
+        }
+        asked = [*(name for name, supported in fast.items() if supported), "fp32"]
+    return [(name, *parts) for name in asked for parts in WAYS[name]]

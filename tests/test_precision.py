@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from conftest import run_program
 from torch import nn
 
+from export.export import export_checkpoint
 from export.packed_linear import Int8Linear, PackedLinear
-from export.precision import candidates, in_precision
+from export.precision import in_precision, ways
 from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import Captioner
 from handler.errors import UserError
@@ -86,7 +87,7 @@ def test_the_activation_is_fused(activation, kind):
 def test_every_linear_layer_is_replaced(tiny_run):
     model, _, _ = load_model(tiny_run / "build/checkpoints/tiny")
     for precision in ("fp32", "bf16", "int8"):
-        changed = in_precision(model, precision)
+        changed = in_precision(model, precision, precision)
         assert not [m for m in changed.modules() if isinstance(m, nn.Linear)]
     assert [m for m in model.modules() if isinstance(m, nn.Linear)]  # the original stays
 
@@ -113,11 +114,23 @@ def test_an_export_records_what_it_lost(tiny_run, tiny_data, precision):
 
 
 def test_auto_ends_with_fp32_and_starts_with_what_the_processor_can(monkeypatch):
-    assert candidates("int8") == ("int8",)
+    assert {name for name, _, _ in ways("int8")} == {"int8"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert candidates("auto") == ("bf16", "fp32")
+    assert [name for name, _, _ in ways("auto")] == ["bf16", "bf16", "fp32"]
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert candidates("auto") == ("fp32",)
+    assert ways("auto") == [("fp32", "fp32", "fp32")]
+
+
+def test_a_precision_that_loses_captions_goes_back_to_a_finer_encoder(
+    tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """The floor is out of reach at first: the last way is taken, and told as what it is."""
+    monkeypatch.setitem(FLOORS, "int8", (1.1, 0.0))
+    checkpoint = tiny_run / "build/checkpoints/tiny"
+    config = export_checkpoint(checkpoint, tmp_path / "export", "int8", str(tiny_data))
+    assert config["parts"] == {"encoder": "fp32", "decoder": "int8"}
+    assert config["verified"]["kept"] is False
+    assert capsys.readouterr().out.count("trying the next way") == 2
 
 
 def test_a_damaged_export_is_not_believed(tiny_run, tiny_export):

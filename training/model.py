@@ -181,7 +181,6 @@ class SelfAttention(nn.Module):
         v = split_heads(v, self.heads)
         if cache_k_BHSd is not None and cache_v_BHSd is not None:
             end = used + x_BQD.size(1)
-            q = q.to(cache_k_BHSd.dtype)
             cache_k_BHSd[:, :, used:end] = k
             cache_v_BHSd[:, :, used:end] = v
             k = cache_k_BHSd[:, :, :end]
@@ -447,8 +446,7 @@ class Decoder(nn.Module):
         x_BQD = self.token_embedding(tokens_BQ) + self.position_embedding(positions_BQ)
         x_BQD = self.dropout(x_BQD)
         # One additive mask for all layers: a boolean one would be converted in each.
-        dtype = cross[0].dtype if cache is None else cache[0].dtype
-        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=dtype, device=mask_BQS.device)
+        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=cross[0].dtype, device=mask_BQS.device)
         mask_B1QS = mask_B1QS.masked_fill(mask_BQS.logical_not(), float("-inf")).unsqueeze(1)
         cache_k: Tensor | None = None
         cache_v: Tensor | None = None
