@@ -85,7 +85,7 @@ def score_each(
         log.warning("no Java is found (make setup brings one): plain tokens instead of PTB's")
     texts = [[predictions[i], *references[i]] for i in ids]
     flat = [text for group in texts for text in group]
-    tokenized = iter(_ptb(java, flat) if java else [_split(text) for text in flat])
+    tokenized = iter(_ptb(java, flat) if java else [" ".join(split_words(text)) for text in flat])
     hypotheses, truths = {}, {}
     for i, group in zip(ids, texts, strict=True):
         lines = [next(tokenized) for _ in group]
@@ -121,8 +121,9 @@ def score_each(
     return result, each
 
 
-def _split(text: str) -> str:
-    return " ".join(re.findall(r"[\w'-]+", text.lower()))
+def split_words(text: str) -> list[str]:
+    """The words of a text in small letters: near to what PTB's tokenizer leaves, without Java."""
+    return re.findall(r"[\w'-]+", text.lower())
 
 
 def _one_line(text: str) -> str:
