@@ -1,7 +1,9 @@
 """One process, or several that `torchrun` started, on one machine or many.
 
-    torchrun --nproc-per-node 4 -m training.train --config NAME
+    torchrun --standalone --nproc-per-node 4 -m -- training.train --config NAME
 
+(`--` keeps torchrun from taking `--run` for one of its own options; on several machines
+`--nnodes`, `--rdzv-backend c10d` and `--rdzv-endpoint` stand in place of `--standalone`.)
 Each process trains on its share of every batch and DistributedDataParallel averages their
 gradients, so that N processes make the steps that one would make. The run's folder must be on a
 disk that all of them see; only the first writes to it.
