@@ -159,6 +159,11 @@ def test_a_finished_run_may_get_further_stages(tiny_run, tiny_data, tmp_path, mo
     train(config, read_manifest(tiny_data), Path("longer"), None, resume=True)
     training = json.loads(Path("longer/config.json").read_text())["training"]
     assert [stage["name"] for stage in training["stages"]] == ["scratch", "frozen", "more"]
+    state = torch.load("longer/train_state.pt", weights_only=True)
+    del state["best_before"]  # as an earlier version wrote it
+    torch.save(state, "longer/train_state.pt")
+    with pytest.raises(UserError, match="field 'best_before' is missing; train without --resume"):
+        train(config, read_manifest(tiny_data), Path("longer"), None, resume=True)
 
 
 def test_several_processes_make_the_steps_of_one(tiny_data, tmp_path):

@@ -27,6 +27,11 @@ from training.metrics import score
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
 STATE_FILE, LOG_FILE = "train_state.pt", "metrics.jsonl"
+# What `Run` counts, and keeps in its state.
+PROGRESS = (
+    *("stage", "step", "seconds", "seconds_before"),
+    *("best", "best_before", "since_best", "stages"),
+)
 
 
 def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
@@ -197,12 +202,6 @@ class Run:
         return result
 
 
-PROGRESS = (
-    *("stage", "step", "seconds", "seconds_before"),
-    *("best", "best_before", "since_best", "stages"),
-)
-
-
 def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
     """The saved state of a killed run. Its config must be the one given; only further stages may
     have been added to the end of a run."""
@@ -213,6 +212,8 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"{path}: nothing to resume; train without --resume") from error
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise UserError(f"{path}: damaged; train without --resume") from error
+    if missing := set(PROGRESS) - state.keys():
+        raise UserError(f"{path}: field {min(missing)!r} is missing; train without --resume")
     given = json.loads(json.dumps(dataclasses.asdict(config)))
     saved = json.loads(json.dumps(state["config"]))
     for fields in (given, saved):

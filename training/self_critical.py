@@ -33,10 +33,10 @@ from handler.caption_tokenizer import CaptionTokenizer
 from training.config import SelfCritical
 from training.data.manifest import Row
 from training.dataset import IGNORED, Batch, mirrored, pack_captions, seed_of
-from training.metrics import split_words
+from training.metrics import plain_words
 from training.model import Decoder
 
-# No word of `split_words` has angle brackets.
+# No word of `plain_words` has angle brackets.
 END_WORD = "<end>"
 LONGEST_GRAM, SIGMA = 4, 6.0
 
@@ -219,5 +219,5 @@ class SelfCriticalLoss:
 def reward_words(caption: str, ended: bool = True) -> list[str]:
     """The words that the reward sees, with the end as the last of them."""
     # The document frequencies keep many grams of few words.
-    words = [sys.intern(word) for word in split_words(caption)]
+    words = [sys.intern(word) for word in plain_words(caption)]
     return [*words, END_WORD] if ended else words
