@@ -46,6 +46,11 @@ def test_captions_are_the_checkpoints_and_scores_are_kept(evaluated, tiny_run, t
     assert (metrics["tokenizer"], metrics["photos"], metrics["split"]) == ("ptb", 4, "val")
     assert (metrics["data"], metrics["decoding"]["num_beams"]) == ("tiny", 2)
     assert metrics["distinct_captions"] == len(set(captions))
+    assert 0 <= metrics["n_best_agreement"] <= 1
+    assert metrics["decoding"]["num_return_sequences"] == 1
+    assert set(metrics["recall_by_training_count"]) <= {"0", "1-9", "10-99"}
+    low, high = metrics["intervals"]["CIDEr"]
+    assert low <= metrics["CIDEr"] <= high
 
 
 def test_scores_can_be_taken_again_from_predictions(evaluated, tiny_data, tmp_path):

@@ -74,6 +74,7 @@ def test_agrees_with_pycocoevalcap_for_the_corpus_and_each_photo(monkeypatch, ca
     ours, each = score_each(PREDICTIONS, REFERENCES)
     assert capfd.readouterr() == ("", "")
     assert ours.pop("tokenizer") == "ptb"
+    assert set(ours.pop("intervals")) == set(NAMES.values())
     assert ours == {NAMES[name]: theirs.eval[name] for name in NAMES}
     for key, scores in each.items():
         assert scores == {NAMES[name]: theirs.imgToEval[int(key)][name] for name in NAMES}
@@ -119,7 +120,9 @@ def test_without_java_the_rest_is_scored_and_says_so(monkeypatch, caplog):
         result = score(PREDICTIONS, REFERENCES)
     assert result["tokenizer"] == "python"
     assert "METEOR" not in result and result["BLEU-4"] > 0 and result["CIDEr"] > 0
-    assert "no Java is found (make setup brings one)" in caplog.text
+    assert "no Java is found (make setup brings one): METEOR and SPICE are left out" in caplog.text
+    with pytest.raises(UserError, match="meteor needs Java 11 or later; make setup brings one"):
+        score(PREDICTIONS, REFERENCES, ("meteor",))
 
 
 def test_a_java_that_fails_is_one_clear_error(fake_java):

@@ -1,5 +1,6 @@
 """The training loop from outside: what it writes, how it resumes, what it refuses."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +17,17 @@ import yaml
 from conftest import REPOSITORY, TINY, run_program
 from safetensors.torch import load_file
 
+import training.train
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
-from training.config import load_config
+from training.config import Stage, TrainConfig, load_config
+from training.data.manifest import read_manifest
 from training.dataset import epoch_order, mirrored, pack_captions
+from training.distributed import Processes
+from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.run import Run
+from training.train import learning_rate, set_checkpointing, train
 
 
 def test_a_run_leaves_a_whole_checkpoint(tiny_run, tiny_data):
@@ -64,6 +73,180 @@ def test_a_killed_run_ends_with_the_same_weights(tiny_run, tiny_data, tmp_path):
     best = load_file(tiny_run / "build/checkpoints/tiny/model.safetensors")
     again = load_file(tmp_path / "build/checkpoints/tiny/model.safetensors")
     assert all(torch.equal(best[name], again[name]) for name in best)
+
+
+# Every kind of stage, two steps an epoch.
+STAGES = [
+    {"name": "whole", "epochs": 1, "batch_photos": 8, "augment": True, "flip": True,
+     "encoder_layer_decay": 0.8, "gradient_checkpointing": True},
+    {"name": "frozen", "encoder": "frozen", "epochs": 1, "batch_photos": 8, "views": 2,
+     "flip": True},
+    {"name": "rewarded", "encoder": "frozen", "epochs": 1, "batch_photos": 8, "decoder_lr": 1e-4,
+     "self_critical": {"samples": 3, "baseline": "greedy"}},
+    {"name": "rewarded whole", "epochs": 1, "batch_photos": 4, "accumulate": 2, "flip": True,
+     "self_critical": {"samples": 3}},
+]  # fmt: skip
+
+
+def config_of(path: Path, **fields: Any) -> TrainConfig:
+    path.write_text(yaml.safe_dump({**TINY, **fields}))
+    return load_config(str(path))
+
+
+def test_every_kind_of_stage_resumes_exactly(tiny_data, tmp_path, monkeypatch):
+    """Killed again and again, after every fourth saved state, in the middle of epochs too; compared
+    with a run that was left alone."""
+    manifest = read_manifest(tiny_data)
+    config = config_of(tmp_path / "tiny.yaml", stages=STAGES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training.train, "SAVE_EVERY_SECONDS", -1.0)
+    train(config, manifest, Path("left-alone"), None, resume=False)
+
+    saves, save = itertools.count(1), Run.save_state
+
+    def save_and_die(*arguments: Any) -> None:
+        save(*arguments)
+        if next(saves) % 4 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "save_state", save_and_die)
+    kills = 0
+    for resume in itertools.chain([False], itertools.repeat(True)):
+        try:
+            train(config, manifest, Path("killed"), None, resume)
+            break
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills == 3
+    whole, killed = (
+        torch.load(f"{name}/train_state.pt", weights_only=True) for name in ("left-alone", "killed")
+    )
+    for part in ("model", "average"):
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, killed[part][name]), name
+    logs = [
+        [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+        for name in ("left-alone", "killed")
+    ]
+    for line in sum(logs, []):
+        line.pop("photos_per_second", None)
+        line.pop("seconds", None)
+    assert logs[0] == logs[1]
+    assert {"reward" in line for line in logs[0] if line["stage"] == "rewarded"} == {True, False}
+    stages = [
+        json.loads(Path(name, "config.json").read_text())["training"]["stages"]
+        for name in ("left-alone", "killed")
+    ]
+    assert [{**s, "minutes": 0} for s in stages[0]] == [{**s, "minutes": 0} for s in stages[1]]
+    assert [s["name"] for s in stages[0]] == [s["name"] for s in STAGES]
+    assert [s["CIDEr_before"] for s in stages[0]] == [
+        None,
+        *(s["CIDEr_after"] for s in stages[0][:-1]),
+    ]
+
+
+def test_a_finished_run_may_get_further_stages(tiny_run, tiny_data, tmp_path, monkeypatch):
+    """Its earlier stages must be as they were."""
+    shutil.copytree(tiny_run / "build/checkpoints/tiny", tmp_path / "longer")
+    more = [*TINY["stages"], {**STAGES[2], "name": "more"}]
+    data = str(tiny_data)
+    config = config_of(tmp_path / "longer.yaml", data=data, stages=more)
+    other = [more[0], {**more[1], "flip": False}, more[2]]
+    changed = config_of(tmp_path / "x.yaml", data=data, stages=other)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="field 'stages' of the config has changed"):
+        train(changed, read_manifest(tiny_data), Path("longer"), None, resume=True)
+    train(config, read_manifest(tiny_data), Path("longer"), None, resume=True)
+    training = json.loads(Path("longer/config.json").read_text())["training"]
+    assert [stage["name"] for stage in training["stages"]] == ["scratch", "frozen", "more"]
+    state = torch.load("longer/train_state.pt", weights_only=True)
+    del state["best_before"]  # as an earlier version wrote it
+    torch.save(state, "longer/train_state.pt")
+    with pytest.raises(UserError, match="field 'best_before' is missing; train without --resume"):
+        train(config, read_manifest(tiny_data), Path("longer"), None, resume=True)
+
+
+def test_several_processes_make_the_steps_of_one(tiny_data, tmp_path):
+    """torchrun with two: the same weights but for the order in which floats are added. Biases of
+    attention keys are left out: they change nothing (softmax does not see them), so their gradient
+    is rounding alone, which Adam blows up to steps of full size."""
+    still = {**TINY["decoder"], "dropout": 0.0}
+    stages = [{**stage, "epochs": 1} for stage in (STAGES[0], STAGES[1], STAGES[3])]
+    (tmp_path / "tiny.yaml").write_text(
+        yaml.safe_dump({**TINY, "decoder": still, "stages": stages, "precision": "fp32"})
+    )
+    command = ["--config", "tiny.yaml", "--data", str(tiny_data), "--run"]
+    one = run_program("training.train", *command, "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    launcher = ["--standalone", "--nproc-per-node", "2", "-m", "--", "training.train"]
+    two = run_program("torch.distributed.run", *launcher, *command, "two", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    folders = [tmp_path / "build/checkpoints" / name for name in ("one", "two")]
+    # Only the first process writes: as many lines as from one.
+    logs = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in folders
+    ]
+    assert [(line["stage"], line["step"]) for line in logs[0]] == [
+        (line["stage"], line["step"]) for line in logs[1]
+    ]
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine.get("loss") == pytest.approx(theirs.get("loss"), abs=2e-4)
+    assert two.stdout.count("best validation CIDEr") == 1
+    states = [torch.load(folder / "train_state.pt", weights_only=True) for folder in folders]
+    for name, tensor in states[0]["model"].items():
+        other = states[1]["model"][name]
+        if name.endswith("qkv.bias"):
+            width = len(tensor) // 3
+            tensor[width : 2 * width] = other[width : 2 * width] = 0
+        elif name.endswith("cross_attention.kv.bias"):
+            tensor[: len(tensor) // 2] = other[: len(tensor) // 2] = 0
+        torch.testing.assert_close(other, tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_layers_further_down_learn_more_slowly():
+    stage = Stage("x", 1, encoder_lr=1.0, decoder_lr=3.0, encoder_layer_decay=0.5)
+    rates = {
+        "encoder.norm.weight": 1.0,
+        "encoder.blocks.11.mlp.up.weight": 0.5,
+        "encoder.blocks.0.norm1.bias": 0.5**12,
+        "encoder.patch_embed.weight": 0.5**13,
+        "encoder.positions": 0.5**13,
+        "decoder.blocks.0.mlp.up.weight": 3.0,
+    }
+    assert {name: learning_rate(name, stage, 12) for name in rates} == rates
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients():
+    model = CaptioningModel(
+        EncoderConfig(32, 3, 2, 64, image_size=32, patch_size=8),
+        DecoderConfig(50, 12, 32, 2, 2, 64, 32, dropout=0.2),
+    )
+    images, tokens = torch.randn(4, 3, 32, 32), torch.randint(50, (4, 10))
+    positions, mask = torch.arange(10).expand(4, -1), torch.ones(4, 10, 10, dtype=torch.bool).tril()
+
+    def gradients(on: bool) -> tuple[list[torch.Tensor], int]:
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        set_checkpointing(model, on)
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total = model(images, tokens, positions, mask).logsumexp(-1).sum()
+        model.zero_grad()
+        total.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()], kept
+
+    (plain, all_kept), (saving, some_kept) = gradients(False), gradients(True)
+    assert some_kept < all_kept / 2
+    for one, other in zip(plain, saving, strict=True):
+        torch.testing.assert_close(one, other)
+    set_checkpointing(model, False)
+    assert "forward" not in vars(model.encoder.blocks[0])
 
 
 def test_faults_are_one_line_and_status_2(tiny_data, tmp_path):
@@ -115,6 +298,14 @@ def test_every_photo_is_seen_once_an_epoch():
     order = epoch_order(70, 32, seed=1, epoch=0)
     assert sorted(sum(order, [])) == list(range(70)) and [len(b) for b in order] == [32, 38]
     assert order == epoch_order(70, 32, seed=1, epoch=0) != epoch_order(70, 32, seed=1, epoch=1)
+
+
+def test_processes_share_each_batch():
+    batches = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    shares = [Processes(rank, 3).share(batches) for rank in range(3)]
+    assert shares == [[[1, 4], [6]], [[2, 5], [7]], [[3], [8]]]
+    with pytest.raises(UserError, match="4 processes for a batch of 3 photos"):
+        Processes(0, 4).share(batches)
 
 
 def test_mirrored_captions_swap_sides_and_nothing_else():

@@ -54,6 +54,13 @@ def save_checkpoint(
     write_atomic(directory / WEIGHTS_FILE, save(state))
 
 
+def update_training(directory: Path, fields: dict[str, Any]) -> None:
+    """Replaces fields of the training section of a checkpoint's `config.json`."""
+    config = read_config(directory)
+    config["training"] |= fields
+    write_atomic(directory / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+
+
 def load_model(directory: Path) -> tuple[CaptioningModel, dict[str, Any], CaptionTokenizer]:
     """The eager model of a checkpoint in evaluation mode, its config and its tokenizer.
 

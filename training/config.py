@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from handler.beam_search import DecodeOptions
+from handler.beam_search import MAX_BEAMS, DecodeOptions
 from handler.caption_tokenizer import KINDS
 from handler.errors import UserError
 
@@ -59,12 +59,36 @@ class TokenizerChoice:
 
 
 @dataclass(frozen=True)
+class SelfCritical:
+    """Self-critical training on CIDEr-D (see `training.self_critical`): `samples` captions a photo
+    against a `baseline`, the `greedy` caption's reward or the `mean` of the other samples'."""
+
+    samples: int = 5
+    baseline: str = "mean"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.baseline in ("greedy", "mean"), "self_critical: baseline must be greedy or mean"
+        )
+        least = 2 if self.baseline == "mean" else 1
+        _require(
+            least <= self.samples <= MAX_BEAMS,
+            f"self_critical: samples must be {least} to {MAX_BEAMS} with baseline {self.baseline}",
+        )
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stretch of training with a schedule of its own (warm-up, then cosine to zero).
 
     `encoder: frozen` computes the features of every photo once and trains the decoder on them;
     `views` is how many differently augmented versions of each photo are cached (the first is the
-    photo itself). `encoder: trained` runs and trains the encoder too, at `encoder_lr`.
+    photo itself). `encoder: trained` runs and trains the encoder too, at `encoder_lr`,
+    which each layer further down multiplies by `encoder_layer_decay`.
+
+    The objective is cross-entropy with `label_smoothing` (0.1 unless given) or, where the stage has
+    `self_critical` (`{}` for its defaults), the expected CIDEr-D, without dropout.
+    `gradient_checkpointing` computes each block twice to keep less of it in memory.
     """
 
     name: str
@@ -75,13 +99,16 @@ class Stage:
     accumulate: int = 1
     decoder_lr: float = 3e-4
     encoder_lr: float = 3e-5
+    encoder_layer_decay: float = 1.0
     warmup: float = 0.05
     weight_decay: float = 0.01
-    label_smoothing: float = 0.1
+    label_smoothing: float | None = None
+    self_critical: SelfCritical | None = None
     clip: float = 1.0
     ema: float = 0.999
     augment: bool = False
     flip: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}:"
@@ -92,15 +119,31 @@ class Stage:
         _require(self.views >= 1, f"{where} views must be 1 or more")
         _require(self.decoder_lr > 0, f"{where} decoder_lr must be above 0")
         _require(0 <= self.warmup <= 1, f"{where} warmup is a share, 0 to 1")
-        _require(0 <= self.label_smoothing < 1, f"{where} label_smoothing is 0 to below 1")
+        _require(
+            self.label_smoothing is None or 0 <= self.label_smoothing < 1,
+            f"{where} label_smoothing is 0 to below 1",
+        )
+        _require(
+            self.label_smoothing is None or self.self_critical is None,
+            f"{where} label_smoothing is of cross-entropy, not of self_critical; leave it out",
+        )
         _require(0 <= self.ema < 1, f"{where} ema is 0 (off) to below 1")
+        _require(0 < self.encoder_layer_decay <= 1, f"{where} encoder_layer_decay is above 0, to 1")
         frozen = self.encoder == "frozen"
+        _require(
+            not frozen or self.encoder_layer_decay == 1,
+            f"{where} encoder_layer_decay needs encoder: trained",
+        )
         _require(frozen or self.views == 1, f"{where} views needs a frozen encoder")
         augmented = self.augment or self.flip
         _require(
             not (frozen and augmented and self.views == 1),
             f"{where} augment and flip need views of 2 or more when the encoder is frozen",
         )
+
+    @property
+    def smoothing(self) -> float:
+        return 0.1 if self.label_smoothing is None else self.label_smoothing
 
 
 @dataclass(frozen=True)
@@ -132,6 +175,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages: at least one stage is needed")
+        _require(
+            self.stages[0].self_critical is None,
+            f"stage {self.stages[0].name!r}: self_critical needs a stage of cross-entropy before "
+            "it: an untrained model's samples earn nothing",
+        )
         _require(self.precision in ("auto", "fp32", "bf16"), "precision: auto, fp32 or bf16")
         DecodeOptions(**self.decoding)
 

@@ -38,14 +38,22 @@ IGNORED = -100  # torch's cross-entropy leaves these targets out
 
 @dataclass(frozen=True)
 class Batch:
-    """`photos` is (B, 3, S, S) images or (B, P, D) features; the rest are (B, Q), the mask
-    (B, Q, Q)."""
+    """`photos` is (B, 3, S, S) images or (B, P, D) features; tokens, positions and targets are
+    (B, Q), the mask (B, Q, Q). `indices` are the photos' places in the split, `mirror` says which
+    of them are seen (and described) mirrored."""
 
     photos: Tensor
     tokens: Tensor
     positions: Tensor
     targets: Tensor
     mask: Tensor
+    indices: Sequence[int]
+    mirror: Sequence[bool]
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = (self.photos, self.tokens, self.positions, self.targets, self.mask)
+        photos, tokens, positions, targets, mask = (t.to(device) for t in tensors)
+        return Batch(photos, tokens, positions, targets, mask, self.indices, self.mirror)
 
 
 def pack_captions(
@@ -153,7 +161,7 @@ class Captions:
             for index, flipped in zip(indices, mirror, strict=True)
         ]
         tokens, positions, targets, mask = pack_captions(chosen, self.tokenizer, self.max_tokens)
-        return Batch(photos, tokens, positions, targets, mask)
+        return Batch(photos, tokens, positions, targets, mask, indices, mirror)
 
 
 class PhotoDataset(Dataset[tuple[int, Tensor, bool]]):

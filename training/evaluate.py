@@ -15,6 +15,7 @@ from tqdm import tqdm
 from handler.captioner import Captioner
 from handler.errors import ArgumentParser, UserError, run_command, write_atomic
 from handler.request import OPTION_TYPES, parse_option
+from training.caption_habits import agreement, describe
 from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row, read_manifest
 from training.data.scenes import check
@@ -27,18 +28,22 @@ BATCH = 50
 
 def caption_rows(
     captioner: Captioner, manifest: Manifest, rows: Sequence[Row], **options: Any
-) -> dict[str, str]:
-    """The best caption of each row's photo, by id. UserError names a photo that is broken."""
+) -> dict[str, list[str]]:
+    """The captions of each row's photo, best first, by id: as many as there are beams, where
+    `options` ask for no other number. UserError names a photo that is broken."""
     chosen = captioner.options(**options)
-    predictions: dict[str, str] = {}
+    if "num_return_sequences" not in options:
+        chosen = dataclasses.replace(chosen, num_return_sequences=chosen.beams)
+    captions: dict[str, list[str]] = {}
     with tqdm(total=len(rows), desc="captions", unit="photo") as bar:
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             photos = [captioner.preprocess(read_photo(manifest, row)) for row in part]
             found = captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
-            predictions |= {row.id: best[0].text for row, best in zip(part, found, strict=True)}
+            for row, best in zip(part, found, strict=True):
+                captions[row.id] = [caption.text for caption in best]
             bar.update(len(part))
-    return predictions
+    return captions
 
 
 def score_claims(predictions: Mapping[str, str], rows: Sequence[Row]) -> dict[str, float]:
@@ -59,9 +64,13 @@ def score_claims(predictions: Mapping[str, str], rows: Sequence[Row]) -> dict[st
 
 
 def score_rows(
-    predictions: Mapping[str, str], rows: Sequence[Row], metrics: Sequence[str]
+    predictions: Mapping[str, str],
+    rows: Sequence[Row],
+    metrics: Sequence[str],
+    training: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Scores of one caption for each of `rows`, and on drawn scenes what is true of them."""
+    """Scores of one caption for each of `rows`, on drawn scenes what is true of them, and habits
+    (see `training.caption_habits`); `training` holds the captions of the training split."""
     if missing := [row.id for row in rows if row.id not in predictions]:
         raise UserError(
             f"predictions: no caption for photo {missing[0]!r} ({len(missing)} of {len(rows)}); "
@@ -69,10 +78,15 @@ def score_rows(
         )
     if unknown := predictions.keys() - {row.id for row in rows}:
         raise UserError(f"predictions: photo {min(unknown)!r} is not in the split")
-    scores = score(predictions, {row.id: row.captions for row in rows}, metrics)
+    references = {row.id: row.captions for row in rows}
+    scores = score(predictions, references, metrics) | describe(predictions, references, training)
     if all(row.scene is not None for row in rows):
         scores |= score_claims(predictions, rows)
     return scores
+
+
+def training_captions(manifest: Manifest) -> list[str]:
+    return [caption for row in manifest.rows if row.split == "train" for caption in row.captions]
 
 
 def write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
@@ -119,12 +133,18 @@ def read_predictions(path: Path) -> dict[str, str]:
 
 def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | None) -> None:
     """Prints the scores, and writes them to `out` where one is given."""
-    scores["distinct_captions"] = len(set(predictions.values()))
     scores["photos"] = len(predictions)
     if out:
         write_atomic(out / "metrics.json", json.dumps(scores, ensure_ascii=False, indent=2) + "\n")
     for name, value in scores.items():
-        if not isinstance(value, dict):
+        if name == "recall_by_training_count":
+            for times, found in value.items():
+                share = f"{found['recall']:.4f} of {found['words']}"
+                print(f"{f'words seen {times} times':24} {share}")
+        elif name in scores["intervals"]:
+            low, high = scores["intervals"][name]
+            print(f"{name:24} {value:.4f}  95 % from {low:.4f} to {high:.4f}")
+        elif not isinstance(value, dict):
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
     if out:
         print(f"{out}: {', '.join(sorted(path.name for path in out.glob('*.json')))}")
@@ -158,10 +178,13 @@ def main() -> None:
         predictions = read_predictions(arguments.predictions)
         if arguments.references:
             references = read_captions(arguments.references, "annotations")
-            finish(predictions, score(predictions, references, metrics), arguments.out)
-            return
-        rows = read_manifest(data_folder(arguments.data)).split(arguments.split)
-        finish(predictions, score_rows(predictions, rows, metrics), arguments.out)
+            scores = score(predictions, references, metrics)
+            scores |= describe(predictions, references)
+        else:
+            manifest = read_manifest(data_folder(arguments.data))
+            rows = manifest.split(arguments.split)
+            scores = score_rows(predictions, rows, metrics, training_captions(manifest))
+        finish(predictions, scores, arguments.out)
         return
     if arguments.references:
         parser.error("--references goes with --predictions")
@@ -173,10 +196,14 @@ def main() -> None:
         raise UserError(f"{folder}: its config names no dataset; give one with DATA=")
     manifest = read_manifest(data_folder(data))
     rows = manifest.split(arguments.split)
-    predictions = caption_rows(captioner, manifest, rows, **options)
+    captions = caption_rows(captioner, manifest, rows, **options)
+    predictions = {photo: best[0] for photo, best in captions.items()}
     out = arguments.out or Path("build/evaluate") / folder.resolve().name
     write_predictions(out / "predictions.json", predictions)
-    scores = score_rows(predictions, rows, metrics)
+    scores = score_rows(predictions, rows, metrics, training_captions(manifest))
+    alike = [value for best in captions.values() if (value := agreement(best)) is not None]
+    if alike:
+        scores["n_best_agreement"] = sum(alike) / len(alike)
     scores |= {"model": folder.as_posix(), "data": manifest.name, "split": arguments.split}
     scores["decoding"] = dataclasses.asdict(captioner.options(**options))
     finish(predictions, scores, out)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from handler.errors import UserError
+from training.bootstrap import bleu_intervals, mean_interval
 
 DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
 METRICS = (*DEFAULT_METRICS, "spice")
@@ -56,7 +57,8 @@ def score(
     metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> dict[str, Any]:
     """Corpus scores of one caption a photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
-    "SPICE", "tokenizer": "ptb" or "python"}; see `score_each` for a photo's own."""
+    "SPICE", "tokenizer": "ptb" or "python", "intervals": {"CIDEr": [low, high], ...}}, the
+    intervals of 95 % (see `training.bootstrap`); see `score_each` for a photo's own."""
     return score_each(predictions, references, metrics)[0]
 
 
@@ -69,7 +71,8 @@ def score_each(
 
     CIDEr weighs words by how many of the photos given here have them, so compare only what was
     scored on the same photos. Without Java, METEOR is left out. Raises UserError when a prediction
-    has no references or no reference holds a word, and where SPICE is asked for but not installed.
+    has no references or no reference holds a word, where SPICE is asked for but not installed, and
+    where nothing is left without Java.
     """
     if unknown := set(metrics) - set(METRICS):
         raise UserError(f"metrics: {min(unknown)!r} is unknown; there are {', '.join(METRICS)}")
@@ -82,10 +85,15 @@ def score_each(
     ids = list(predictions)
     java = find_java()
     if java is None:
-        log.warning("no Java is found (make setup brings one): plain tokens instead of PTB's")
+        if set(metrics) == {"meteor"}:
+            raise UserError("metrics: meteor needs Java 11 or later; make setup brings one")
+        log.warning(
+            "no Java is found (make setup brings one): METEOR and SPICE are left out, the others "
+            "are of plain tokens instead of PTB's"
+        )
     texts = [[predictions[i], *references[i]] for i in ids]
     flat = [text for group in texts for text in group]
-    tokenized = iter(_ptb(java, flat) if java else [_split(text) for text in flat])
+    tokenized = iter(_ptb(java, flat) if java else [" ".join(plain_words(text)) for text in flat])
     hypotheses, truths = {}, {}
     for i, group in zip(ids, texts, strict=True):
         lines = [next(tokenized) for _ in group]
@@ -94,18 +102,19 @@ def score_each(
         raise UserError("references: none of them holds a word")
     result: dict[str, Any] = {"tokenizer": "ptb" if java else "python"}
     each: dict[str, dict[str, float]] = {i: {} for i in ids}
+    intervals: dict[str, list[float]] = {}
 
-    def add(name: str, total: float, values: Sequence[float]) -> None:
+    def add(
+        name: str, total: float, values: Sequence[float], interval: list[float] | None = None
+    ) -> None:
         result[name] = float(total)
+        intervals[name] = interval or mean_interval(total, values)
         for i, value in zip(truths, values, strict=True):
             each[i][name] = float(value)
 
     if "bleu" in metrics:
-        from pycocoevalcap.bleu.bleu import Bleu
-
-        totals, values = Bleu(4).compute_score(truths, hypotheses, verbose=0)
-        for n in range(4):
-            add(f"BLEU-{n + 1}", totals[n], values[n])
+        for n, of_n in enumerate(zip(*_bleu(truths, hypotheses), strict=True), start=1):
+            add(f"BLEU-{n}", *of_n)
     if "meteor" in metrics and java:
         add("METEOR", *_meteor(java, list(truths.values()), list(hypotheses.values())))
     if "rouge" in metrics:
@@ -118,11 +127,33 @@ def score_each(
         add("CIDEr", *Cider().compute_score(truths, hypotheses))
     if "spice" in metrics:
         add("SPICE", *_spice(list(truths.values()), list(hypotheses.values())))
-    return result, each
+    return {**result, "intervals": intervals}, each
 
 
-def _split(text: str) -> str:
-    return " ".join(re.findall(r"[\w'-]+", text.lower()))
+def _bleu(
+    truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]
+) -> tuple[list[float], list[list[float]], list[list[float]]]:
+    """Corpus BLEU-1 to 4, the photos' own and the intervals, which need the counts that
+    pycocoevalcap's `Bleu` keeps to itself; hence its scorer, called as there."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=4)
+    for i, references in truths.items():
+        scorer += hypotheses[i][0], references
+    totals, values = scorer.compute_score(option="closest", verbose=0)
+    counts = scorer.ctest
+    lengths = [count["testlen"] for count in counts]
+    closest = [
+        min((abs(true - length), true) for true in count["reflen"])[1]
+        for count, length in zip(counts, lengths, strict=True)
+    ]
+    correct, guessed = ([count[key] for count in counts] for key in ("correct", "guess"))
+    return totals, values, bleu_intervals(totals, correct, guessed, lengths, closest)
+
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text in lower case, by no tokenizer's rules."""
+    return re.findall(r"[\w'-]+", text.lower())
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,62 @@
+"""What BLEU and CIDEr hide, on captions counted by hand."""
+
+import pytest
+
+from training.caption_habits import agreement, describe
+
+PREDICTIONS = {
+    "1": "A dog runs on the grass.",
+    "2": "a dog is on a",
+    "3": "a man and a man and a hat",
+    "4": "a dog runs on the grass",
+    "5": "",
+}
+REFERENCES = {
+    "1": ["a dog runs", "the dog runs fast", "an animal outside"],
+    "2": ["a corgi on a sofa", "the corgi sits"],
+    "3": ["a man in a fedora"],
+    "4": ["a dog", "dogs"],
+    "5": ["an okapi", "an okapi"],
+}
+TRAINING = ["a dog runs on the grass"] * 9 + ["a dog and a man"] * 5 + ["a corgi with a fedora"]
+
+
+def test_habits_are_counted():
+    result = describe(PREDICTIONS, REFERENCES, TRAINING)
+    # Punctuation and capitals make no other caption.
+    assert result["distinct_captions"] == 4
+    assert result["vocabulary"] == 10  # a dog runs on the grass, is, man and hat
+    assert result["mean_length"] == (6 + 5 + 8 + 6 + 0) / 5
+    assert result["ending_in_function_word"] == 1 / 5
+    assert result["repeated_bigrams"] == 1 / 5
+    assert result["copied_captions"] == 2 / 5
+
+
+def test_recall_is_of_words_that_references_agree_on():
+    """Photo 1: dog (14 times in training), runs (9). 2: corgi (1), not said. 3, of one reference:
+    man (5), said, and fedora (1), not said. 4: nothing agreed on. 5: okapi (0)."""
+    assert describe(PREDICTIONS, REFERENCES, TRAINING)["recall_by_training_count"] == {
+        "0": {"recall": 0.0, "words": 1},
+        "1-9": {"recall": 2 / 4, "words": 4},
+        "10-99": {"recall": 1.0, "words": 1},
+    }
+
+
+def test_without_training_captions_the_rest_is_said():
+    assert describe(PREDICTIONS, REFERENCES).keys() == describe(
+        PREDICTIONS, REFERENCES, TRAINING
+    ).keys() - {"copied_captions", "recall_by_training_count"}
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["a dog", "a dog"], 1.0),
+        (["a dog", "a cat", "a dog"], (1 / 3 + 1 + 1 / 3) / 3),
+        (["a dog", "two cats"], 0.0),
+        (["", ""], 1.0),
+        (["a dog"], None),
+    ],
+)
+def test_agreement_of_the_n_best(captions, expected):
+    assert agreement(captions) == (None if expected is None else pytest.approx(expected))

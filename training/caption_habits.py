@@ -1,0 +1,112 @@
+"""What BLEU and CIDEr hide: which words are never said, and how captions repeat and break off.
+
+Words are those of `training.metrics.plain_words`, compared as they are written: "dogs" is another
+word than "dog".
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import Any
+
+from training.metrics import plain_words
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Words after which a caption is not over. What is a preposition here and an adverb there ("a man
+# looks up", "two dogs run around") is not among them.
+DANGLING = _words("""
+    a an the and or nor but than as at against among amid atop during for from in into like of on
+    onto to toward towards until upon via with within without because if when where while which who
+    whom whose is are was were be being am has have had having do does did can could will would
+    shall should may might must another every either neither her his its my our these their your
+""")
+# Words that bear no content.
+FUNCTION_WORDS = DANGLING | _words("""
+    about above across after along apart around aside away back before behind below beneath beside
+    between beyond by down forward here inside near nearby off out outside over past round there
+    through together under underneath up all any both each everyone few he herself him himself it
+    itself many me mine more most much one ones other others she several some someone something that
+    theirs them themselves they this those us we what you yours not no too very also just only so
+""")
+# Lower ends of the bins of how often training had a word.
+BINS = (0, 1, 10, 100, 1000)
+
+
+def describe(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    training: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Figures on one caption a photo:
+
+    distinct_captions   how many different ones
+    vocabulary          how many different words they use
+    mean_length         words a caption
+    ending_in_function_word, repeated_bigrams   shares of captions: that break off ("a dog on a");
+                        that say the same two words twice
+    and, with the captions of the training split:
+    copied_captions     share of captions that stand in training, word by word
+    recall_by_training_count   of the content words that a photo's references agree on (two of them
+                        at least, where there are two), the share that its caption says, by how
+                        often training had the word: {"1-9": {"recall": .1, "words": 50}, ...}
+    """
+    words = {photo: plain_words(text) for photo, text in predictions.items()}
+    spoken = list(words.values())
+    count = max(1, len(spoken))
+    result: dict[str, Any] = {
+        "distinct_captions": len(set(map(tuple, spoken))),
+        "vocabulary": len({word for caption in spoken for word in caption}),
+        "mean_length": sum(map(len, spoken)) / count,
+        "ending_in_function_word": sum(c[-1:] != [] and c[-1] in DANGLING for c in spoken) / count,
+        "repeated_bigrams": sum(map(repeats_a_bigram, spoken)) / count,
+    }
+    if training:
+        learnt = [plain_words(caption) for caption in training]
+        known = set(map(tuple, learnt))
+        result["copied_captions"] = sum(tuple(caption) in known for caption in spoken) / count
+        frequency = Counter(word for caption in learnt for word in caption)
+        result["recall_by_training_count"] = recall_by_count(words, references, frequency)
+    return result
+
+
+def repeats_a_bigram(words: Sequence[str]) -> bool:
+    pairs = list(pairwise(words))
+    return len(set(pairs)) < len(pairs)
+
+
+def recall_by_count(
+    words: Mapping[str, Sequence[str]],
+    references: Mapping[str, Sequence[str]],
+    frequency: Mapping[str, int],
+) -> dict[str, dict[str, float]]:
+    """See `describe`; bins without words are left out."""
+    said: Counter[int] = Counter()
+    asked: Counter[int] = Counter()
+    for photo, caption in words.items():
+        mentions = Counter(word for text in references[photo] for word in set(plain_words(text)))
+        least = min(2, len(references[photo]))
+        for word, times in mentions.items():
+            if times >= least and word not in FUNCTION_WORDS:
+                low = max(low for low in BINS if low <= frequency.get(word, 0))
+                asked[low] += 1
+                said[low] += word in caption
+    names = ["0", *(f"{low}-{high - 1}" for low, high in pairwise(BINS[1:])), f"{BINS[-1]}+"]
+    return {
+        name: {"recall": said[low] / asked[low], "words": asked[low]}
+        for low, name in zip(BINS, names, strict=True)
+        if asked[low]
+    }
+
+
+def agreement(captions: Sequence[str]) -> float | None:
+    """How much a photo's n best captions are alike: the mean over pairs of the share of their words
+    that both have (Jaccard). None for a single caption."""
+    sets = [set(plain_words(caption)) for caption in captions]
+    pairs = [(len(a & b), len(a | b)) for a, b in combinations(sets, 2)]
+    if not pairs:
+        return None
+    return sum(common / union if union else 1.0 for common, union in pairs) / len(pairs)

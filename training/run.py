@@ -1,0 +1,243 @@
+"""Where a run stands: its parts, its folder, what it logs and what `--resume` needs.
+
+All that is random in training (order, augmentation, dropout, samples) is derived from the seed and
+the place in the run, so that no random state is kept: a resumed run draws what it would have drawn.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from handler.caption_tokenizer import CaptionTokenizer
+from handler.captioner import Captioner
+from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
+from training.checkpoint import WEIGHTS_FILE, load_model, save_checkpoint, update_training
+from training.config import TrainConfig
+from training.data.manifest import Manifest
+from training.dataset import read_photo
+from training.distributed import Processes, join
+from training.metrics import score
+from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+
+STATE_FILE, LOG_FILE = "train_state.pt", "metrics.jsonl"
+# What `Run` counts, and keeps in its state.
+PROGRESS = (
+    *("stage", "step", "seconds", "seconds_before"),
+    *("best", "best_before", "since_best", "stages"),
+)
+
+
+def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
+    """The device, and whether to run in bfloat16 there."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(name)
+    if config.precision != "auto":
+        return device, config.precision == "bf16"
+    if device.type == "cuda":
+        return device, torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return device, bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+class Run:
+    """Where a run stands: everything that a resumed run needs, and its folder."""
+
+    def __init__(self, config: TrainConfig, manifest: Manifest, folder: Path) -> None:
+        self.config, self.manifest, self.folder = config, manifest, folder
+        self.train_rows, self.val_rows = manifest.split("train"), manifest.split("val")
+        if config.validation.photos:
+            self.val_rows = self.val_rows[: config.validation.photos]
+        self.device, self.bf16 = pick_device(config)
+        self.processes: Processes = join(self.device)
+        self.stage = self.epoch = self.step = 0
+        self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one
+        self.best: float | None = None  # CIDEr of the checkpoint
+        self.best_before: float | None = None  # the same when the stage began
+        self.since_best = 0
+        # What each finished stage gained.
+        self.stages: list[dict[str, Any]] = []
+        self.model: CaptioningModel
+        self.average: CaptioningModel
+        self.tokenizer: CaptionTokenizer
+        self.preprocessing: PreprocessConfig
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def decoding(self) -> dict[str, Any]:
+        return {"max_new_tokens": self.config.decoder.max_tokens - 1, **self.config.decoding}
+
+    def captioner(self) -> Captioner:
+        """The averaged model, ready to caption."""
+        model = self.average.eval()
+        config = {
+            "model": {"encoder": dataclasses.asdict(model.encoder_config)},
+            "preprocessing": self.preprocessing.to_dict(),
+            "decoding": self.decoding(),
+        }
+        return Captioner(model.encoder, model.decoder, self.tokenizer, config, self.device)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        entry = {"stage": self.config.stages[self.stage].name, "epoch": self.epoch, **entry}
+        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def save_state(self, optimizer: torch.optim.Optimizer, epoch: int, step_in_epoch: int) -> None:
+        """Everything for `--resume`, replaced at once. A resumed run starts `step_in_epoch` batches
+        into `epoch`."""
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "encoder": dataclasses.asdict(self.model.encoder_config),
+            "decoder": dataclasses.asdict(self.model.decoder_config),
+            "preprocessing": self.preprocessing.to_dict(),
+            "tokenizer": [getattr(self.tokenizer, f"{i}_id") for i in ("begin", "end", "pad")],
+            "epoch": epoch,
+            "step_in_epoch": step_in_epoch,
+            **{name: getattr(self, name) for name in PROGRESS},
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "log_bytes": (self.folder / LOG_FILE).stat().st_size,
+        }
+        partial = self.folder / f".{STATE_FILE}"
+        torch.save(state, partial)
+        os.replace(partial, self.folder / STATE_FILE)
+
+    def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Goes back to where `save_state` was called; what was logged since is cut off."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        for name in PROGRESS:
+            setattr(self, name, state[name])
+        if self.processes.first:
+            with (self.folder / LOG_FILE).open("r+b") as file:
+                file.truncate(state["log_bytes"])
+
+    def begin_stage(self) -> None:
+        """Each stage goes on from the best weights so far."""
+        self.step = self.since_best = 0
+        self.seconds_before, self.best_before = self.seconds, self.best
+        if self.stage and (self.folder / WEIGHTS_FILE).exists():
+            best, _, _ = load_model(self.folder)
+            self.model.load_state_dict(best.state_dict())
+            self.average.load_state_dict(best.state_dict())
+
+    def finish_stage(self) -> None:
+        """Says what the stage gained, in print and in the checkpoint's `config.json`."""
+        name = self.config.stages[self.stage].name
+        minutes = (self.seconds - self.seconds_before) / 60
+        self.stages.append(
+            {
+                "name": name,
+                "CIDEr_before": self.best_before,
+                "CIDEr_after": self.best,
+                "minutes": round(minutes, 1),
+            }
+        )
+        before = "none" if self.best_before is None else f"{self.best_before:.3f}"
+        print(f"{name}: validation CIDEr {before} -> {self.best:.3f} in {minutes:.1f} minutes")
+        update_training(self.folder, {"stages": self.stages})
+
+    def validate(self) -> dict[str, float]:
+        """Captions the validation photos with the averaged weights and scores them; the best by
+        CIDEr becomes the checkpoint."""
+        captioner = self.captioner()
+        options = captioner.options(num_beams=self.config.validation.num_beams)
+        predictions: dict[str, str] = {}
+        batch = 50
+        rows = self.val_rows
+        for start in tqdm(range(0, len(rows), batch), desc="validate", leave=False, delay=5):
+            part = rows[start : start + batch]
+            images = torch.stack(
+                [captioner.preprocess(read_photo(self.manifest, row)) for row in part]
+            )
+            found = captioner.caption_tensors(images, [options] * len(part))
+            predictions |= {row.id: best[0].text for row, best in zip(part, found, strict=True)}
+        references = {row.id: row.captions for row in rows}
+        scores = score(predictions, references, metrics=("bleu", "cider"))
+        result = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
+        if rows[0].scene is not None:
+            from training.data.scenes import check
+
+            claims = [check(predictions[row.id], row.scene) for row in rows if row.scene]
+            flat = [claim.true for photo in claims for claim in photo]
+            result["claims_true"] = sum(flat) / max(1, len(flat))
+            result["captions_true"] = sum(
+                bool(photo) and all(claim.true for claim in photo) for photo in claims
+            ) / len(claims)
+        self.log({"step": self.step, "seconds": self.seconds, "val": result})
+        figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
+        samples = "; ".join(predictions[row.id] for row in rows[:3])
+        tqdm.write(f"epoch {self.epoch} of {self.config.stages[self.stage].name}: {figures}")
+        tqdm.write(f"  e.g. {samples}")
+        self.since_best += 1
+        if self.best is None or result["CIDEr"] > self.best:
+            self.best, self.since_best = result["CIDEr"], 0
+            save_checkpoint(
+                self.folder,
+                self.average,
+                self.tokenizer,
+                self.preprocessing.to_dict(),
+                self.decoding(),
+                {
+                    "config": dataclasses.asdict(self.config),
+                    "validation": {**result, "photos": len(rows), "split": "val"},
+                    "stages": self.stages,
+                    "step": self.step,
+                    "minutes": round(self.seconds / 60, 1),
+                },
+            )
+        return result
+
+
+def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The saved state of a killed run. Its config must be the one given; only further stages may
+    have been added to the end of a run."""
+    path = folder / STATE_FILE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: nothing to resume; train without --resume") from error
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise UserError(f"{path}: damaged; train without --resume") from error
+    if missing := set(PROGRESS) - state.keys():
+        raise UserError(f"{path}: field {min(missing)!r} is missing; train without --resume")
+    given = json.loads(json.dumps(dataclasses.asdict(config)))
+    saved = json.loads(json.dumps(state["config"]))
+    for fields in (given, saved):
+        del fields["name"]
+        fields["stages"] = fields["stages"][: state["stage"] + 1]
+    for name, value in given.items():
+        if saved.get(name) != value:
+            raise UserError(f"{path}: field {name!r} of the config has changed; resume as it was")
+    return dict(state)
+
+
+def restore_parts(
+    folder: Path, state: dict[str, Any]
+) -> tuple[CaptioningModel, PreprocessConfig, CaptionTokenizer]:
+    """Model (without its weights yet), preprocessing and tokenizer of a run that is resumed."""
+    model = CaptioningModel(EncoderConfig(**state["encoder"]), DecoderConfig(**state["decoder"]))
+    tokenizer = CaptionTokenizer.load(folder / "tokenizer.json", *state["tokenizer"])
+    return model, PreprocessConfig.from_dict(state["preprocessing"]), tokenizer
+
+
+def set_aside(folder: Path) -> None:
+    """An earlier run of the same name is kept as NAME.previous."""
+    if not folder.exists():
+        return
+    previous = folder.with_name(f"{folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    folder.rename(previous)
