@@ -2,6 +2,7 @@
 photo shows in `handler.captioner`, how it is said in `handler.answer`."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class CaptionHandler:
     def initialize(self, context: Any) -> None:
         """Loads the export that lies in the archive's folder. `handler:` in `model-config.yaml`
         sets `threads` (of torch) and `decoding` (defaults below the checkpoint's own)."""
+        # TorchServe would decode JSON bodies itself, whatever they hold: see parse_json().
+        os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         settings = (context.model_yaml_config or {}).get("handler") or {}
         properties = context.system_properties
         gpu = properties.get("gpu_id")

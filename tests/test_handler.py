@@ -109,7 +109,7 @@ ERRORS = [
     (rest({"body": b"\xff\xd8\xff\xe0 cut off"}, JPEG), 400, "InvalidImage"),
     (rest({"body": {"image": "%%%"}}, "application/json"), 400, "InvalidImage"),
     (rest({"body": b"%PDF-1.7"}, JPEG), 415, "UnsupportedMediaType"),
-    (rest({"body": "plain text"}, "text/plain"), 415, "UnsupportedMediaType"),
+    (rest({"body": b"plain text"}, "text/plain"), 415, "UnsupportedMediaType"),
     (rest({"body": b"\x89PNG\r\n\x1a\n" + bytes(16 * 2**20)}, JPEG), 413, "ImageTooLarge"),
     (rest({"image": b"x", "num_beams": b"17"}), 400, "InvalidParameter"),
     (rest({"image": b"x", "data": b"x"}), 400, "InvalidParameter"),
