@@ -196,6 +196,22 @@ def test_the_two_pictures_of_a_phone_are_one_jpeg():
     assert decode(encoded(smooth(900, 900), "MPO"), min_side=112).size == (225, 225)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "LAB", "I", "F", "I;16"])
+def test_pictures_of_many_bands_are_as_of_one(mode, monkeypatch):
+    """Conversions go band by band, to hold two copies of a large photo and no more."""
+    values = np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values.view(np.uint16)[:, :, 0].copy())
+    elif mode == "LAB":
+        image = Image.frombytes(mode, (40, 50), values[:, :, :3].tobytes())
+    else:
+        image = Image.fromarray(values).convert({"I": "L", "F": "L", "CMYK": "RGB"}.get(mode, mode))
+        image = image.convert(mode)
+    whole = decode(image)
+    monkeypatch.setattr(image_preprocess, "BAND_PIXELS", 300)
+    assert decode(image).tobytes() == whole.tobytes()
+
+
 # --- orientation
 
 
@@ -342,6 +358,19 @@ def test_endless_scans_are_refused():
     assert decode(data[:-2] + 50 * last + b"\xff\xd9").size == (64, 64)
     with pytest.raises(InvalidImage, match="scans"):
         decode(data[:-2] + 120 * last + b"\xff\xd9")
+
+
+def test_large_pictures_have_fewer_scans(monkeypatch):
+    """A hundred scans of 64 megapixels take four seconds; a batch of such files, half a minute."""
+    data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    many = data[:-2] + 30 * last + b"\xff\xd9"
+    monkeypatch.setattr(image_preprocess, "MAX_SCANNED_PIXELS", 20 * 64 * 64)
+    assert decode(data).size == (64, 64)
+    with pytest.raises(InvalidImage, match="more than 20 JPEG scans"):
+        decode(many)
+    monkeypatch.setattr(image_preprocess, "MAX_SCANNED_PIXELS", 50 * 64 * 64)
+    assert decode(many).size == (64, 64)
 
 
 def test_scans_are_not_counted_outside_the_picture():
