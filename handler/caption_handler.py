@@ -14,6 +14,7 @@ from handler.answer import Job, TokenStream, answer, check_stream, failure, mode
 from handler.captioner import Captioner
 from handler.image_preprocess import decode, resize, to_tensor
 from handler.request import parse_request, to_json
+from handler.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class CaptionHandler:
             "checkpoint": config["checkpoint"],
             "precision": config["precision"],
         }
+        self.metrics = ServerMetrics(context.metrics, self.model["name"])
         # A bad default or a model that cannot caption is an error now, not in every request; and
         # the first client does not wait for TorchScript's first run.
         self.captioner.caption([Image.new("RGB", (32, 32))])
@@ -72,6 +74,8 @@ class CaptionHandler:
                 answers[place] = failure(error)
         for job, said in zip(jobs, self._caption(jobs, context), strict=True):
             answers[job.place] = said
+        if data != [{}]:  # as a description comes
+            self.metrics.add("captioner_batch_size", len(data))
         return [self._finish(place, answers[place], context) for place in range(len(data))]
 
     def _understand(
@@ -86,15 +90,11 @@ class CaptionHandler:
             check_stream(options, grpc, explain)
         request.attention = request.attention or explain
         config = self.captioner.preprocessing
-        image = resize(decode(request.photo, config.image_size), config)
-        return Job(
-            place,
-            request,
-            options,
-            image,
-            to_tensor(image, config),
-            as_picture=explain and "image/png" in header(headers, "accept").lower(),
-        )
+        with self.metrics.timed("captioner_decode_seconds"):
+            image = resize(decode(request.photo, config.image_size), config)
+            pixels_3SS = to_tensor(image, config)
+        as_picture = explain and "image/png" in header(headers, "accept").lower()
+        return Job(place, request, options, image, pixels_3SS, as_picture)
 
     def _caption(self, jobs: Sequence[Job], context: Any) -> list[Any]:
         """The answers of the requests that share a batch."""
@@ -102,11 +102,14 @@ class CaptionHandler:
             return []
         stream = TokenStream(self.captioner, jobs, context)
         try:
-            found = self.captioner.caption_tensors(
-                torch.stack([job.pixels_3SS for job in jobs]),
-                [job.options for job in jobs],
-                stream.on_token if stream.jobs else None,
-            )
+            with self.metrics.timed("captioner_encode_seconds"):
+                memory_BPD = self.captioner.encode(torch.stack([job.pixels_3SS for job in jobs]))
+            with self.metrics.timed("captioner_search_seconds"):
+                found = self.captioner.caption_memory(
+                    memory_BPD,
+                    [job.options for job in jobs],
+                    stream.on_token if stream.jobs else None,
+                )
         except Exception as error:
             # What fails together may succeed alone; what has sent tokens cannot start again.
             if len(jobs) == 1 or stream.jobs:
@@ -114,11 +117,15 @@ class CaptionHandler:
             log.error("a batch of %d failed; each goes alone now", len(jobs))
             return [said for job in jobs for said in self._caption([job], context)]
         answers: list[Any] = []
+        tokens = []
         for job, captions in zip(jobs, found, strict=True):
             try:
                 answers.append(answer(self.captioner, job, captions, self.model))
+                tokens.append(sum(len(caption.tokens) for caption in captions))
             except Exception as error:
                 answers.append(failure(error))
+        self.metrics.add("captioner_photos_total", len(tokens))
+        self.metrics.add("captioner_tokens_total", sum(tokens))
         return answers
 
     def _finish(self, place: int, said: str | bytes | dict[str, Any], context: Any) -> str | bytes:
@@ -126,6 +133,7 @@ class CaptionHandler:
         if isinstance(said, dict):
             phrase = PHRASES.get(said["code"], "Internal Server Error")
             context.set_response_status(code=said["code"], phrase=phrase, idx=place)
+            self.metrics.add("captioner_errors_total", 1, said["type"])
             said = to_json(said)
         if not context.get_response_content_type(place):  # a stream has told its own
             kind = "image/png" if isinstance(said, bytes) else "application/json"

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -119,10 +120,21 @@ def test_raw_form_and_json_bodies_say_the_same(client, eager, photo):
     answers = [
         post(client, data=photo, headers={"Content-Type": "image/png"}),
         post(client, files={"data": photo}),
+        requests.put(
+            f"{client.url}/predictions/captioner",
+            data=photo,
+            timeout=60,
+            headers={"Authorization": f"Bearer {key(client)}"},
+        ),  # as curl -T
+        post(
+            client,
+            data=json.dumps({"image": encoded}),
+            headers={"Content-Type": "application/json; charset=utf-8"},
+        ),
         post(client, json={"image": encoded}),
         post(client, json={"image": f"data:image/png;base64,{encoded}", "num_beams": "5"}),
     ]
-    assert [a.json()["caption"] for a in answers] == [expected] * 4
+    assert [a.json()["caption"] for a in answers] == [expected] * 6
     assert all(a.headers["Content-Type"].startswith("application/json") for a in answers)
 
 
@@ -137,6 +149,13 @@ def test_raw_form_and_json_bodies_say_the_same(client, eager, photo):
         ({"json": {"num_beams": 3}}, 400, "MissingImage"),
         ({"json": {"image": "***"}}, 400, "InvalidImage"),
         ({"json": {"image": "aGk=", "nonsense": 1}}, 400, "InvalidParameter"),
+        ({"data": b'{"image": ', "headers": {"Content-Type": "application/json"}}, 400,
+         "MissingImage"),
+        ({"data": b"[" + b"[]," * 999 + b"[]]", "headers": {"Content-Type": "application/json"}},
+         400, "MissingImage"),
+        ({"data": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}, 400,
+         "MissingImage"),
+        ({"files": {"image": b"x", "temperature": b"1" * 2**20 + b"x"}}, 400, "InvalidParameter"),
     ],
 )  # fmt: skip
 def test_errors_are_typed(client, content, code, kind):
@@ -332,6 +351,49 @@ def test_one_bad_request_never_touches_its_neighbours(client, eager, photo):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(48)))
+
+
+def metrics_of(server) -> dict[str, float]:
+    """The captioner's lines of /metrics, summed over the hosts: name and type -> value."""
+    found: dict[str, float] = {}
+    for line in requests.get(f"{server.metrics}/metrics", timeout=30).text.splitlines():
+        if line.startswith("captioner_") and "le=" not in line:
+            labels, value = line.rsplit(" ", 1)
+            name, kind = labels.split("{")[0], re.search(r'Type="(\w+)"', labels)
+            name += f" {kind[1]}" if kind else ""
+            found[name] = found.get(name, 0) + float(value)
+    return found
+
+
+def test_metrics_agree_with_what_the_client_counted(client, server, photo):
+    before = metrics_of(server)
+    answers = [client.caption(photo, num_return_sequences=n) for n in (1, 2, 3)]
+    answers.append(client.caption_grpc(photo))
+    for bad in ({"files": {"image": b"x"}}, {"files": {"image": b"GIF89a"}}, {"json": {}}):
+        assert post(client, **bad).status_code in (400, 415)
+    expected = {
+        "captioner_photos_total": 4,
+        "captioner_tokens_total": sum(len(c["tokens"]) for a in answers for c in a["captions"]),
+        "captioner_errors_total UnsupportedMediaType": 1,
+        "captioner_errors_total InvalidImage": 1,
+        "captioner_errors_total MissingImage": 1,
+        "captioner_batch_size_count": 7,
+        "captioner_batch_size_sum": 7,
+        "captioner_decode_seconds_count": 4,
+        "captioner_encode_seconds_count": 4,
+        "captioner_search_seconds_count": 4,
+    }
+    deadline = time.monotonic() + 10
+    while True:  # TorchServe reads the worker's lines after it has passed its answer on
+        now = metrics_of(server)
+        found = {name: now.get(name, 0) - before.get(name, 0) for name in expected}
+        if found == expected or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert found == expected
+    for name in ("decode", "encode", "search"):
+        spent = f"captioner_{name}_seconds_sum"
+        assert 0 < now[spent] - before.get(spent, 0) < 60
 
 
 def test_a_killed_worker_is_back_by_itself(client, eager, photo, server):
