@@ -3,17 +3,13 @@
 import base64
 import io
 import json
-import os
-import re
-import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 import requests
-from conftest import REPOSITORY
+from live import client_of, configure, key, metrics_of, post, worker_process
 from PIL import Image
 
 from export.archive import build_archive
@@ -24,41 +20,6 @@ from handler.grpc_stubs import load
 from training.checkpoint import load_captioner
 
 pytestmark = pytest.mark.live
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def configure(folder, **changed: str):
-    """The project's own configuration in another folder, on free ports."""
-    rest, management, metrics, grpc_port, grpc_management = free_ports(5)
-    settings = serve.read_properties(REPOSITORY / "config.properties") | {
-        "inference_address": f"http://127.0.0.1:{rest}",
-        "management_address": f"http://127.0.0.1:{management}",
-        "metrics_address": f"http://127.0.0.1:{metrics}",
-        "grpc_inference_port": str(grpc_port),
-        "grpc_management_port": str(grpc_management),
-        **changed,
-    }
-    path = folder / "config.properties"
-    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-    return path
-
-
-def client_of(server: serve.Server, folder) -> Client:
-    return Client(
-        server.inference,
-        server.grpc,
-        key_file=folder / "key_file.json",
-        certificate=server.certificate and folder / server.certificate,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +52,6 @@ def photo(tiny_data):
 @pytest.fixture(scope="module")
 def eager(tiny_run):
     return load_captioner(tiny_run / "build/checkpoints/tiny")
-
-
-def key(client) -> str:
-    return json.loads(client.key_file.read_text())["inference"]["key"]
-
-
-def post(client, path="predictions/captioner", headers=None, **content):
-    headers = {"Authorization": f"Bearer {key(client)}", **(headers or {})}
-    return requests.post(f"{client.url}/{path}", headers=headers, timeout=60, **content)
 
 
 def test_rest_and_grpc_give_the_eager_caption(client, eager, photo):
@@ -353,18 +305,6 @@ def test_one_bad_request_never_touches_its_neighbours(client, eager, photo):
         assert all(pool.map(ask, range(48)))
 
 
-def metrics_of(server) -> dict[str, float]:
-    """The captioner's lines of /metrics, summed over the hosts: name and type -> value."""
-    found: dict[str, float] = {}
-    for line in requests.get(f"{server.metrics}/metrics", timeout=30).text.splitlines():
-        if line.startswith("captioner_") and "le=" not in line:
-            labels, value = line.rsplit(" ", 1)
-            name, kind = labels.split("{")[0], re.search(r'Type="(\w+)"', labels)
-            name += f" {kind[1]}" if kind else ""
-            found[name] = found.get(name, 0) + float(value)
-    return found
-
-
 def test_metrics_agree_with_what_the_client_counted(client, server, photo):
     before = metrics_of(server)
     answers = [client.caption(photo, num_return_sequences=n) for n in (1, 2, 3)]
@@ -398,14 +338,7 @@ def test_metrics_agree_with_what_the_client_counted(client, server, photo):
 
 def test_a_killed_worker_is_back_by_itself(client, eager, photo, server):
     """The last test of this server: what is in flight may fail, nothing more."""
-    import psutil
-
-    [worker] = [
-        process
-        for process in psutil.Process(server.pid).children(recursive=True)
-        if any("model_service_worker" in part for part in process.cmdline())
-    ]
-    os.kill(worker.pid, signal.SIGKILL)
+    worker_process(server).kill()
     expected = eager.caption([photo])[0][0].text
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
