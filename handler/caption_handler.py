@@ -2,6 +2,7 @@
 photo shows in `handler.captioner`, how it is said in `handler.answer`."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from handler.answer import Job, TokenStream, answer, check_stream, failure, mode
 from handler.captioner import Captioner
 from handler.image_preprocess import decode, resize, to_tensor
 from handler.request import parse_request, to_json
+from handler.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ class CaptionHandler:
     def initialize(self, context: Any) -> None:
         """Loads the export that lies in the archive's folder. `handler:` in `model-config.yaml`
         sets `threads` (of torch) and `decoding` (defaults below the checkpoint's own)."""
+        # TorchServe would decode JSON bodies itself, whatever they hold: see parse_json().
+        os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
         settings = (context.model_yaml_config or {}).get("handler") or {}
         properties = context.system_properties
         gpu = properties.get("gpu_id")
@@ -43,6 +47,7 @@ class CaptionHandler:
             "checkpoint": config["checkpoint"],
             "precision": config["precision"],
         }
+        self.metrics = ServerMetrics(context.metrics, self.model["name"])
         # A bad default or a model that cannot caption is an error now, not in every request; and
         # the first client does not wait for TorchScript's first run.
         self.captioner.caption([Image.new("RGB", (32, 32))])
@@ -69,6 +74,8 @@ class CaptionHandler:
                 answers[place] = failure(error)
         for job, said in zip(jobs, self._caption(jobs, context), strict=True):
             answers[job.place] = said
+        if data != [{}]:  # as a description comes
+            self.metrics.add("captioner_batch_size", len(data))
         return [self._finish(place, answers[place], context) for place in range(len(data))]
 
     def _understand(
@@ -83,15 +90,11 @@ class CaptionHandler:
             check_stream(options, grpc, explain)
         request.attention = request.attention or explain
         config = self.captioner.preprocessing
-        image = resize(decode(request.photo, config.side), config)
-        return Job(
-            place,
-            request,
-            options,
-            image,
-            to_tensor(image, config),
-            as_picture=explain and "image/png" in header(headers, "accept").lower(),
-        )
+        with self.metrics.timed("captioner_decode_seconds"):
+            image = resize(decode(request.photo, config.side), config)
+            pixels_3SS = to_tensor(image, config)
+        as_picture = explain and "image/png" in header(headers, "accept").lower()
+        return Job(place, request, options, image, pixels_3SS, as_picture)
 
     def _caption(self, jobs: Sequence[Job], context: Any) -> list[Any]:
         """The answers of the requests that share a batch."""
@@ -99,11 +102,14 @@ class CaptionHandler:
             return []
         stream = TokenStream(self.captioner, jobs, context)
         try:
-            found = self.captioner.caption_tensors(
-                torch.stack([job.pixels_3SS for job in jobs]),
-                [job.options for job in jobs],
-                stream.on_token if stream.jobs else None,
-            )
+            with self.metrics.timed("captioner_encode_seconds"):
+                memory_BPD = self.captioner.encode(torch.stack([job.pixels_3SS for job in jobs]))
+            with self.metrics.timed("captioner_search_seconds"):
+                found = self.captioner.caption_memory(
+                    memory_BPD,
+                    [job.options for job in jobs],
+                    stream.on_token if stream.jobs else None,
+                )
         except Exception as error:
             # What fails together may succeed alone; what has sent tokens cannot start again.
             if len(jobs) == 1 or stream.jobs:
@@ -111,11 +117,15 @@ class CaptionHandler:
             log.error("a batch of %d failed; each goes alone now", len(jobs))
             return [said for job in jobs for said in self._caption([job], context)]
         answers: list[Any] = []
+        tokens = []
         for job, captions in zip(jobs, found, strict=True):
             try:
                 answers.append(answer(self.captioner, job, captions, self.model))
+                tokens.append(sum(len(caption.tokens) for caption in captions))
             except Exception as error:
                 answers.append(failure(error))
+        self.metrics.add("captioner_photos_total", len(tokens))
+        self.metrics.add("captioner_tokens_total", sum(tokens))
         return answers
 
     def _finish(self, place: int, said: str | bytes | dict[str, Any], context: Any) -> str | bytes:
@@ -123,6 +133,7 @@ class CaptionHandler:
         if isinstance(said, dict):
             phrase = PHRASES.get(said["code"], "Internal Server Error")
             context.set_response_status(code=said["code"], phrase=phrase, idx=place)
+            self.metrics.add("captioner_errors_total", 1, said["type"])
             said = to_json(said)
         if not context.get_response_content_type(place):  # a stream has told its own
             kind = "image/png" if isinstance(said, bytes) else "application/json"

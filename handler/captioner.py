@@ -129,8 +129,12 @@ class Captioner:
     ) -> list[list[Caption]]:
         """Captions preprocessed photos, all in one batch. `on_token(photo, token id)` is called
         for each token as it is decided, where one beam or sampling decides at once."""
-        memory_BPD = self.encoder(images_B3SS.to(self.device))
-        return self.caption_memory(memory_BPD, options, on_token)
+        return self.caption_memory(self.encode(images_B3SS), options, on_token)
+
+    @torch.inference_mode()
+    def encode(self, images_B3SS: Tensor) -> Tensor:
+        """Preprocessed photos -> memory (B, P, D)."""
+        return self.encoder(images_B3SS.to(self.device))
 
     @torch.inference_mode()
     def caption_memory(

@@ -7,7 +7,7 @@ ignored, as torchvision and Hugging Face ignore them.
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -25,8 +25,12 @@ MAX_PIXELS = 64_000_000
 # JPEG's own limit. Pillow pays 8 bytes a row beside the pixels: 1 x 64,000,000 takes a gigabyte.
 MAX_SIDE = 65_535
 # A progressive JPEG repeats itself over the whole picture once a scan. Encoders write about ten; a
-# file of thousands of nearly empty ones is small, passes the pixel limit and takes minutes.
-MAX_JPEG_SCANS = 100
+# file of thousands of nearly empty ones is small, passes the pixel limit and takes minutes. The
+# larger the picture, the fewer are taken: eight such files may share a batch.
+MAX_JPEG_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_PIXELS
+# Pixels converted to RGB at a time. Pillow holds 4 bytes a pixel: at 64 megapixels, the picture and
+# its RGB are 490 MiB, and each whole intermediate (float64, an alpha mask) would be as much again.
+BAND_PIXELS = 2**20
 
 FORMATS = "JPEG, PNG, WebP, BMP, GIF and TIFF"
 # Sizes of the BMP headers in use: "BM" alone also begins many a text.
@@ -149,7 +153,11 @@ def decode(
             image.draft("RGB", (2 * min_side, 2 * min_side))
         image.load()
         turn = orientation(image)
+        if image is not photo:
+            # WebP keeps another copy of the pixels here.
+            image.fp = None  # type: ignore[attr-defined]
         rgb = to_rgb(image)
+        del image  # before a turned copy is made
         return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:
         # Pillow meets damage with a dozen kinds of exception (OSError, SyntaxError, struct.error,
@@ -167,8 +175,6 @@ def open_photo(data: bytes | bytearray | memoryview) -> Image.Image:
     kind = sniff(data)
     if kind is None:
         raise UnsupportedMediaType(f"the content is none of {FORMATS}")
-    if kind == "JPEG" and jpeg_scans(data) > MAX_JPEG_SCANS:
-        raise InvalidImage(f"the image has more than {MAX_JPEG_SCANS} JPEG scans")
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -176,6 +182,10 @@ def open_photo(data: bytes | bytearray | memoryview) -> Image.Image:
     except Exception as error:  # see decode()
         raise InvalidImage("the image is damaged: its header cannot be read") from error
     check_size(image.size)
+    if kind == "JPEG":
+        most = min(MAX_JPEG_SCANS, MAX_SCANNED_PIXELS // (image.width * image.height))
+        if jpeg_scans(data, most) > most:
+            raise InvalidImage(f"the image has more than {most} JPEG scans")
     return image
 
 
@@ -197,8 +207,8 @@ def sniff(data: bytes) -> str | None:
     return None
 
 
-def jpeg_scans(data: bytes) -> int:
-    """How many scans a JPEG has before its end; counts no further than MAX_JPEG_SCANS + 1.
+def jpeg_scans(data: bytes, most: int) -> int:
+    """How many scans a JPEG has before its end; counts no further than `most` + 1.
 
     Walks the markers: application segments (thumbnails) and what follows the end (the second
     picture or the film of a phone's photo) are not looked into.
@@ -206,7 +216,7 @@ def jpeg_scans(data: bytes) -> int:
     # Within a scan 0xff is a marker unless 0 or a restart marker follows; more 0xff are padding.
     marker = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
     scans, position = 0, 2
-    while scans <= MAX_JPEG_SCANS:
+    while scans <= most:
         found = marker.search(data, position)
         if found is None or found[1] == b"\xd9":
             break
@@ -233,28 +243,53 @@ def too_many_pixels() -> ImageTooLarge:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that Pillow decodes to, as 8-bit RGB."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    white = white_level(image)
+    rgb = Image.new("RGB", image.size)
+    for top, band in bands(image):
+        rgb.paste(band_to_rgb(band, white), (0, top))
+    return rgb
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture in horizontal bands of about BAND_PIXELS: (top row, band)."""
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def white_level(image: Image.Image) -> float:
+    """The value that is white where a pixel is a number of more than 8 bits: integers have 16 bits,
+    or 12 in some TIFFs; floats hold fractions (nothing above 1) or 8-bit levels."""
+    if image.mode == "F":
+        return 1 if all(finite(band).max() <= 1 for _, band in bands(image)) else 255
+    bits = getattr(image, "tag_v2", {}).get(TIFF_BITS_PER_SAMPLE)
+    return 4095 if bits == (12,) else 65535
+
+
+def band_to_rgb(image: Image.Image, white_level: float) -> Image.Image:
     if image.mode.startswith("I"):
-        image = from_integers(image)
+        image = from_integers(image, int(white_level))
     elif image.mode == "F":
-        image = from_floats(image)
+        values = finite(image) * (255 / white_level)
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     elif image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image)
     return white
 
 
-def from_integers(image: Image.Image) -> Image.Image:
+def from_integers(image: Image.Image, highest: int) -> Image.Image:
     """16 bits a pixel as grey levels, value / 257 rounded (Pillow itself would clip at 255).
 
     12-bit TIFF arrives in the low bits. Colour of 16 bits never arrives here: Pillow reads it as
     8 bits by dropping the low byte, at most one level off.
     """
-    bits = getattr(image, "tag_v2", {}).get(TIFF_BITS_PER_SAMPLE)
-    highest = 4095 if bits == (12,) else 65535
     levels = ((np.arange(65536) * 255 + highest // 2) // highest).clip(0, 255).astype(np.uint8)
     values = np.asarray(image).clip(0, 65535)
     grey = Image.fromarray(levels[values])
@@ -264,11 +299,9 @@ def from_integers(image: Image.Image) -> Image.Image:
     return grey
 
 
-def from_floats(image: Image.Image) -> Image.Image:
-    """Float TIFFs hold fractions (nothing above 1) or 8-bit levels; what is no number is black."""
-    values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
-    scale = 255.0 if values.max() <= 1 else 1.0
-    return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+def finite(image: Image.Image) -> np.ndarray:
+    """The values of a float picture; what is no number is black."""
+    return np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:

@@ -48,6 +48,7 @@ class Server:
     grpc: str
     temporary: str
     certificate: str | None = None
+    metrics: str = ""
 
 
 def running(home: Path) -> Server | None:
@@ -108,6 +109,7 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
         grpc="{}:{}".format(*addresses["grpc inference"]),
         temporary=temporary,
         certificate=str(certificate) if certificate else None,
+        metrics="{}://{}:{}".format(scheme, *addresses["metrics"]),
     )
     write_atomic(home / STATE, json.dumps(asdict(server), indent=2) + "\n")
     try:

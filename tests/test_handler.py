@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import re
 import zipfile
 from pathlib import Path
 
@@ -109,7 +110,7 @@ ERRORS = [
     (rest({"body": b"\xff\xd8\xff\xe0 cut off"}, JPEG), 400, "InvalidImage"),
     (rest({"body": {"image": "%%%"}}, "application/json"), 400, "InvalidImage"),
     (rest({"body": b"%PDF-1.7"}, JPEG), 415, "UnsupportedMediaType"),
-    (rest({"body": "plain text"}, "text/plain"), 415, "UnsupportedMediaType"),
+    (rest({"body": b"plain text"}, "text/plain"), 415, "UnsupportedMediaType"),
     (rest({"body": b"\x89PNG\r\n\x1a\n" + bytes(16 * 2**20)}, JPEG), 413, "ImageTooLarge"),
     (rest({"image": b"x", "num_beams": b"17"}), 400, "InvalidParameter"),
     (rest({"image": b"x", "data": b"x"}), 400, "InvalidParameter"),
@@ -158,15 +159,15 @@ def test_an_unforeseen_failure_says_nothing_of_the_inside(worker, photos, monkey
 
 def test_what_fails_together_is_tried_alone(worker, photos, monkeypatch):
     """Only the photo that the model cannot take fails, not the batch it came in."""
-    whole = Captioner.caption_tensors
+    whole = Captioner.caption_memory
     poison = worker.predict(rest({"image": photos[1]}))[0].json["caption"]
 
-    def sometimes(self, images, options, on_token=None):
+    def sometimes(self, memory, options, on_token=None):
         if any(o.seed == 13 for o in options):
             raise RuntimeError("out of memory")
-        return whole(self, images, options, on_token)
+        return whole(self, memory, options, on_token)
 
-    monkeypatch.setattr(Captioner, "caption_tensors", sometimes)
+    monkeypatch.setattr(Captioner, "caption_memory", sometimes)
     answers = worker.predict(
         rest({"image": photos[1]}),
         rest({"image": photos[0], "seed": b"13"}),
@@ -181,6 +182,47 @@ def test_no_answer_or_log_holds_a_header(worker, photos, caplog):
         answers = worker.predict(rest({"image": photos[0]}), rest({"image": b"broken"}))
     assert all(b"secret-key" not in answer.body for answer in answers)
     assert "secret-key" not in caplog.text
+
+
+def counted(caplog) -> dict[str, list[float]]:
+    """The metrics on the worker's output, as TorchServe reads them: name and type -> values."""
+    pattern = r"\[METRICS\](\w+)\.\w+:([0-9\-,.e]+)\|#([^|]*)\|#type:(\w+)\|#hostname:.*"
+    found: dict[str, list[float]] = {}
+    for line in caplog.messages:
+        if line.startswith("[METRICS]captioner_"):
+            name, value, labels, _ = re.fullmatch(pattern, line).groups()
+            model, _, kind = labels.partition(",Type:")
+            assert model == "ModelName:captioner"
+            found.setdefault(f"{name} {kind}".strip(), []).append(float(value))
+    return found
+
+
+def test_metrics_count_what_was_answered(worker, photos, caplog):
+    with caplog.at_level(logging.INFO):
+        answers = worker.predict(
+            rest({"image": photos[0], "num_return_sequences": b"2"}),
+            rest({"image": b"broken"}),
+            rest({"image": photos[1]}),
+            by_grpc({"image": photos[1], "num_beams": b"17"}),
+            by_grpc({"image": photos[1], "num_beams": b"0"}),
+        )
+        [card] = worker.predict(
+            {"headers": rest({}, describe="True")["headers"], "parameters": []}
+        )  # counts as nothing
+    assert card.json["options"]
+    found = counted(caplog)
+    captions = [c for i in (0, 2) for c in answers[i].json["captions"]]
+    assert len(captions) == 3
+    assert found.pop("captioner_photos_total") == [2]
+    assert found.pop("captioner_tokens_total") == [sum(len(c["tokens"]) for c in captions)]
+    assert found.pop("captioner_batch_size") == [5]
+    assert found.pop("captioner_errors_total UnsupportedMediaType") == [1]
+    assert found.pop("captioner_errors_total InvalidParameter") == [1, 1]
+    for name, times in (("decode", 2), ("encode", 1), ("search", 1)):
+        seconds = found.pop(f"captioner_{name}_seconds")
+        assert len(seconds) == times
+        assert all(0 < s < 60 for s in seconds)
+    assert found == {}
 
 
 # --- attention, explanations, description

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from photos import FORMATS, encoded, huge_headers, png, smooth
 from PIL import Image, ImageCms
 
 from handler import image_preprocess
@@ -30,41 +31,9 @@ from handler.image_preprocess import (
 # Pillow warns about damaged TIFF and EXIF tags.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
-
-
-def smooth(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
-    """A picture without hard edges, so that lossy formats stay near it."""
-    noise = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
 
 def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
     return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int))
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"") -> bytes:
-    """A PNG made by hand: Pillow writes neither 16-bit colour nor false headers."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + extra
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
 
 
 # --- formats and modes
@@ -196,6 +165,22 @@ def test_the_two_pictures_of_a_phone_are_one_jpeg():
     assert decode(encoded(smooth(900, 900), "MPO"), min_side=112).size == (225, 225)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "LAB", "I", "F", "I;16"])
+def test_pictures_of_many_bands_are_as_of_one(mode, monkeypatch):
+    """Conversions go band by band, to hold two copies of a large photo and no more."""
+    values = np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values.view(np.uint16)[:, :, 0].copy())
+    elif mode == "LAB":
+        image = Image.frombytes(mode, (40, 50), values[:, :, :3].tobytes())
+    else:
+        image = Image.fromarray(values).convert({"I": "L", "F": "L", "CMYK": "RGB"}.get(mode, mode))
+        image = image.convert(mode)
+    whole = decode(image)
+    monkeypatch.setattr(image_preprocess, "BAND_PIXELS", 300)
+    assert decode(image).tobytes() == whole.tobytes()
+
+
 # --- orientation
 
 
@@ -286,32 +271,6 @@ def test_too_many_bytes():
         decode(encoded(smooth(), "JPEG") + bytes(16 * 2**20))
 
 
-def huge_headers() -> dict[str, bytes]:
-    """A few bytes that promise more pixels than there is memory for."""
-    side = 30_000
-    gif = b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0" + bytes(6)
-    gif += b"," + struct.pack("<HHHH", 0, 0, side, side) + b"\0\x02\x02D\x01\0;"
-    bmp = b"BM" + struct.pack("<IIIIiiHHIIiiII", 90, 0, 54, 40, side, side, 1, 24, 0, *[0] * 5)
-    jpeg = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
-    frame = jpeg.index(b"\xff\xc0")
-    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
-    tiff = bytearray(encoded(Image.new("L", (8, 8)), "TIFF"))
-    for tag in (256, 257):
-        found = tiff.index(struct.pack("<HHI", tag, 4, 1))
-        tiff[found + 8 : found + 12] = struct.pack("<I", side)
-    webp = bytearray(encoded(Image.new("RGBA", (8, 8), (1, 2, 3, 4)), "WEBP"))
-    size = webp.index(b"VP8X") + 12
-    webp[size : size + 6] = struct.pack("<I", 16_000)[:3] * 2
-    return {
-        "PNG": png(side, side, 8, 6, b""),
-        "GIF": gif,
-        "BMP": bmp,
-        "JPEG": bytes(jpeg),
-        "TIFF": bytes(tiff),
-        "WEBP": bytes(webp),
-    }
-
-
 @pytest.mark.parametrize("kind", FORMATS)
 def test_decompression_bombs_are_refused_by_their_header(kind):
     tracemalloc.start()
@@ -342,6 +301,19 @@ def test_endless_scans_are_refused():
     assert decode(data[:-2] + 50 * last + b"\xff\xd9").size == (64, 64)
     with pytest.raises(InvalidImage, match="scans"):
         decode(data[:-2] + 120 * last + b"\xff\xd9")
+
+
+def test_large_pictures_have_fewer_scans(monkeypatch):
+    """A hundred scans of 64 megapixels take four seconds; a batch of such files, half a minute."""
+    data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    many = data[:-2] + 30 * last + b"\xff\xd9"
+    monkeypatch.setattr(image_preprocess, "MAX_SCANNED_PIXELS", 20 * 64 * 64)
+    assert decode(data).size == (64, 64)
+    with pytest.raises(InvalidImage, match="more than 20 JPEG scans"):
+        decode(many)
+    monkeypatch.setattr(image_preprocess, "MAX_SCANNED_PIXELS", 50 * 64 * 64)
+    assert decode(many).size == (64, 64)
 
 
 def test_scans_are_not_counted_outside_the_picture():

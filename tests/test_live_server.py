@@ -3,16 +3,13 @@
 import base64
 import io
 import json
-import os
-import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 import requests
-from conftest import REPOSITORY
+from live import client_of, configure, key, metrics_of, post, worker_process
 from PIL import Image
 
 from export.archive import build_archive
@@ -23,41 +20,6 @@ from handler.grpc_stubs import load
 from training.checkpoint import load_captioner
 
 pytestmark = pytest.mark.live
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def configure(folder, **changed: str):
-    """The project's own configuration in another folder, on free ports."""
-    rest, management, metrics, grpc_port, grpc_management = free_ports(5)
-    settings = serve.read_properties(REPOSITORY / "config.properties") | {
-        "inference_address": f"http://127.0.0.1:{rest}",
-        "management_address": f"http://127.0.0.1:{management}",
-        "metrics_address": f"http://127.0.0.1:{metrics}",
-        "grpc_inference_port": str(grpc_port),
-        "grpc_management_port": str(grpc_management),
-        **changed,
-    }
-    path = folder / "config.properties"
-    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-    return path
-
-
-def client_of(server: serve.Server, folder) -> Client:
-    return Client(
-        server.inference,
-        server.grpc,
-        key_file=folder / "key_file.json",
-        certificate=server.certificate and folder / server.certificate,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +54,6 @@ def eager(tiny_run):
     return load_captioner(tiny_run / "build/checkpoints/tiny")
 
 
-def key(client) -> str:
-    return json.loads(client.key_file.read_text())["inference"]["key"]
-
-
-def post(client, path="predictions/captioner", headers=None, **content):
-    headers = {"Authorization": f"Bearer {key(client)}", **(headers or {})}
-    return requests.post(f"{client.url}/{path}", headers=headers, timeout=60, **content)
-
-
 def test_rest_and_grpc_give_the_eager_caption(client, eager, photo):
     expected = eager.caption([photo], num_beams=3, num_return_sequences=2)[0]
     for ask in (client.caption, client.caption_grpc):
@@ -119,10 +72,21 @@ def test_raw_form_and_json_bodies_say_the_same(client, eager, photo):
     answers = [
         post(client, data=photo, headers={"Content-Type": "image/png"}),
         post(client, files={"data": photo}),
+        requests.put(
+            f"{client.url}/predictions/captioner",
+            data=photo,
+            timeout=60,
+            headers={"Authorization": f"Bearer {key(client)}"},
+        ),  # as curl -T
+        post(
+            client,
+            data=json.dumps({"image": encoded}),
+            headers={"Content-Type": "application/json; charset=utf-8"},
+        ),
         post(client, json={"image": encoded}),
         post(client, json={"image": f"data:image/png;base64,{encoded}", "num_beams": "5"}),
     ]
-    assert [a.json()["caption"] for a in answers] == [expected] * 4
+    assert [a.json()["caption"] for a in answers] == [expected] * 6
     assert all(a.headers["Content-Type"].startswith("application/json") for a in answers)
 
 
@@ -137,6 +101,13 @@ def test_raw_form_and_json_bodies_say_the_same(client, eager, photo):
         ({"json": {"num_beams": 3}}, 400, "MissingImage"),
         ({"json": {"image": "***"}}, 400, "InvalidImage"),
         ({"json": {"image": "aGk=", "nonsense": 1}}, 400, "InvalidParameter"),
+        ({"data": b'{"image": ', "headers": {"Content-Type": "application/json"}}, 400,
+         "MissingImage"),
+        ({"data": b"[" + b"[]," * 999 + b"[]]", "headers": {"Content-Type": "application/json"}},
+         400, "MissingImage"),
+        ({"data": b"[" * 100_000, "headers": {"Content-Type": "application/json"}}, 400,
+         "MissingImage"),
+        ({"files": {"image": b"x", "temperature": b"1" * 2**20 + b"x"}}, 400, "InvalidParameter"),
     ],
 )  # fmt: skip
 def test_errors_are_typed(client, content, code, kind):
@@ -334,16 +305,40 @@ def test_one_bad_request_never_touches_its_neighbours(client, eager, photo):
         assert all(pool.map(ask, range(48)))
 
 
+def test_metrics_agree_with_what_the_client_counted(client, server, photo):
+    before = metrics_of(server)
+    answers = [client.caption(photo, num_return_sequences=n) for n in (1, 2, 3)]
+    answers.append(client.caption_grpc(photo))
+    for bad in ({"files": {"image": b"x"}}, {"files": {"image": b"GIF89a"}}, {"json": {}}):
+        assert post(client, **bad).status_code in (400, 415)
+    expected = {
+        "captioner_photos_total": 4,
+        "captioner_tokens_total": sum(len(c["tokens"]) for a in answers for c in a["captions"]),
+        "captioner_errors_total UnsupportedMediaType": 1,
+        "captioner_errors_total InvalidImage": 1,
+        "captioner_errors_total MissingImage": 1,
+        "captioner_batch_size_count": 7,
+        "captioner_batch_size_sum": 7,
+        "captioner_decode_seconds_count": 4,
+        "captioner_encode_seconds_count": 4,
+        "captioner_search_seconds_count": 4,
+    }
+    deadline = time.monotonic() + 10
+    while True:  # TorchServe reads the worker's lines after it has passed its answer on
+        now = metrics_of(server)
+        found = {name: now.get(name, 0) - before.get(name, 0) for name in expected}
+        if found == expected or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert found == expected
+    for name in ("decode", "encode", "search"):
+        spent = f"captioner_{name}_seconds_sum"
+        assert 0 < now[spent] - before.get(spent, 0) < 60
+
+
 def test_a_killed_worker_is_back_by_itself(client, eager, photo, server):
     """The last test of this server: what is in flight may fail, nothing more."""
-    import psutil
-
-    [worker] = [
-        process
-        for process in psutil.Process(server.pid).children(recursive=True)
-        if any("model_service_worker" in part for part in process.cmdline())
-    ]
-    os.kill(worker.pid, signal.SIGKILL)
+    worker_process(server).kill()
     expected = eager.caption([photo])[0][0].text
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

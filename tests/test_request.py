@@ -2,6 +2,8 @@
 
 import base64
 import json
+import time
+import tracemalloc
 from dataclasses import fields
 
 import pytest
@@ -81,6 +83,61 @@ def test_a_photo_sent_as_json_by_mistake_is_a_photo():
 def test_no_photo(data, content_type):
     with pytest.raises(MissingImage):
         parse_request(data, content_type)
+
+
+def test_json_is_read_here_whatever_its_content_type():
+    """TorchServe decodes bodies of exactly `application/json`, without bounds; the handler does it
+    instead."""
+    body = bytearray(json.dumps({"image": BASE64, "num_beams": 3}).encode())
+    for content_type in ("application/json", "Application/JSON; charset=utf-8", "text/plain", ""):
+        assert parse_request({"body": body}, content_type) == Request(PHOTO, {"num_beams": 3})
+    assert parse_request({"body": body.decode()}, "text/plain").photo == PHOTO
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b"[]," * 2**20 + b"[]]",
+        b'{"image": [' + b"{}," * 2**20 + b"{}]}",
+        b"[" * 900,
+        b"[" * 2**20,
+        b"[" + b"1," * 2**20 + b"1]",
+    ],
+)
+def test_a_body_of_a_million_values_costs_no_memory(body):
+    """24 MiB of "[]," were 670 MB of lists, eight times that in a batch."""
+    tracemalloc.start()
+    with pytest.raises(MissingImage):
+        parse_request({"body": body}, "application/json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * len(body) + 2**18
+
+
+def test_a_photo_of_spaces_costs_no_memory():
+    """base64 in pieces of one letter was a list of as many texts."""
+    encoded = " ".join(BASE64) + " " * 2**20
+    tracemalloc.start()
+    assert parse_request({"body": {"image": encoded}}).photo == PHOTO
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(encoded)
+
+
+def test_megabytes_of_digits_are_refused_at_once():
+    """The pattern of numbers took time that grew with their square: days for a request's worth."""
+    for text in ("1" * 2**21 + "x", "1" * 2**20 + "." + "1" * 2**20 + "x", "." + "1" * 2**20 + "x"):
+        for name in ("temperature", "num_beams"):
+            start = time.monotonic()
+            with pytest.raises(InvalidParameter):
+                DecodeOptions(**parse_request(form(**{name: text})).options)
+            assert time.monotonic() - start < 5
+
+
+def test_an_integer_of_thousands_of_digits_is_out_of_range():
+    body = f'{{"image": "{BASE64}", "seed": {"9" * 5000}}}'.encode()
+    with pytest.raises(InvalidParameter, match="seed"):
+        DecodeOptions(**parse_request({"body": body}, "application/json").options)
 
 
 @pytest.mark.parametrize(

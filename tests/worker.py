@@ -28,7 +28,7 @@ class Answer:
 
 
 def rest(fields: dict[str, Any], content_type: str = "", **headers: str) -> dict[str, Any]:
-    """A REST request of these fields; a dict under "body" is a JSON body."""
+    """A REST request of these fields; a dict under "body" is sent as JSON."""
     given = {"content-type": content_type, "authorization": "Bearer secret-key", **headers}
     return {
         "headers": [
@@ -48,7 +48,7 @@ def parameters(fields: dict[str, Any], content_type: str) -> list[dict[str, Any]
         {
             "name": name,
             "contentType": content_type,
-            "value": bytearray(value) if isinstance(value, bytes) else value,
+            "value": bytearray(json.dumps(value).encode() if isinstance(value, dict) else value),
         }
         for name, value in fields.items()
     ]

@@ -1,0 +1,78 @@
+"""Live servers for the tests: the project's own configuration on free ports, in other folders."""
+
+import json
+import re
+import socket
+
+import psutil
+import requests
+from conftest import REPOSITORY
+
+from handler import serve
+from handler.client import Client
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def configure(folder, **changed: str):
+    """The project's own configuration in another folder, on free ports."""
+    rest, management, metrics, grpc_port, grpc_management = free_ports(5)
+    settings = serve.read_properties(REPOSITORY / "config.properties") | {
+        "inference_address": f"http://127.0.0.1:{rest}",
+        "management_address": f"http://127.0.0.1:{management}",
+        "metrics_address": f"http://127.0.0.1:{metrics}",
+        "grpc_inference_port": str(grpc_port),
+        "grpc_management_port": str(grpc_management),
+        **changed,
+    }
+    path = folder / "config.properties"
+    path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+    return path
+
+
+def client_of(server: serve.Server, folder) -> Client:
+    return Client(
+        server.inference,
+        server.grpc,
+        key_file=folder / "key_file.json",
+        certificate=server.certificate and folder / server.certificate,
+    )
+
+
+def key(client) -> str:
+    return json.loads(client.key_file.read_text())["inference"]["key"]
+
+
+def post(client, path="predictions/captioner", headers=None, **content):
+    headers = {"Authorization": f"Bearer {key(client)}", **(headers or {})}
+    return requests.post(f"{client.url}/{path}", headers=headers, timeout=60, **content)
+
+
+def metrics_of(server) -> dict[str, float]:
+    """The captioner's lines of /metrics, summed over the hosts: name and type -> value."""
+    found: dict[str, float] = {}
+    for line in requests.get(f"{server.metrics}/metrics", timeout=30).text.splitlines():
+        if line.startswith("captioner_") and "le=" not in line:
+            labels, value = line.rsplit(" ", 1)
+            name, kind = labels.split("{")[0], re.search(r'Type="(\w+)"', labels)
+            name += f" {kind[1]}" if kind else ""
+            found[name] = found.get(name, 0) + float(value)
+    return found
+
+
+def worker_process(server: serve.Server) -> psutil.Process:
+    """The one Python process behind the server."""
+    [worker] = [
+        process
+        for process in psutil.Process(server.pid).children(recursive=True)
+        if any("model_service_worker" in part for part in process.cmdline())
+    ]
+    return worker
