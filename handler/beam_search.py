@@ -295,7 +295,8 @@ class _Processors:
     ) -> None:
         self.end_id = end_id
         self.suppress = torch.tensor(suppress, device=device) if suppress else None
-        self.sizes = sorted({o.no_repeat_ngram_size for o in options} - {0})
+        sizes = {o.no_repeat_ngram_size for o in options}
+        self.sizes, self.sizes_differ = sorted(sizes - {0}), len(sizes) > 1
         self.size_B1 = _column([o.no_repeat_ngram_size for o in options], device)
         self.shortest = max(o.min_new_tokens for o in options)
         self.shortest_B1 = _column([o.min_new_tokens for o in options], device)
@@ -346,7 +347,7 @@ class _Processors:
                 windows = text_BQT.unfold(2, size, 1)  # (B, Q, T - size + 1, size)
                 tail = text_BQT[:, :, time + 2 - size :].unsqueeze(2)
                 repeats = (windows[..., :-1] == tail).all(-1)
-                if len(self.sizes) > 1:
+                if self.sizes_differ:
                     repeats &= (self.size_B1 == size).unsqueeze(2)
                 scores_BQV.scatter_add_(2, windows[..., -1], torch.where(repeats, -math.inf, 0.0))
 

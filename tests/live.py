@@ -3,13 +3,17 @@
 import json
 import re
 import socket
+import zipfile
+from pathlib import Path
 
 import psutil
 import requests
-from conftest import REPOSITORY
+import yaml
 
 from handler import serve
 from handler.client import Client
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def free_ports(count: int) -> list[int]:
@@ -36,6 +40,17 @@ def configure(folder, **changed: str):
     path = folder / "config.properties"
     path.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     return path
+
+
+def change_settings(archive: Path, **changed: object) -> None:
+    """Writes other values into the `model-config.yaml` of an archive."""
+    with zipfile.ZipFile(archive) as opened:
+        files = {name: opened.read(name) for name in opened.namelist()}
+    name = "handler/model-config.yaml"
+    files[name] = yaml.safe_dump(yaml.safe_load(files[name]) | changed).encode()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name, content in files.items():
+            opened.writestr(name, content)
 
 
 def client_of(server: serve.Server, folder) -> Client:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from load import OPTIONS
 from PIL import Image
 from worker import Worker, by_grpc, rest
 
@@ -88,6 +89,22 @@ def test_a_photo_alone_or_among_others_has_the_same_caption(worker, photos):
     alone = [worker.predict(rest({"image": photo}))[0].json["caption"] for photo in photos]
     together = worker.predict(*(rest({"image": photo}) for photo in photos))
     assert [answer.json["caption"] for answer in together] == alone
+
+
+@pytest.mark.parametrize("neighbour", OPTIONS, ids=str)
+def test_the_options_of_a_neighbour_change_nothing(worker, photos, neighbour):
+    """One request's no_repeat_ngram_size held for all of its batch that had none."""
+    requests = [
+        rest({"image": photos[0], **{name: str(value).encode() for name, value in given.items()}})
+        for given in OPTIONS
+    ]
+    other = {name: str(value).encode() for name, value in neighbour.items()}
+    for request in requests:
+        [alone] = worker.predict(request)
+        shared = worker.predict(request, rest({"image": photos[1], **other}))[0]
+        assert shared.json["caption"] == alone.json["caption"]
+        scores = [[c["score"] for c in a.json["captions"]] for a in (shared, alone)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
 def test_a_large_jpeg_is_read_as_the_library_reads_it(worker, captioner):
