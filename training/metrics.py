@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,6 +76,22 @@ def score_each(
         raise UserError(f"metrics: {min(unknown)!r} is unknown; there are {', '.join(METRICS)}")
     if "spice" in metrics and not has_spice():
         raise UserError("metrics: spice needs Java and pycocoevalcap's SPICE models; leave it out")
+    return score_tokens(tokenize(predictions, references), metrics)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Captions as the metrics read them, words between spaces: by photo, one hypothesis (in a list)
+    and its references; `tokenizer` is "ptb" or "python"."""
+
+    tokenizer: str
+    hypotheses: dict[str, list[str]]
+    truths: dict[str, list[str]]
+
+
+def tokenize(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Tokens:
+    """Splits one caption a photo and its references into words. Raises UserError when a prediction
+    has no references or no reference holds a word."""
     if not predictions:
         raise UserError("predictions: there are none to score")
     if missing := [key for key in predictions if not references.get(key)]:
@@ -85,15 +102,24 @@ def score_each(
         log.warning("no Java is found (make setup brings one): plain tokens instead of PTB's")
     texts = [[predictions[i], *references[i]] for i in ids]
     flat = [text for group in texts for text in group]
-    tokenized = iter(_ptb(java, flat) if java else [_split(text) for text in flat])
+    tokenized = iter(_ptb(java, flat) if java else [" ".join(plain_words(text)) for text in flat])
     hypotheses, truths = {}, {}
     for i, group in zip(ids, texts, strict=True):
         lines = [next(tokenized) for _ in group]
         hypotheses[i], truths[i] = lines[:1], lines[1:]
     if not any(line for lines in truths.values() for line in lines):
         raise UserError("references: none of them holds a word")
-    result: dict[str, Any] = {"tokenizer": "ptb" if java else "python"}
-    each: dict[str, dict[str, float]] = {i: {} for i in ids}
+    return Tokens("ptb" if java else "python", hypotheses, truths)
+
+
+def score_tokens(
+    tokens: Tokens, metrics: Sequence[str] = DEFAULT_METRICS
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """As `score_each`, for captions that are tokenised already."""
+    hypotheses, truths = tokens.hypotheses, tokens.truths
+    java = find_java()
+    result: dict[str, Any] = {"tokenizer": tokens.tokenizer}
+    each: dict[str, dict[str, float]] = {i: {} for i in hypotheses}
 
     def add(name: str, total: float, values: Sequence[float]) -> None:
         result[name] = float(total)
@@ -121,8 +147,9 @@ def score_each(
     return result, each
 
 
-def _split(text: str) -> str:
-    return " ".join(re.findall(r"[\w'-]+", text.lower()))
+def plain_words(text: str) -> list[str]:
+    """The words of a text in lower case, by no tokenizer's rules."""
+    return re.findall(r"[\w'-]+", text.lower())
 
 
 def _one_line(text: str) -> str:
