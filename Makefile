@@ -37,7 +37,7 @@ CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data train export mar serve stop caption evaluate demo test test-slow lint clean
+.PHONY: help setup data train export mar serve stop caption evaluate report demo test test-slow lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,12 @@ evaluate: setup ## score a checkpoint or an export: CHECKPOINT=DIR or EXPORT=DIR
 	python -m training.evaluate $(if $(filter file,$(origin EXPORT)), \
 		$(call option,--checkpoint,$(CHECKPOINT)),$(call option,--export,$(EXPORT)) \
 		$(call option,--checkpoint,$(CHECKPOINT_GIVEN))) \
+		--split $(call quote,$(SPLIT)) $(call option,--data,$(DATA)) $(ARGS)
+
+report: setup ## HTML report: CHECKPOINT=DIR or EXPORT=DIR, COMPARE=DIR SPLIT=val DATA=
+	python -m training.report $(if $(filter file,$(origin EXPORT)), \
+		$(call option,--checkpoint,$(CHECKPOINT)),$(call option,--export,$(EXPORT)) \
+		$(call option,--checkpoint,$(CHECKPOINT_GIVEN))) $(call option,--compare,$(COMPARE)) \
 		--split $(call quote,$(SPLIT)) $(call option,--data,$(DATA)) $(ARGS)
 
 demo: setup ## the whole road on drawn scenes (build/*/scenes and captioner.mar are made anew)

@@ -2,6 +2,7 @@
 them. Predictions are written in COCO's result format first, so that `--predictions` can score them
 again, or anyone's: against a split, or with `--references` against COCO's own annotations."""
 
+import argparse
 import dataclasses
 import json
 from collections import defaultdict
@@ -130,6 +131,27 @@ def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | N
         print(f"{out}: {', '.join(sorted(path.name for path in out.glob('*.json')))}")
 
 
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding options (the checkpoint's defaults otherwise)")
+    for name in OPTION_TYPES:
+        # A bare flag is true (`--do-sample`).
+        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+
+
+def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, as `Captioner.options` takes them."""
+    given = {name: getattr(arguments, name) for name in OPTION_TYPES}
+    return {k: parse_option(k, v) for k, v in given.items() if v is not None}
+
+
+def dataset_of(captioner: Captioner, folder: Path, data: str | None) -> Manifest:
+    """The dataset that was named, or else the one that the model of `folder` was trained on."""
+    data = data or captioner.config.get("training", {}).get("config", {}).get("data")
+    if data is None:
+        raise UserError(f"{folder}: its config names no dataset; give one with DATA=")
+    return read_manifest(data_folder(data))
+
+
 def main() -> None:
     parser = ArgumentParser(prog="training.evaluate", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -141,13 +163,9 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--out", type=Path, help="default build/evaluate/NAME")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that run here")
-    group = parser.add_argument_group("decoding options (the checkpoint's defaults otherwise)")
-    for name in OPTION_TYPES:
-        # A bare flag is true (`--do-sample`).
-        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+    add_decoding_options(parser)
     arguments = parser.parse_args()
-    given = {name: getattr(arguments, name) for name in OPTION_TYPES}
-    options = {k: parse_option(k, v) for k, v in given.items() if v is not None}
+    options = decoding_options(arguments)
     metrics = arguments.metrics or (METRICS if has_spice() else DEFAULT_METRICS)
 
     if arguments.predictions:
@@ -168,10 +186,7 @@ def main() -> None:
 
     folder: Path = arguments.checkpoint or arguments.export
     captioner = (load_captioner if arguments.checkpoint else Captioner.load)(folder)
-    data = arguments.data or captioner.config.get("training", {}).get("config", {}).get("data")
-    if data is None:
-        raise UserError(f"{folder}: its config names no dataset; give one with DATA=")
-    manifest = read_manifest(data_folder(data))
+    manifest = dataset_of(captioner, folder, arguments.data)
     rows = manifest.split(arguments.split)
     predictions = caption_rows(captioner, manifest, rows, **options)
     out = arguments.out or Path("build/evaluate") / folder.resolve().name
