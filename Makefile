@@ -37,7 +37,7 @@ CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data train export mar serve stop caption evaluate report demo test test-slow lint clean
+.PHONY: help setup data train export mar serve stop caption web evaluate report demo test test-slow lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ stop: setup ## stop TorchServe
 caption: setup ## ask the server: IMAGE=FILE, or IMAGES=DIR OUT=captions.jsonl; ARGS="--grpc"
 	@python -m handler.client $(call option,--image,$(IMAGE)) \
 		$(if $(IMAGES),$(call option,--images,$(IMAGES)) $(call option,--out,$(OUT))) $(ARGS)
+
+web: setup ## demo page in front of the running server: PORT=8090
+	@python -m handler.web $(call option,--port,$(PORT)) $(ARGS)
 
 evaluate: setup ## score a checkpoint or an export: CHECKPOINT=DIR or EXPORT=DIR, SPLIT=val DATA=
 	python -m training.evaluate $(if $(filter file,$(origin EXPORT)), \
