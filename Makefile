@@ -37,7 +37,7 @@ CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data train export mar serve stop caption web evaluate report demo test test-slow lint clean
+.PHONY: help setup data train export mar serve stop caption web evaluate report review review-score demo test test-slow lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,14 @@ report: setup ## HTML report: CHECKPOINT=DIR or EXPORT=DIR, COMPARE=DIR SPLIT=va
 		$(call option,--checkpoint,$(CHECKPOINT)),$(call option,--export,$(EXPORT)) \
 		$(call option,--checkpoint,$(CHECKPOINT_GIVEN))) $(call option,--compare,$(COMPARE)) \
 		--split $(call quote,$(SPLIT)) $(call option,--data,$(DATA)) $(ARGS)
+
+review: setup ## blind rating sheet: PREDICTIONS="A.json B.json" DATA= SPLIT=val PHOTOS=50 SEED=0
+	python -m training.review --predictions $(PREDICTIONS) --data $(call quote,$(DATA)) \
+		--split $(call quote,$(SPLIT)) $(call option,--photos,$(PHOTOS)) \
+		$(call option,--seed,$(SEED)) $(ARGS)
+
+review-score: setup ## what the ratings say: FILES="ratings-*.json" KEY=FILE
+	@python -m training.review_score $(FILES) $(call option,--key,$(KEY))
 
 demo: setup ## the whole road on drawn scenes (build/*/scenes and captioner.mar are made anew)
 	@python -c 'from pathlib import Path; from handler.serve import running; \
