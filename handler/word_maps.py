@@ -69,10 +69,13 @@ def words_of(tokens: Sequence[str], log_probs: Sequence[float], maps_Tgg: Tensor
 
 
 def peak(map_gg: Tensor) -> tuple[float, float]:
-    """The middle of the heaviest cell, (x, y)."""
-    side = map_gg.size(1)
-    row, column = divmod(int(map_gg.argmax()), side)
-    return (column + 0.5) / side, (row + 0.5) / map_gg.size(0)
+    """Where the map is heaviest, (x, y): the centre of gravity of the heaviest cell and those
+    around it. An object between two cells warms both; the middle of neither need lie in it."""
+    height, width = map_gg.shape
+    row, column = divmod(int(map_gg.argmax()), width)
+    top, left = max(0, row - 1), max(0, column - 1)
+    x, y = _gravity(map_gg[top : row + 2, left : column + 2])
+    return (left + x) / width, (top + y) / height
 
 
 def box(map_gg: Tensor, share: float = BOX_SHARE) -> tuple[float, float, float, float]:
@@ -102,16 +105,23 @@ def centre(map_gg: Tensor) -> tuple[float, float]:
     """The centre of gravity, (x, y), of the weight inside the map's box."""
     height, width = map_gg.shape
     x0, y0, x1, y1 = box(map_gg)
-    ys, xs = (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width
     # Cells count by how much of them lies in the box.
-    across = _overlap(x0, x1, width)
-    down = _overlap(y0, y1, height)
-    inside = map_gg * down[:, None] * across[None, :]
-    total = inside.sum().clamp(min=1e-12)
-    return float((inside.sum(0) * xs).sum() / total), float((inside.sum(1) * ys).sum() / total)
+    inside_gg = map_gg * _covered(y0, y1, height)[:, None] * _covered(x0, x1, width)[None, :]
+    x, y = _gravity(inside_gg)
+    return x / width, y / height
 
 
-def _overlap(low: float, high: float, cells: int) -> Tensor:
+def _gravity(weights: Tensor) -> tuple[float, float]:
+    """The centre of gravity, (x, y), in cells."""
+    rows, columns = (torch.arange(length) + 0.5 for length in weights.shape)
+    total = weights.sum().clamp(min=1e-12)
+    return float((weights.sum(0) * columns).sum() / total), float(
+        (weights.sum(1) * rows).sum() / total
+    )
+
+
+def _covered(low: float, high: float, cells: int) -> Tensor:
+    """How much of each cell lies between two positions."""
     edges = torch.arange(cells + 1) / cells
     return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * cells
 

@@ -40,10 +40,17 @@ def test_a_word_of_two_tokens_has_the_mean_of_their_maps():
 
 def test_peak_box_and_centre_of_a_block():
     map_gg = spot(slice(2, 4), slice(5, 8))
-    assert peak(map_gg) == (5.5 / 8, 2.5 / 8)
+    assert peak(map_gg) == pytest.approx((6 / 8, 3 / 8))
     x0, y0, x1, y1 = box(map_gg)
     assert (x0, y0, x1, y1) == pytest.approx((5 / 8, 2 / 8, 1, 4 / 8), abs=0.6 / 8)
     assert centre(map_gg) == pytest.approx((6.5 / 8, 3 / 8), abs=0.02)
+
+
+def test_a_peak_between_two_cells_lies_between_them():
+    """A small object over the border of two cells is in the middle of neither."""
+    map_gg = spot(3, slice(2, 4)) + 0.1 * spot(7, 7)
+    assert peak(map_gg) == pytest.approx((3 / 8, 3.5 / 8))
+    assert peak(spot(0, 0)) == pytest.approx((0.5 / 8, 0.5 / 8))
 
 
 def test_a_weaker_island_stays_out_of_the_box():
