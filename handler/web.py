@@ -23,7 +23,7 @@ HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent
 # The best N_BEST of BEAMS are shown.
 BEAMS, N_BEST = 5, 3
-PHOTO_SIDE = 640
+PHOTO_SIDE = 480
 # A connection that says nothing for so long is closed.
 SILENCE_SECONDS = 60
 HEADERS = {

@@ -131,9 +131,10 @@ class Browser:
         return result["result"].get("value")
 
     def wait(self, condition: str) -> Any:
-        """Until a JavaScript expression is true."""
+        """Until a JavaScript expression is true; its value, or True for an element."""
         until = time.monotonic() + SECONDS
-        while not (value := self.run(condition)):
+        script = f"((found) => found instanceof Node || found)({condition})"
+        while not (value := self.run(script)):
             assert time.monotonic() < until, f"never true: {condition}"
             time.sleep(0.05)
         return value

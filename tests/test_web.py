@@ -96,7 +96,7 @@ def test_a_photo_becomes_a_card(page, client, photo_file):
     assert client.photos == [photo_file.read_bytes()]
     assert html.count('class="word"') == 6 and "score -0.90" in html
     assert "<b>" not in html and "&lt;b&gt;" in html
-    assert 'width="600" height="400"' in html and 'data-fit="squash"' in html
+    assert 'width="480" height="320"' in html and 'data-fit="squash"' in html
 
 
 def test_the_map_lies_where_the_model_saw(page, client, photo_file):
