@@ -26,7 +26,7 @@ from training.train import data_folder
 
 HERE = Path(__file__).parent
 HUMAN = "human"
-PHOTO_SIDE = 480
+PHOTO_SIDE = 400
 # Five points, as in most published caption ratings.
 SCALE = {
     1: "wrong: it describes another picture",
