@@ -32,7 +32,8 @@ def test_scores_captions_and_references_stand_in_it(report, tiny_run, tiny_data)
         assert name in html
     for row in read_manifest(tiny_data).split("val"):
         assert all(caption in html for caption in row.captions)
-    assert html.count("<polyline") == 6  # loss, validation and rate of the run, with its copies
+    # The checkpoint's loss, BLEU-4, CIDEr and rate; the export has no log.
+    assert html.count("<polyline") == 4
 
 
 def test_nothing_is_loaded_from_elsewhere(report):
@@ -94,10 +95,9 @@ def test_a_word_shows_its_map(report, width, phone):
         assert browser.run(f"{map_}.getBoundingClientRect().width") == browser.run(
             "document.querySelector('.card img').getBoundingClientRect().width"
         )
-        colours = browser.run(
-            f"new Set({map_}.getContext('2d').getImageData(0, 0, 32, 32).data).size"
-        )
-        assert colours > 20
+        pixels = f"{map_}.getContext('2d').getImageData(0, 0, 32, 32).data"
+        # The warmest cell is yellow.
+        assert browser.run(f"Math.max(...[...{pixels}].filter((_, i) => i % 4 === 1))") > 200
         if phone:
             browser.tap(word)
         else:

@@ -195,7 +195,7 @@ def word_mistakes(
     caption: str, references: Sequence[str], kind: str
 ) -> list[tuple[str, str]] | None:
     """(said, instead of) for each word of a class that the references contradict; None where
-    caption or references say nothing of it."""
+    caption or references say nothing of it. An object stands for no other one: "" for it."""
     meaning = CLASSES[kind]
     said = _meanings(caption, meaning)
     true = Counter(m for reference in references for m in _meanings(reference, meaning))
@@ -208,7 +208,7 @@ def word_mistakes(
         if word not in true and not true.keys() & set(relatives):
             # The reference's word that the caption leaves out is the one it was taken for.
             missed = next((m for m, _ in true.most_common() if m not in said), commonest)
-            wrong.append((word, missed))
+            wrong.append((word, "" if kind == "object" else missed))
     return wrong
 
 

@@ -271,7 +271,7 @@ def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[
         )
     table = (
         '<div class="wide"><table><thead><tr><th></th><th class="number">different words</th>'
-        '<th class="number">words a caption</th><th class="number">captions said once</th>'
+        '<th class="number">words a caption</th><th class="number">different captions</th>'
         '<th class="number">stand in the training captions</th></tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
