@@ -38,7 +38,8 @@ CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data train export mar serve stop caption evaluate bench demo test test-slow lint clean
+.PHONY: help setup data train export mar serve stop caption web evaluate report review review-score \
+	bench demo test test-slow lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,11 +86,28 @@ caption: setup ## ask the server: IMAGE=FILE, or IMAGES=DIR OUT=captions.jsonl; 
 	@python -m handler.client $(call option,--image,$(IMAGE)) \
 		$(if $(IMAGES),$(call option,--images,$(IMAGES)) $(call option,--out,$(OUT))) $(ARGS)
 
+web: setup ## demo page in front of the running server: PORT=8090
+	@python -m handler.web $(call option,--port,$(PORT)) $(ARGS)
+
 evaluate: setup ## score a checkpoint or an export: CHECKPOINT=DIR or EXPORT=DIR, SPLIT=val DATA=
 	python -m training.evaluate $(if $(filter file,$(origin EXPORT)), \
 		$(call option,--checkpoint,$(CHECKPOINT)),$(call option,--export,$(EXPORT)) \
 		$(call option,--checkpoint,$(CHECKPOINT_GIVEN))) \
 		--split $(call quote,$(SPLIT)) $(call option,--data,$(DATA)) $(ARGS)
+
+report: setup ## HTML report: CHECKPOINT=DIR or EXPORT=DIR, COMPARE=DIR SPLIT=val DATA=
+	python -m training.report $(if $(filter file,$(origin EXPORT)), \
+		$(call option,--checkpoint,$(CHECKPOINT)),$(call option,--export,$(EXPORT)) \
+		$(call option,--checkpoint,$(CHECKPOINT_GIVEN))) $(call option,--compare,$(COMPARE)) \
+		--split $(call quote,$(SPLIT)) $(call option,--data,$(DATA)) $(ARGS)
+
+review: setup ## blind rating sheet: PREDICTIONS="A.json B.json" DATA= SPLIT=val PHOTOS=50 SEED=0
+	python -m training.review --predictions $(PREDICTIONS) --data $(call quote,$(DATA)) \
+		--split $(call quote,$(SPLIT)) $(call option,--photos,$(PHOTOS)) \
+		$(call option,--seed,$(SEED)) $(ARGS)
+
+review-score: setup ## what the ratings say: FILES="ratings-*.json" KEY=FILE
+	@python -m training.review_score $(FILES) $(call option,--key,$(KEY))
 
 demo: setup ## the whole road on drawn scenes (build/*/scenes and captioner.mar are made anew)
 	@python -c 'from pathlib import Path; from handler.serve import running; \

@@ -20,7 +20,10 @@ from handler.errors import ArgumentParser, UserError, run_command
 
 HANDLER = Path(handler.__file__).parent
 # Tools of the client's side; the worker never needs them.
-LEFT_OUT = ("client.py", "serve.py", "grpc_stubs.py")
+LEFT_OUT = (
+    *("alt_text.py", "client.py", "grpc_stubs.py"),
+    *("page.py", "serve.py", "web.py", "word_maps.py"),
+)
 EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # The earliest date that a zip can hold, in its form and in the manifest's.
 EPOCH, CREATED_ON = (1980, 1, 1, 0, 0, 0), "01/01/1980 00:00:00"

@@ -170,20 +170,32 @@ class Captioner:
         """Where the model looked for each token: (T, grid, grid), each map summing to 1.
 
         One parallel pass over the finished caption; the mean over layers and heads of the
-        cross-attention, over the image patches alone (class and other prefix tokens left out).
+        cross-attention, over the image patches alone (class and other prefix tokens left out). Of
+        the ways that training.grounding compares, this one points best.
         """
+        memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
+        return self.attention_memory(memory_1PD, [ids])[0]
+
+    @torch.inference_mode()
+    def attention_memory(self, memory_BPD: Tensor, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As `attention`, for one caption of each of B photos that are encoded already."""
         encoder = self.config["model"]["encoder"]
         grid = encoder["image_size"] // encoder["patch_size"]
-        if not ids:
-            return torch.zeros(0, grid, grid)
-        memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
-        tokens_1Q = torch.tensor([[self.tokenizer.begin_id, *ids[:-1]]], device=self.device)
-        positions_1Q = torch.arange(len(ids), device=self.device).unsqueeze(0)
-        mask_1QQ = torch.ones(1, len(ids), len(ids), dtype=torch.bool, device=self.device).tril()
-        weights_LBHQP = self.decoder.attention(tokens_1Q, positions_1Q, mask_1QQ, memory_1PD)
-        maps_QP = weights_LBHQP[:, 0, :, :, encoder["prefix_tokens"] :].mean(dim=(0, 1))
-        maps_QP = maps_QP / maps_QP.sum(-1, keepdim=True)
-        return maps_QP.unflatten(1, (grid, grid)).cpu()
+        longest = max(len(caption) for caption in ids)
+        if not longest:
+            return [torch.zeros(0, grid, grid) for _ in ids]
+        # Shorter captions are filled up behind their end, where their own tokens do not look.
+        filled = [[self.tokenizer.begin_id, *caption] for caption in ids]
+        filled = [(row + [self.tokenizer.end_id] * longest)[:longest] for row in filled]
+        tokens_BQ = torch.tensor(filled, device=self.device)
+        positions_BQ = torch.arange(longest, device=self.device).expand(len(ids), -1)
+        mask_QQ = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
+        mask_BQQ = mask_QQ.expand(len(ids), -1, -1)
+        weights_LBHQP = self.decoder.attention(tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
+        maps_BQP = weights_LBHQP[..., encoder["prefix_tokens"] :].mean(dim=(0, 2))
+        maps_BQP = maps_BQP / maps_BQP.sum(-1, keepdim=True)
+        maps_BQgg = maps_BQP.unflatten(2, (grid, grid)).cpu()
+        return [maps_Qgg[: len(caption)] for maps_Qgg, caption in zip(maps_BQgg, ids, strict=True)]
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import grpc
 import requests
 from tqdm import tqdm
 
+from handler.alt_text import NoAltText, write_alt_text
 from handler.errors import ArgumentParser, UserError, run_command, write_atomic
 from handler.grpc_stubs import load
 from handler.image_preprocess import sniff
@@ -32,11 +33,11 @@ GRPC_ANSWER_BYTES = 24 * 2**20
 
 
 class ServerError(UserError):
-    """The server refused a request; `kind` and `code` are its own words."""
+    """The server refused a request; `kind`, `code` and `message` are its own words."""
 
     def __init__(self, kind: str, code: int, message: str) -> None:
         super().__init__(f"{kind} ({code}): {message}")
-        self.kind, self.code = kind, code
+        self.kind, self.code, self.message = kind, code, message
 
 
 class Client:
@@ -91,6 +92,21 @@ class Client:
         if status != 200:
             _answer(status, content)
         return content
+
+    def model_card(self) -> dict[str, Any]:
+        """What the model is and takes, as it tells the management API; empty where that cannot be
+        asked (another address was given, its key has expired)."""
+        try:
+            answer = self._session.get(
+                f"{self.management}/models/{self.model}",
+                params={"customized": "true"},
+                headers={"Authorization": f"Bearer {self._key('management')}"},
+                timeout=self.timeout,
+                verify=str(self.certificate) if self.certificate else True,
+            )
+            return dict(json.loads(answer.json()[0]["customizedMetadata"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def caption_grpc(self, photo: bytes, **options: Any) -> dict[str, Any]:
         """The answer by gRPC; the same errors."""
@@ -262,6 +278,11 @@ def read_file(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}; give the path of a file") from error
 
 
+def printable(path: Path) -> str:
+    """A path as any terminal can show it."""
+    return str(path).encode("utf-8", "replace").decode()
+
+
 def find_photos(folder: Path) -> list[Path]:
     """All photos below a folder, told by their content, and what is named like one."""
     if not folder.is_dir():
@@ -299,19 +320,26 @@ def captioned(out: Path) -> set[str]:
 
 def caption_folder(
     ask: Any, folder: Path, out: Path, options: dict[str, Any]
-) -> list[tuple[str, ServerError]]:
+) -> list[tuple[str, UserError]]:
     """Appends `{"image", "caption", "captions"}` for each photo below `folder` to `out`, as JSON
-    lines, in order; what stands there is not asked for again. Returns the photos that were refused
-    and why."""
+    lines, in order; what stands there is not asked for again. Returns the photos that could not be
+    read, or were refused, and why."""
     photos = {path.relative_to(folder).as_posix(): path for path in find_photos(folder)}
     done = captioned(out)
     names = [name for name in photos if name not in done]
-    refused: list[tuple[str, ServerError]] = []
+    refused: list[tuple[str, UserError]] = []
     out.parent.mkdir(parents=True, exist_ok=True)
 
-    def caption(name: str) -> dict[str, Any] | ServerError:
+    def caption(name: str) -> dict[str, Any] | UserError:
         try:
-            return dict(ask(read_file(photos[name]), **options))
+            name.encode()
+            photo = photos[name].read_bytes()
+        except UnicodeEncodeError:
+            return UserError("its name is not UTF-8; rename it")
+        except OSError as error:
+            return UserError(f"not readable ({error.strerror})")
+        try:
+            return dict(ask(photo, **options))
         except ServerError as error:
             if error.kind in ("InvalidParameter", "InvalidKeyException"):
                 raise  # as true of every other photo
@@ -328,14 +356,37 @@ def caption_folder(
     with out.open("a", encoding="utf-8") as file, bar:
         for name, answer in zip(names, in_order(caption, names), strict=True):
             bar.update()
-            if isinstance(answer, ServerError):
-                bar.write(f"{folder / name}: {answer}", file=sys.stderr)
+            if isinstance(answer, UserError):
+                bar.write(f"{printable(folder / name)}: {answer}", file=sys.stderr)
                 refused.append((name, answer))
                 continue
             row = {"image": name, "caption": answer["caption"], "captions": answer["captions"]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     print(f"{out}: {len(names) - len(refused)} captioned, {len(photos) - len(names)} were there")
+    return refused
+
+
+def write_alt_texts(folder: Path, out: Path) -> list[tuple[str, UserError]]:
+    """Writes the captions of `out` into the photos below `folder` that have no alternative text.
+    Returns the photos that could not take it and why."""
+    captions = {}
+    for line in read_file(out).splitlines():
+        row = json.loads(line)
+        captions[row["image"]] = str(row["caption"])
+    photos = {path.relative_to(folder).as_posix(): path for path in find_photos(folder)}
+    written = 0
+    refused: list[tuple[str, UserError]] = []
+    for name in tqdm(sorted(captions.keys() & photos.keys()), desc="alt texts", disable=None):
+        try:
+            written += write_alt_text(photos[name], captions[name])
+        except NoAltText as error:
+            refused.append((name, error))
+        except OSError as error:
+            refused.append((name, UserError(error.strerror or "cannot be written")))
+    for name, reason in refused:
+        print(f"{folder / name}: {reason}", file=sys.stderr)
+    print(f"{folder}: alternative text written into {written} of {len(photos)} photos")
     return refused
 
 
@@ -355,6 +406,28 @@ def in_order(call: Any, items: list[Any]) -> Iterator[Any]:
                 left.cancel()
 
 
+def add_server_options(parser: ArgumentParser) -> None:
+    """Where the server is, and how to be let in."""
+    parser.add_argument("--url", help="inference address; default: the server of make serve")
+    parser.add_argument("--grpc-target", metavar="HOST:PORT", help="the same for gRPC")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="TorchServe's key_file.json")
+    parser.add_argument(
+        "--certificate", type=Path, metavar="PEM", help="what an https server is verified by"
+    )
+    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="default 60")
+
+
+def client_of(arguments: Any) -> Client:
+    """The client that these options describe."""
+    return Client(
+        url=arguments.url,
+        grpc_target=arguments.grpc_target,
+        key_file=arguments.key_file,
+        certificate=arguments.certificate,
+        timeout=arguments.timeout,
+    )
+
+
 def parse_arguments() -> Any:
     parser = ArgumentParser(prog="handler.client", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -367,18 +440,18 @@ def parse_arguments() -> Any:
         metavar="FILE",
         help="where the captions of a folder go; photos that stand there are not asked for again",
     )
+    parser.add_argument(
+        "--alt-text",
+        action="store_true",
+        help="write each caption of a folder into its JPEG, PNG or WebP as alternative text (XMP); "
+        "pixels stay as they are, and a photo that has such a text keeps it",
+    )
     parser.add_argument("--grpc", action="store_true", help="ask by gRPC instead of REST")
     parser.add_argument("--json", action="store_true", help="print the whole answer")
     parser.add_argument(
         "--attention", type=Path, metavar="PNG", help="write the photo with a heat map per word"
     )
-    parser.add_argument("--url", help="inference address; default: the server of make serve")
-    parser.add_argument("--grpc-target", metavar="HOST:PORT", help="the same for gRPC")
-    parser.add_argument("--key-file", type=Path, metavar="FILE", help="TorchServe's key_file.json")
-    parser.add_argument(
-        "--certificate", type=Path, metavar="PEM", help="what an https server is verified by"
-    )
-    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="default 60")
+    add_server_options(parser)
     group = parser.add_argument_group("decoding options (the server's defaults otherwise)")
     for name in OPTION_TYPES:
         # Ranges are the server's to check: it knows the model.
@@ -388,25 +461,27 @@ def parse_arguments() -> Any:
 
 def main() -> None:
     arguments = parse_arguments()
-    client = Client(
-        url=arguments.url,
-        grpc_target=arguments.grpc_target,
-        key_file=arguments.key_file,
-        certificate=arguments.certificate,
-        timeout=arguments.timeout,
-    )
+    client = client_of(arguments)
     ask = client.caption_grpc if arguments.grpc else client.caption
     options = {name: getattr(arguments, name) for name in OPTION_TYPES}
     if arguments.images:
         if arguments.attention:
             raise UserError("--attention draws one photo; give --image instead of --images")
         refused = caption_folder(ask, arguments.images, arguments.out, options)
+        without = write_alt_texts(arguments.images, arguments.out) if arguments.alt_text else []
         if refused:
             raise UserError(
                 f"{arguments.images}: {len(refused)} photos without a caption (listed above); "
                 "repair or remove them and run again"
             )
+        if without:
+            raise UserError(
+                f"{arguments.images}: {len(without)} photos took no alternative text (listed "
+                f"above); their captions stand in {arguments.out}"
+            )
         return
+    if arguments.alt_text:
+        raise UserError("--alt-text is for a folder; give --images instead of --image")
     photo = read_file(arguments.image)
     if arguments.attention and options["do_sample"] and options["seed"] is None:
         # The picture is asked for apart, and must be of the same caption.

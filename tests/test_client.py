@@ -1,9 +1,11 @@
 """The client and its command line, against servers of a few lines that misbehave on demand."""
 
 import json
+import os
 import threading
 from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import grpc
 import pytest
@@ -20,6 +22,7 @@ from handler.client import (
     find_photos,
     in_order,
     main,
+    write_alt_texts,
 )
 from handler.errors import UserError, run_command
 from handler.grpc_stubs import load
@@ -322,6 +325,49 @@ def test_refused_photos_are_reported_and_the_rest_captioned(folder, tmp_path, ca
     assert "deeper/b.PNG: InvalidImage" in capsys.readouterr().err
 
 
+def test_a_photo_that_cannot_be_read_is_reported_and_the_rest_captioned(
+    folder, tmp_path, capsys, monkeypatch
+):
+    """A photo without permission ended the whole folder; so did a name that is no UTF-8."""
+    read = Path.read_bytes
+
+    def forbidden(path: Path) -> bytes:
+        if path.name == "a.jpg":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    strange = folder / os.fsdecode(b"\xff.jpg")
+    strange.write_bytes(b"\xff\xd8\xff")
+    out = tmp_path / "captions.jsonl"
+    refused = dict(caption_folder(ask, folder, out, {}))
+    assert refused.keys() == {"a.jpg", strange.name}
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 2
+    said = capsys.readouterr().err
+    assert "a.jpg: not readable (Permission denied)" in said and "not UTF-8" in said
+
+
+def test_captions_become_alternative_texts(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.jpg", "b.png", "c.gif", "d.webp"):
+        Image.new("RGB", (9, 7), "red").save(photos / name)
+    outside = tmp_path / "outside.jpg"
+    Image.new("RGB", (9, 7)).save(outside)
+    out = tmp_path / "captions.jsonl"
+    names = ["a.jpg", "b.png", "c.gif", "d.webp", "gone.jpg", "../outside.jpg"]
+    out.write_text("".join(json.dumps({"image": n, "caption": f"is {n}"}) + "\n" for n in names))
+    before = outside.read_bytes()
+    [(name, error)] = write_alt_texts(photos, out)
+    assert name == "c.gif" and "JPEG, PNG and WebP" in str(error)
+    for name in ("a.jpg", "b.png", "d.webp"):
+        assert f"is {name}</rdf:li>".encode() in (photos / name).read_bytes()
+    assert outside.read_bytes() == before
+    assert "written into 3 of 4 photos" in capsys.readouterr().out
+    write_alt_texts(photos, out)
+    assert "written into 0 of 4 photos" in capsys.readouterr().out
+
+
 def test_a_wrong_option_ends_the_folder_at_once(folder, tmp_path):
     def refuse(photo: bytes, **_: object) -> dict:
         raise ServerError("InvalidParameter", 400, "num_beams")
@@ -431,6 +477,7 @@ def test_a_folder_with_refused_photos_is_status_2(server, key_file, folder, run)
         (["--images", "."], "no photo there"),
         (["--image", "key_file.json", "--url", "http://127.0.0.1:9"], "no answer"),
         (["--image", "key_file.json", "--beams", "3"], "--beams"),
+        (["--image", "key_file.json", "--alt-text"], "--images"),
         (["--image", "key_file.json", "--url", "nonsense"], "nonsense"),
         (["--image", "key_file.json", "--timeout", "x"], "--timeout"),
         (["--image", "key_file.json", "--key-file", "none.json"], "none.json"),

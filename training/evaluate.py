@@ -2,6 +2,7 @@
 them. Predictions are written in COCO's result format first, so that `--predictions` can score them
 again, or anyone's: against a split, or with `--references` against COCO's own annotations."""
 
+import argparse
 import dataclasses
 import json
 from collections import defaultdict
@@ -20,7 +21,8 @@ from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row, read_manifest
 from training.data.scenes import check
 from training.dataset import read_photo
-from training.metrics import DEFAULT_METRICS, METRICS, has_spice, score
+from training.intervals import score_with_intervals
+from training.metrics import DEFAULT_METRICS, METRICS, has_spice
 from training.train import data_folder
 
 BATCH = 50
@@ -79,7 +81,9 @@ def score_rows(
     if unknown := predictions.keys() - {row.id for row in rows}:
         raise UserError(f"predictions: photo {min(unknown)!r} is not in the split")
     references = {row.id: row.captions for row in rows}
-    scores = score(predictions, references, metrics) | describe(predictions, references, training)
+    scores = score_with_intervals(predictions, references, metrics) | describe(
+        predictions, references, training
+    )
     if all(row.scene is not None for row in rows):
         scores |= score_claims(predictions, rows)
     return scores
@@ -150,6 +154,27 @@ def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | N
         print(f"{out}: {', '.join(sorted(path.name for path in out.glob('*.json')))}")
 
 
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding options (the checkpoint's defaults otherwise)")
+    for name in OPTION_TYPES:
+        # A bare flag is true (`--do-sample`).
+        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+
+
+def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, as `Captioner.options` takes them."""
+    given = {name: getattr(arguments, name) for name in OPTION_TYPES}
+    return {k: parse_option(k, v) for k, v in given.items() if v is not None}
+
+
+def dataset_of(captioner: Captioner, folder: Path, data: str | None) -> Manifest:
+    """The dataset that was named, or else the one that the model of `folder` was trained on."""
+    data = data or captioner.config.get("training", {}).get("config", {}).get("data")
+    if data is None:
+        raise UserError(f"{folder}: its config names no dataset; give one with DATA=")
+    return read_manifest(data_folder(data))
+
+
 def main() -> None:
     parser = ArgumentParser(prog="training.evaluate", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -161,13 +186,9 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--out", type=Path, help="default build/evaluate/NAME")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that run here")
-    group = parser.add_argument_group("decoding options (the checkpoint's defaults otherwise)")
-    for name in OPTION_TYPES:
-        # A bare flag is true (`--do-sample`).
-        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+    add_decoding_options(parser)
     arguments = parser.parse_args()
-    given = {name: getattr(arguments, name) for name in OPTION_TYPES}
-    options = {k: parse_option(k, v) for k, v in given.items() if v is not None}
+    options = decoding_options(arguments)
     metrics = arguments.metrics or (METRICS if has_spice() else DEFAULT_METRICS)
 
     if arguments.predictions:
@@ -178,7 +199,7 @@ def main() -> None:
         predictions = read_predictions(arguments.predictions)
         if arguments.references:
             references = read_captions(arguments.references, "annotations")
-            scores = score(predictions, references, metrics)
+            scores = score_with_intervals(predictions, references, metrics)
             scores |= describe(predictions, references)
         else:
             manifest = read_manifest(data_folder(arguments.data))
@@ -191,10 +212,7 @@ def main() -> None:
 
     folder: Path = arguments.checkpoint or arguments.export
     captioner = (load_captioner if arguments.checkpoint else Captioner.load)(folder)
-    data = arguments.data or captioner.config.get("training", {}).get("config", {}).get("data")
-    if data is None:
-        raise UserError(f"{folder}: its config names no dataset; give one with DATA=")
-    manifest = read_manifest(data_folder(data))
+    manifest = dataset_of(captioner, folder, arguments.data)
     rows = manifest.split(arguments.split)
     captions = caption_rows(captioner, manifest, rows, **options)
     predictions = {photo: best[0] for photo, best in captions.items()}

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from handler.errors import UserError
-from training.bootstrap import bleu_intervals, mean_interval
 
 DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
 METRICS = (*DEFAULT_METRICS, "spice")
@@ -57,8 +57,7 @@ def score(
     metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> dict[str, Any]:
     """Corpus scores of one caption a photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
-    "SPICE", "tokenizer": "ptb" or "python", "intervals": {"CIDEr": [low, high], ...}}, the
-    intervals of 95 % (see `training.bootstrap`); see `score_each` for a photo's own."""
+    "SPICE", "tokenizer": "ptb" or "python"}; see `score_each` for a photo's own."""
     return score_each(predictions, references, metrics)[0]
 
 
@@ -74,10 +73,33 @@ def score_each(
     has no references or no reference holds a word, where SPICE is asked for but not installed, and
     where nothing is left without Java.
     """
+    check_metrics(metrics)
+    return score_tokens(tokenize(predictions, references), metrics)
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises UserError for a metric that is unknown or cannot run here."""
     if unknown := set(metrics) - set(METRICS):
         raise UserError(f"metrics: {min(unknown)!r} is unknown; there are {', '.join(METRICS)}")
     if "spice" in metrics and not has_spice():
         raise UserError("metrics: spice needs Java and pycocoevalcap's SPICE models; leave it out")
+    if set(metrics) == {"meteor"} and find_java() is None:
+        raise UserError("metrics: meteor needs Java 11 or later; make setup brings one")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Captions as the metrics read them, words between spaces: by photo, one hypothesis (in a list)
+    and its references; `tokenizer` is "ptb" or "python"."""
+
+    tokenizer: str
+    hypotheses: dict[str, list[str]]
+    truths: dict[str, list[str]]
+
+
+def tokenize(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Tokens:
+    """Splits one caption a photo and its references into words. Raises UserError when a prediction
+    has no references or no reference holds a word."""
     if not predictions:
         raise UserError("predictions: there are none to score")
     if missing := [key for key in predictions if not references.get(key)]:
@@ -85,8 +107,6 @@ def score_each(
     ids = list(predictions)
     java = find_java()
     if java is None:
-        if set(metrics) == {"meteor"}:
-            raise UserError("metrics: meteor needs Java 11 or later; make setup brings one")
         log.warning(
             "no Java is found (make setup brings one): METEOR and SPICE are left out, the others "
             "are of plain tokens instead of PTB's"
@@ -100,21 +120,29 @@ def score_each(
         hypotheses[i], truths[i] = lines[:1], lines[1:]
     if not any(line for lines in truths.values() for line in lines):
         raise UserError("references: none of them holds a word")
-    result: dict[str, Any] = {"tokenizer": "ptb" if java else "python"}
-    each: dict[str, dict[str, float]] = {i: {} for i in ids}
-    intervals: dict[str, list[float]] = {}
+    return Tokens("ptb" if java else "python", hypotheses, truths)
 
-    def add(
-        name: str, total: float, values: Sequence[float], interval: list[float] | None = None
-    ) -> None:
+
+def score_tokens(
+    tokens: Tokens, metrics: Sequence[str] = DEFAULT_METRICS
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """As `score_each`, for captions that are tokenised already."""
+    hypotheses, truths = tokens.hypotheses, tokens.truths
+    java = find_java()
+    result: dict[str, Any] = {"tokenizer": tokens.tokenizer}
+    each: dict[str, dict[str, float]] = {i: {} for i in hypotheses}
+
+    def add(name: str, total: float, values: Sequence[float]) -> None:
         result[name] = float(total)
-        intervals[name] = interval or mean_interval(total, values)
         for i, value in zip(truths, values, strict=True):
             each[i][name] = float(value)
 
     if "bleu" in metrics:
-        for n, of_n in enumerate(zip(*_bleu(truths, hypotheses), strict=True), start=1):
-            add(f"BLEU-{n}", *of_n)
+        from pycocoevalcap.bleu.bleu import Bleu
+
+        totals, values = Bleu(4).compute_score(truths, hypotheses, verbose=0)
+        for n in range(4):
+            add(f"BLEU-{n + 1}", totals[n], values[n])
     if "meteor" in metrics and java:
         add("METEOR", *_meteor(java, list(truths.values()), list(hypotheses.values())))
     if "rouge" in metrics:
@@ -127,28 +155,7 @@ def score_each(
         add("CIDEr", *Cider().compute_score(truths, hypotheses))
     if "spice" in metrics:
         add("SPICE", *_spice(list(truths.values()), list(hypotheses.values())))
-    return {**result, "intervals": intervals}, each
-
-
-def _bleu(
-    truths: Mapping[str, list[str]], hypotheses: Mapping[str, list[str]]
-) -> tuple[list[float], list[list[float]], list[list[float]]]:
-    """Corpus BLEU-1 to 4, the photos' own and the intervals, which need the counts that
-    pycocoevalcap's `Bleu` keeps to itself; hence its scorer, called as there."""
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
-
-    scorer = BleuScorer(n=4)
-    for i, references in truths.items():
-        scorer += hypotheses[i][0], references
-    totals, values = scorer.compute_score(option="closest", verbose=0)
-    counts = scorer.ctest
-    lengths = [count["testlen"] for count in counts]
-    closest = [
-        min((abs(true - length), true) for true in count["reflen"])[1]
-        for count, length in zip(counts, lengths, strict=True)
-    ]
-    correct, guessed = ([count[key] for count in counts] for key in ("correct", "guess"))
-    return totals, values, bleu_intervals(totals, correct, guessed, lengths, closest)
+    return result, each
 
 
 def plain_words(text: str) -> list[str]:

@@ -385,8 +385,23 @@ def check(caption: str, scene: Scene) -> list[Claim]:
     A caption that claims nothing says nothing true: whoever counts the captions that are entirely
     true leaves it out of them.
     """
-    words = re.findall(r"[a-z]+|[0-9]+|[.,;]", caption.lower())
-    return _Reading(words, scene).claims
+    return _Reading(caption_words(caption), scene).claims
+
+
+def referents(caption: str, scene: Scene) -> list[tuple[int, list[SceneObject]]]:
+    """The words that name a shape, each by its place among the caption's words, with the objects
+    that fit all that the caption says of it: none of them where it is not there."""
+    reading = _Reading(caption_words(caption), scene)
+    return [
+        (reading.words.index(mention.text, mention.start), matching(scene, mention.wanted))
+        for mention in reading.things()
+        if "shape" in mention.wanted and mention.number != 0
+    ]
+
+
+def caption_words(caption: str) -> list[str]:
+    """The words that are counted here: letters, digits, and marks that part clauses."""
+    return re.findall(r"[a-z]+|[0-9]+|[.,;]", caption.lower())
 
 
 class _Reading:

@@ -1,0 +1,213 @@
+"""`python -m handler.web`, behind `make web`: a page in front of the running TorchServe. Drop a
+photo on it, or take one, and see the captions and where the model looked for each word.
+
+A browser cannot ask TorchServe itself, which wants a token and refuses preflights. This process
+holds the token, listens on loopback alone, and forwards. It answers only to its own names (a name
+of somebody else's that resolves to 127.0.0.1 is refused) and takes photos only from its own page.
+"""
+
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handler.client import Client, ServerError, add_server_options, client_of
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode
+from handler.page import HEAT, HEAT_LEGEND, page, photo_html, words_html
+from handler.word_maps import words_of
+
+HOST, PORT = "127.0.0.1", 8090
+HERE = Path(__file__).parent
+# The best N_BEST of BEAMS are shown.
+BEAMS, N_BEST = 5, 3
+PHOTO_SIDE = 480
+# A connection that says nothing for so long is closed.
+SILENCE_SECONDS = 60
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+BODY = f"""<header><h1>What does the captioner see?</h1>
+<p class="quiet">The photo goes to the TorchServe on this machine and nowhere else.</p></header>
+<main>
+<div id="drop">
+<p>Drop a photo anywhere on this page, or</p>
+<p><input id="file" type="file" accept="image/*" class="out-of-sight">
+<label class="action" for="file">Choose a photo</label>
+<button id="camera" class="action" type="button">Use the camera</button></p>
+</div>
+<div id="viewfinder" hidden>
+<video id="video" autoplay playsinline muted aria-label="Picture of the camera"></video>
+<p><button id="shoot" class="action main" type="button">Take the photo</button>
+<button id="close" class="action" type="button">Close the camera</button></p>
+</div>
+<p id="status" role="status" aria-live="polite"></p>
+<p id="error" role="alert"></p>
+<section id="result" aria-label="Captions" data-limit="{MAX_BYTES}"></section>
+</main>
+<footer>{HEAT_LEGEND}</footer>"""
+
+
+class WebServer(ThreadingHTTPServer):
+    """The page's server; `names` are the values of Host that it answers to."""
+
+    daemon_threads = True
+
+    def __init__(self, client: Client, port: int = PORT) -> None:
+        self.client = client
+        super().__init__((HOST, port), PageHandler)
+        self.port = self.server_address[1]
+        self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
+        self.page = page("Captioner", BODY, [HERE / "web.css"], [HEAT, HERE / "web.js"]).encode()
+        self.fits: dict[str, str] = {}
+
+    def fit(self, checkpoint: str) -> str:
+        """How the model of a checkpoint makes a photo square, as its model card says."""
+        if checkpoint not in self.fits:
+            card = self.client.model_card()
+            if not card:
+                return PreprocessConfig.resize
+            self.fits[checkpoint] = card["preprocessing"]["resize"]
+        return self.fits[checkpoint]
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    """GET / is the page; POST /caption takes the bytes of a photo and answers the HTML of its card,
+    or a sentence with the status of what went wrong."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = SILENCE_SECONDS
+    server: WebServer
+
+    def do_GET(self) -> None:
+        if not self.is_ours():
+            return
+        if self.path != "/":
+            self.answer(404, "There is only the page at /.")
+            return
+        self.answer(200, self.server.page, "text/html")
+
+    def do_POST(self) -> None:
+        if not self.is_ours():
+            return
+        host = self.headers.get("Host", "")
+        if self.headers.get("Origin") != f"http://{host}":
+            self.refuse(403, "Photos are taken from this server's own page alone.")
+        elif self.path != "/caption":
+            self.refuse(404, "Photos go to /caption.")
+        elif not self.headers.get("Content-Length", "").isdecimal():
+            self.refuse(411, "The length of the photo is missing.")
+        elif int(self.headers["Content-Length"]) > MAX_BYTES:
+            self.refuse(413, f"The photo has more than {MAX_BYTES // 2**20} MiB; make it smaller.")
+        else:
+            photo = self.rfile.read(int(self.headers["Content-Length"]))
+            try:
+                self.answer(200, card(self.server, photo), "text/html")
+            except UserError as error:
+                status, said = sentence(error)
+                self.answer(status, said)
+
+    def is_ours(self) -> bool:
+        """Whether the request was meant for this server; another name gets an answer that says no.
+        A page of that name could read what is answered to it (DNS rebinding)."""
+        if self.headers.get("Host") in self.server.names:
+            return True
+        self.refuse(421, f"This server answers to http://{HOST}:{self.server.port}/ alone.")
+        return False
+
+    def refuse(self, status: int, said: str) -> None:
+        """Answers without reading the body, which ends the connection."""
+        self.close_connection = True
+        self.answer(status, said)
+
+    def answer(self, status: int, content: bytes | str, kind: str = "text/plain") -> None:
+        data = content.encode() if isinstance(content, str) else content
+        self.send_response(status)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: what people show to the page is theirs."""
+
+
+def card(server: WebServer, photo: bytes) -> str:
+    """Asks the server for the captions of a photo: the HTML of the photo with its captions."""
+    answer = server.client.caption(
+        photo, num_beams=BEAMS, num_return_sequences=N_BEST, attention=True
+    )
+    fit = server.fit(answer["model"]["checkpoint"])
+    captions = "".join(f"<li>{caption_html(caption, fit)}</li>" for caption in answer["captions"])
+    text = answer["caption"]
+    model = answer["model"]
+    return (
+        f'<article class="card" data-caption="{escape(text, True)}">'
+        f"{photo_html(decode(photo), PHOTO_SIDE, text)}"
+        f'<div class="text"><ol class="captions">{captions}</ol><p class="quiet">'
+        f"{escape(str(model['name']))} {escape(str(model['version']))}, "
+        f"{escape(str(model['precision']))}, {escape(str(model['checkpoint'])[:19])}</p>"
+        "</div></article>"
+    )
+
+
+def caption_html(caption: dict[str, Any], fit: str) -> str:
+    """A caption of the API as words with their maps, and its scores."""
+    attention = caption["attention"]
+    maps_Tgg = torch.tensor(attention["maps"]).reshape(-1, *attention["grid"])
+    words = words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
+    return (
+        f'{words_html(words, fit)}<p class="quiet">score {caption["score"]:.2f}, '
+        f"log probability {caption['log_prob']:.2f}</p>"
+    )
+
+
+def sentence(error: UserError) -> tuple[int, str]:
+    """Status and words for a person."""
+    if not isinstance(error, ServerError):
+        return 502, f"{str(error)[:1].upper()}{str(error)[1:]}."
+    if error.kind in ("InvalidImage", "UnsupportedMediaType", "ImageTooLarge", "MissingImage"):
+        return error.code, f"This file cannot be captioned: {error.message}."
+    if error.kind == "InvalidKeyException":
+        return 502, "TorchServe refused the key of this page; start it again with make serve."
+    if error.code == 503:
+        return 503, "TorchServe has too much to do, or no worker; try again in a moment."
+    if error.code == 404:
+        return 502, "TorchServe runs, but not with this model; run make mar and make serve."
+    return 502, f"The captioner failed ({error.kind}); the logs of TorchServe say why."
+
+
+def serve_page(client: Client, port: int) -> None:
+    try:
+        server = WebServer(client, port)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"port {port}: {reason}; name another with PORT=") from error
+    print(f"http://{HOST}:{server.port}/ (Ctrl-C ends it)", flush=True)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="handler.web", description=__doc__)
+    parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}")
+    add_server_options(parser)
+    arguments = parser.parse_args()
+    serve_page(client_of(arguments), arguments.port)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,149 @@
+"""Tokens -> words, and where each was looked for: a map, its peak, its centre and a box around it.
+
+Dimension key: T tokens, g cells along one side of the map. Positions are shares of the picture's
+width and height, x to the right and y down.
+"""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A box holds what is at least this share of the map's largest value, around its peak.
+BOX_SHARE = 0.5
+# Boxes are finer than the cells of a map: each is cut into FINE x FINE, smoothly.
+FINE = 4
+# Words that name nothing to be seen: no box is drawn for them.
+FUNCTION_WORDS = frozenset(
+    word
+    for line in (
+        "a an the this that these those some any each every another other all both no not only",
+        "i you he she it we they him her them his its their our your my who which what there here",
+        "and or but while as than then so if because in on at of to from into onto with without by",
+        "for over under above below beneath beside between through across around near behind along",
+        "against up down out off toward towards next is are was were be been being am has have",
+        "had do does did can could will would may something someone very just also too",
+    )
+    for word in line.split()
+)
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a caption: its text, the log probability of its tokens together, and the weights
+    (g, g), summing to 1, of where the model looked while it wrote it."""
+
+    text: str
+    log_prob: float
+    map_gg: Tensor
+
+    @property
+    def names_something(self) -> bool:
+        """Whether it is a content word."""
+        bare = self.text.lower().strip(".,;:!?\"'()")
+        return bare not in FUNCTION_WORDS and any(c.isalnum() for c in bare)
+
+
+def words_of(tokens: Sequence[str], log_probs: Sequence[float], maps_Tgg: Tensor) -> list[Word]:
+    """Joins tokens into words. Where any token brings its own space (byte pairs), a word goes on
+    until the next that does, and its map is the mean of theirs; else each token is a word."""
+    pieced = any(token[:1].isspace() for token in tokens)
+    groups: list[list[int]] = []
+    for number, token in enumerate(tokens):
+        if groups and pieced and not token[:1].isspace():
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return [
+        Word(
+            "".join(tokens[i] for i in group).strip(),
+            sum(log_probs[i] for i in group),
+            maps_Tgg[group].mean(0),
+        )
+        for group in groups
+    ]
+
+
+def peak(map_gg: Tensor) -> tuple[float, float]:
+    """Where the map is heaviest, (x, y): the centre of gravity of the heaviest cell and those
+    around it. An object between two cells warms both; the middle of neither need lie in it."""
+    height, width = map_gg.shape
+    row, column = divmod(int(map_gg.argmax()), width)
+    top, left = max(0, row - 1), max(0, column - 1)
+    x, y = _gravity(map_gg[top : row + 2, left : column + 2])
+    return (left + x) / width, (top + y) / height
+
+
+def box(map_gg: Tensor, share: float = BOX_SHARE) -> tuple[float, float, float, float]:
+    """The box (x0, y0, x1, y1) around all that hangs together with the peak and has at least
+    `share` of its weight."""
+    fine = F.interpolate(map_gg[None, None].float(), scale_factor=FINE, mode="bilinear")[0, 0]
+    warm = fine >= share * fine.max()
+    row, column = divmod(int(fine.argmax()), fine.size(1))
+    inside = torch.zeros_like(warm)
+    inside[row, column] = True
+    while True:  # grows by a cell in each direction until it fills its island
+        grown = F.max_pool2d(inside[None].float(), 3, stride=1, padding=1)[0].bool() & warm
+        if torch.equal(grown, inside):
+            break
+        inside = grown
+    rows, columns = inside.any(1).nonzero().flatten(), inside.any(0).nonzero().flatten()
+    height, width = inside.shape
+    return (
+        int(columns[0]) / width,
+        int(rows[0]) / height,
+        (int(columns[-1]) + 1) / width,
+        (int(rows[-1]) + 1) / height,
+    )
+
+
+def centre(map_gg: Tensor) -> tuple[float, float]:
+    """The centre of gravity, (x, y), of the weight inside the map's box."""
+    height, width = map_gg.shape
+    x0, y0, x1, y1 = box(map_gg)
+    # Cells count by how much of them lies in the box.
+    inside_gg = map_gg * _covered(y0, y1, height)[:, None] * _covered(x0, x1, width)[None, :]
+    x, y = _gravity(inside_gg)
+    return x / width, y / height
+
+
+def _gravity(weights: Tensor) -> tuple[float, float]:
+    """The centre of gravity, (x, y), in cells."""
+    rows, columns = (torch.arange(length) + 0.5 for length in weights.shape)
+    total = weights.sum().clamp(min=1e-12)
+    return float((weights.sum(0) * columns).sum() / total), float(
+        (weights.sum(1) * rows).sum() / total
+    )
+
+
+def _covered(low: float, high: float, cells: int) -> Tensor:
+    """How much of each cell lies between two positions."""
+    edges = torch.arange(cells + 1) / cells
+    return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * cells
+
+
+def place_name(x: float, y: float) -> str:
+    """Where a point lies, for those who hear the page: "upper left", "middle"."""
+    row = "upper" if y < 1 / 3 else "lower" if y > 2 / 3 else ""
+    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
+    return f"{row} {column}".strip() or "middle"
+
+
+def word_as_dict(word: Word) -> dict[str, Any]:
+    """A word for a page: its map as base64 of g * g bytes, row by row, scaled to its own largest
+    value; box and centre of a content word."""
+    scaled = (word.map_gg / word.map_gg.max().clamp(min=1e-9) * 255).round().to(torch.uint8)
+    page: dict[str, Any] = {
+        "text": word.text,
+        "log_prob": round(word.log_prob, 3),
+        "map": base64.b64encode(scaled.numpy().tobytes()).decode(),
+        "place": place_name(*peak(word.map_gg)),
+    }
+    if word.names_something:
+        page["box"] = [round(edge, 4) for edge in box(word.map_gg)]
+        page["centre"] = [round(value, 4) for value in centre(word.map_gg)]
+    return page

@@ -1,0 +1,103 @@
+"""Grounding: maps of known objects are judged as they should be, the ways differ as they should."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import run_program
+
+from handler.word_maps import peak
+from training.data.manifest import read_manifest, write_manifest
+from training.data.scene_language import referents
+from training.grounding import judge, overlap, rollout, ways
+from training.model import Encoder, EncoderConfig
+
+CIRCLE = {"shape": "circle", "colour": "red", "size": "large", "texture": "plain",
+          "box": [0, 0, 48, 48]}  # fmt: skip
+STAR = {**CIRCLE, "shape": "star", "box": [48, 48, 96, 96]}
+SCENE = {"size": [96, 96], "background": {"pattern": "plain", "tone": "light"},
+         "objects": [CIRCLE, STAR]}  # fmt: skip
+
+
+def test_words_are_led_to_what_they_name():
+    found = referents("a red star under the red circle", SCENE)
+    assert found == [(2, [STAR]), (6, [CIRCLE])]
+    assert referents("a blue circle and two hearts", SCENE) == [(2, []), (5, [])]
+    assert referents("the background is light and there is no heart", SCENE) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "share"),
+    [([0, 0, 2, 2], 1.0), ([1, 0, 3, 2], 1 / 3), ([2, 2, 3, 3], 0.0), ([5, 5, 6, 6], 0.0)],
+)
+def test_overlap(other, share):
+    assert overlap([0, 0, 2, 2], other) == pytest.approx(share)
+
+
+def test_a_map_is_judged_by_the_objects_it_may_mean():
+    map_gg = torch.zeros(4, 4)
+    map_gg[:2, :2] = 0.25  # the circle's quarter
+    assert judge(map_gg, [CIRCLE], [96, 96])[0]
+    assert not judge(map_gg, [STAR], [96, 96])[0]
+    inside, share = judge(map_gg, [STAR, CIRCLE], [96, 96])
+    assert inside and share > 0.6
+    assert peak(map_gg) == pytest.approx((0.25, 0.25))
+
+
+def test_ways_keep_weights_that_sum_to_one():
+    weights = torch.rand(2, 3, 5, 17).softmax(-1)
+    mixed = torch.rand(17, 17).softmax(-1)
+    found = dict(ways(weights, mixed))
+    assert len(found) == 2 * (1 + 2 * (1 + 3))
+    for weights_QP in found.values():
+        assert weights_QP.sum(-1).allclose(torch.ones(5), atol=1e-5)
+    assert found["layer 2"].allclose(weights[1].mean(0))
+    assert found["layer 1 head 3, rolled out"].allclose(weights[0, 2] @ mixed)
+
+
+def test_the_rollout_is_of_the_encoders_own_attention():
+    """Without a residual path's half it would be the plain attention of the only layer."""
+    torch.manual_seed(0)
+    config = EncoderConfig(width=16, layers=1, heads=2, mlp_width=32, image_size=16, patch_size=4)
+    encoder = Encoder(config).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        memory, mixed = rollout(encoder, images)
+        assert memory.allclose(encoder(images))
+        block = encoder.blocks[0]
+        x = encoder.patch_embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([encoder.prefix.expand(2, -1, -1), x], dim=1) + encoder.positions
+        reference = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        reference.in_proj_weight = block.attention.qkv.weight
+        reference.in_proj_bias = block.attention.qkv.bias
+        given = block.norm1(x)
+        _, weights = reference.eval()(given, given, given)
+    assert mixed.allclose((weights + torch.eye(17)) / 2, atol=1e-5)
+
+
+def test_the_command_prints_every_way(tiny_run, tiny_data, tmp_path):
+    """On pictures that are one square of any colour, whatever is said of a square points at it."""
+    manifest = read_manifest(tiny_data)
+    square = {**CIRCLE, "shape": "square", "box": [0, 0, 40, 30]}
+    objects = [{**square, "colour": colour} for colour in ("red", "green", "blue", "yellow")]
+    scene = {**SCENE, "size": [40, 30], "objects": objects}
+    rows = [dataclasses.replace(row, scene=scene) for row in manifest.split("val")]
+    write_manifest(tmp_path / "squares", "squares", rows, manifest.image_root, [])
+    checkpoint = str(tiny_run / "build/checkpoints/tiny")
+    done = run_program(
+        "training.grounding", "--checkpoint", checkpoint, "--data", str(tmp_path / "squares"),
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, _, *table = done.stdout.splitlines()
+    assert "words that name a shape (0 more" in first
+    assert len(table) == 2 * 2 * (1 + 1 * (1 + 2))
+    assert all("100.0%" in line for line in table)
+
+
+def test_photos_without_truth_are_refused(tiny_run, tiny_data, tmp_path):
+    checkpoint = str(tiny_run / "build/checkpoints/tiny")
+    done = run_program(
+        "training.grounding", "--checkpoint", checkpoint, "--data", str(tiny_data), cwd=tmp_path
+    )
+    assert done.returncode == 2 and "no drawn truth" in done.stderr.splitlines()[-1]

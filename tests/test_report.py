@@ -1,0 +1,138 @@
+"""`make report`: what stands in it, that it stands alone, and that its maps show in a browser."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from browser import Browser, needs_chromium
+from conftest import run_program
+
+from training.checkpoint import load_captioner
+from training.data.manifest import read_manifest
+from training.report_system import N_BEST, caption_split, load_system, maps_of, read_log
+
+
+@pytest.fixture(scope="module")
+def report(tiny_run: Path, tiny_export: Path, tiny_data: Path, tmp_path_factory) -> Path:
+    """The tiny checkpoint beside its own export."""
+    out = tmp_path_factory.mktemp("report")
+    done = run_program(
+        "training.report", "--checkpoint", "build/checkpoints/tiny", "--compare", str(tiny_export),
+        "--data", str(tiny_data), "--num-beams", "3", "--out", str(out), cwd=tiny_run,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "report.html: 4 photos" in done.stdout
+    return out / "report.html"
+
+
+def test_scores_captions_and_references_stand_in_it(report, tiny_run, tiny_data):
+    html = report.read_text(encoding="utf-8")
+    for name in ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "checkpoints/tiny", "export/tiny"):
+        assert name in html
+    for row in read_manifest(tiny_data).split("val"):
+        assert all(caption in html for caption in row.captions)
+    # The checkpoint's loss, BLEU-4, CIDEr and rate; the export has no log.
+    assert html.count("<polyline") == 4
+
+
+def test_nothing_is_loaded_from_elsewhere(report):
+    html = report.read_text(encoding="utf-8")
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", html)
+    assert "default-src 'none'" in html
+
+
+def test_the_same_model_twice_differs_nowhere(report):
+    differences = re.findall(r'<td class="number">([+-][0-9.]+)</td>', report.read_text())
+    assert differences and set(differences) <= {"+0.000", "-0.000"}
+
+
+def test_captions_are_those_of_the_evaluation(report, tiny_run, tiny_data):
+    predictions = json.loads((report.parent / "predictions.json").read_text())
+    manifest = read_manifest(tiny_data)
+    captioner = load_captioner(tiny_run / "build/checkpoints/tiny")
+    photos = [manifest.path(row).read_bytes() for row in manifest.split("val")]
+    captions = [found[0].text for found in captioner.caption(photos, num_beams=3)]
+    assert [entry["caption"] for entry in predictions] == captions
+
+
+def test_maps_made_in_a_batch_are_those_made_alone(tiny_run, tiny_data):
+    system = load_system(tiny_run / "build/checkpoints/tiny")
+    manifest = read_manifest(tiny_data)
+    rows = manifest.split("val")
+    caption_split(system, manifest, rows, {"num_beams": 4})
+    maps = maps_of(system, manifest, rows)
+    for row in rows:
+        assert len(system.captions[row.id]) == len(maps[row.id]) == N_BEST
+        image = system.captioner.preprocess(manifest.path(row).read_bytes())
+        for caption, words in zip(system.captions[row.id], maps[row.id], strict=True):
+            alone = system.captioner.attention(image, caption.ids)
+            assert len(words) == len(alone)
+            for word, map_gg in zip(words, alone, strict=True):
+                assert word.map_gg.allclose(map_gg, atol=1e-5)
+
+
+def test_a_log_that_is_still_written_is_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_log(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "phone"), [(1200, False), (390, True)])
+def test_a_word_shows_its_map(report, width, phone):
+    """By pointer or touch, and by keyboard; without a word of complaint from the browser."""
+    with Browser() as browser:
+        browser.resize(width, 844, mobile=phone)
+        browser.open(report.as_uri())
+        word, map_ = ".card .word", "document.querySelector('.card .map canvas')"
+        assert browser.run(f"{map_} === null")
+        if phone:
+            browser.tap(word)
+        else:
+            browser.point(word)
+        browser.wait(map_)
+        assert browser.run(f"{map_}.getBoundingClientRect().width") == browser.run(
+            "document.querySelector('.card img').getBoundingClientRect().width"
+        )
+        pixels = f"{map_}.getContext('2d').getImageData(0, 0, 32, 32).data"
+        # The warmest cell is yellow.
+        assert browser.run(f"Math.max(...[...{pixels}].filter((_, i) => i % 4 === 1))") > 200
+        if phone:
+            browser.tap(word)
+        else:
+            browser.point("h1")
+            browser.wait(f"{map_} === null")
+            browser.run("document.querySelector('.card .word').focus()")
+            browser.wait(map_)
+            browser.press("Tab")
+            assert browser.run("document.activeElement.className") == "word"
+            assert browser.run("document.querySelectorAll('.card .map').length") == 1
+        assert browser.overflow() == 0
+        assert browser.problems == []
+        assert [url for url in browser.requests if not url.startswith(("data:", "file:"))] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--checkpoint"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--checkpoint", "build/checkpoints/tiny", "--data", "nowhere"], "nowhere"),
+        (["--checkpoint", "build/checkpoints/tiny", "--compare", "nowhere"], "nowhere"),
+        (["--checkpoint", "build/checkpoints/tiny", "--split", "test"], "no split 'test'"),
+    ],
+)
+def test_faults_are_one_line_and_status_2(
+    tiny_run, tiny_data, arguments, says, monkeypatch, capsys
+):
+    from handler.errors import run_command
+    from training.report import main
+
+    monkeypatch.chdir(tiny_run)
+    data = [] if "--data" in arguments else ["--data", str(tiny_data)]
+    monkeypatch.setattr("sys.argv", ["training.report", *arguments, *data])
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and says in line

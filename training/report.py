@@ -1,0 +1,88 @@
+"""`python -m training.report`, behind `make report`: one HTML file that shows what a checkpoint or
+an export makes of a split, alone or beside another. It opens from disk and needs no network."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from handler.errors import ArgumentParser, run_command, write_atomic
+from handler.page import photo_html
+from training.data.manifest import Row
+from training.dataset import read_photo
+from training.evaluate import (
+    add_decoding_options,
+    dataset_of,
+    decoding_options,
+    write_predictions,
+)
+from training.report_page import Shown, render
+from training.report_system import System, caption_split, load_system, maps_of, score_system
+
+# Photos shown in each group; no side of one is longer than PHOTO_SIDE pixels.
+GROUP, GROUP_OF_MISTAKES, PHOTO_SIDE = 12, 6, 340
+
+
+def choose(systems: Sequence[System], rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The photos to show, by the heading they stand under."""
+    first, by_id = systems[0], {row.id: row for row in rows}
+    ranked = sorted(rows, key=lambda row: -first.each[row.id]["CIDEr"])
+    groups = {}
+    if len(systems) == 2:
+        gain = {r.id: systems[1].each[r.id]["CIDEr"] - first.each[r.id]["CIDEr"] for r in rows}
+        apart = sorted((row for row in rows if gain[row.id]), key=lambda row: gain[row.id])
+        groups[f"Better with {first.name}"] = apart[:GROUP]
+        groups[f"Better with {systems[1].name}"] = apart[::-1][:GROUP]
+    groups["Best"] = ranked[:GROUP]
+    groups["Worst"] = ranked[::-1][:GROUP]
+    groups["Random"] = random.Random(0).sample(list(rows), min(GROUP, len(rows)))
+    for kind, mistakes in first.mistakes.items():
+        photos = [by_id[key] for key in mistakes.photos]
+        if photos:
+            some = random.Random(0).sample(photos, min(GROUP_OF_MISTAKES, len(photos)))
+            groups[f"Wrong {kind}"] = some
+    return groups
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="training.report", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="folder of a checkpoint")
+    what.add_argument("--export", type=Path, help="folder of an export")
+    parser.add_argument("--compare", type=Path, help="another checkpoint or export, side by side")
+    parser.add_argument("--data", help="a dataset's name or folder (default: the training one)")
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
+    parser.add_argument("--out", type=Path, help="default build/report/NAME")
+    add_decoding_options(parser)
+    arguments = parser.parse_args()
+    options = decoding_options(arguments)
+
+    folders = [arguments.checkpoint or arguments.export]
+    folders += [arguments.compare] if arguments.compare else []
+    systems = [load_system(folder) for folder in folders]
+    if len({system.name for system in systems}) < len(systems):
+        for system in systems:  # an export and its checkpoint have the same name
+            system.name = "/".join(system.folder.resolve().parts[-2:])
+    manifest = dataset_of(systems[0].captioner, folders[0], arguments.data)
+    rows = manifest.split(arguments.split)
+    for system in systems:
+        caption_split(system, manifest, rows, options)
+        score_system(system, rows)
+    groups = choose(systems, rows)
+    shown = list({row.id: row for group in groups.values() for row in group}.values())
+    maps = [maps_of(system, manifest, shown) for system in systems]
+    photos = {
+        row.id: Shown(
+            photo_html(read_photo(manifest, row), PHOTO_SIDE, row.captions[0]),
+            [by_id[row.id] for by_id in maps],
+        )
+        for row in shown
+    }
+    out = arguments.out or Path("build/report") / folders[0].resolve().name
+    write_predictions(out / "predictions.json", systems[0].best)
+    html = render(systems, manifest, arguments.split, rows, groups, photos)
+    write_atomic(out / "report.html", html)
+    print(f"{out / 'report.html'}: {len(rows)} photos, {len(html.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_command(main)

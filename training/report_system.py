@@ -1,0 +1,134 @@
+"""What a report knows of one model: its captions on a split, how they score and on every bootstrap
+resample, its mistakes, its training log."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from handler.beam_search import DecodeOptions
+from handler.captioner import Caption, Captioner
+from handler.errors import UserError
+from handler.word_maps import Word, words_of
+from training.checkpoint import WEIGHTS_FILE, load_captioner
+from training.data.manifest import Manifest, Row
+from training.data.scenes import check
+from training.dataset import read_photo
+from training.evaluate import score_claims
+from training.intervals import Floats, bootstrap_scores, resampled
+from training.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize
+from training.mistakes import Mistakes, find_mistakes
+from training.train import LOG_FILE
+
+BATCH = 50
+# Captions shown of each photo.
+N_BEST = 3
+
+
+@dataclass
+class System:
+    """One model on the split: what it wrote, how that scored, and on every resample."""
+
+    name: str
+    folder: Path
+    captioner: Captioner
+    decoding: DecodeOptions = field(default_factory=DecodeOptions)
+    captions: dict[str, list[Caption]] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    each: dict[str, dict[str, float]] = field(default_factory=dict)
+    resamples: dict[str, Floats] = field(default_factory=dict)
+    mistakes: dict[str, Mistakes] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> dict[str, str]:
+        """The best caption of each photo."""
+        return {key: captions[0].text for key, captions in self.captions.items()}
+
+
+def load_system(folder: Path, device: str = "cpu") -> System:
+    """A checkpoint or an export, told by what lies in its folder."""
+    if (folder / "encoder.pt").is_file() and not (folder / WEIGHTS_FILE).is_file():
+        captioner = Captioner.load(folder, device)
+    else:
+        captioner = load_captioner(folder, device)
+    return System(folder.resolve().name, folder, captioner, log=read_log(folder / LOG_FILE))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The training log of a checkpoint; nothing for an export. The last line may be half of one,
+    where the run still writes."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON lines ({error}); move it away to do without") from error
+
+
+def caption_split(
+    system: System, manifest: Manifest, rows: Sequence[Row], options: Mapping[str, Any]
+) -> None:
+    """Writes the N_BEST captions of every photo into `system`, and how they were searched for."""
+    chosen = system.captioner.options(**options)
+    if "num_return_sequences" not in options:
+        # One more caption never changes the best one.
+        chosen = system.captioner.options(**options, num_return_sequences=min(N_BEST, chosen.beams))
+    system.decoding = chosen
+    with tqdm(total=len(rows), desc=f"captions of {system.name}", unit="photo") as bar:
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            photos = [system.captioner.preprocess(read_photo(manifest, row)) for row in part]
+            found = system.captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
+            system.captions |= {row.id: best for row, best in zip(part, found, strict=True)}
+            bar.update(len(part))
+
+
+def score_system(system: System, rows: Sequence[Row]) -> None:
+    """Scores with their resamples, and mistakes."""
+    metrics = METRICS if has_spice() else DEFAULT_METRICS
+    tokens = tokenize(system.best, {row.id: row.captions for row in rows})
+    system.scores, system.each = score_tokens(tokens, metrics)
+    system.resamples = bootstrap_scores(tokens, system.scores, system.each)
+    if all(row.scene is not None for row in rows):
+        system.scores |= score_claims(system.best, rows)
+        system.resamples |= resampled_claims(system.best, rows)
+    system.mistakes = find_mistakes(system.best, rows)
+
+
+def resampled_claims(best: Mapping[str, str], rows: Sequence[Row]) -> dict[str, Floats]:
+    """The shares of true claims and of captions that are entirely true, on every resample."""
+    judged = [[claim.true for claim in check(best[row.id], row.scene or {})] for row in rows]
+    draws_RN = resampled(len(rows))
+    counts_N2 = np.array([[sum(claims), len(claims)] for claims in judged], dtype=np.float64)
+    true_R, all_R = (draws_RN @ counts_N2).T
+    entirely_N = np.array([bool(claims) and all(claims) for claims in judged], dtype=np.float64)
+    return {
+        "claims_true": true_R / np.maximum(all_R, 1),
+        "captions_true": draws_RN @ entirely_N / len(rows),
+    }
+
+
+@torch.inference_mode()
+def maps_of(system: System, manifest: Manifest, rows: Sequence[Row]) -> dict[str, list[list[Word]]]:
+    """The words, with maps, of each caption of each of `rows`: one pass over a batch of photos and
+    all their captions."""
+    captioner = system.captioner
+    found: dict[str, list[list[Word]]] = {}
+    for start in tqdm(range(0, len(rows), BATCH), desc=f"maps of {system.name}", unit="batch"):
+        part = rows[start : start + BATCH]
+        photos = [captioner.preprocess(read_photo(manifest, row)) for row in part]
+        memory_BPD = captioner.encoder(torch.stack(photos).to(captioner.device))
+        pairs = [(i, c) for i, row in enumerate(part) for c in system.captions[row.id]]
+        photo_of = torch.tensor([i for i, _ in pairs], device=captioner.device)
+        maps = captioner.attention_memory(memory_BPD[photo_of], [c.ids for _, c in pairs])
+        for (i, caption), maps_Tgg in zip(pairs, maps, strict=True):
+            words = words_of(caption.tokens, caption.token_log_probs, maps_Tgg)
+            found.setdefault(part[i].id, []).append(words)
+    return found
