@@ -19,10 +19,10 @@ from handler.image_preprocess import MAX_BYTES
 from handler.web import WebServer
 
 TOKENS = ["a", "red", "<b>"]
-MAPS = [[0.25] * 4, [0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7]]
+MAPS = [[1 / 16] * 16, [0.85] + [0.01] * 15, [0.01] * 15 + [0.85]]
 CAPTION = {
     "caption": "a red <b>", "score": -0.4, "log_prob": -1.2, "tokens": TOKENS,
-    "token_log_probs": [-0.4, -0.4, -0.4], "attention": {"grid": [2, 2], "maps": MAPS},
+    "token_log_probs": [-0.4, -0.4, -0.4], "attention": {"grid": [4, 4], "maps": MAPS},
 }  # fmt: skip
 ANSWER = {
     "caption": "a red <b>",
