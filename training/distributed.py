@@ -79,8 +79,8 @@ class Processes:
         one on each machine whose disk is another, then the rest."""
         turn = 0 if self.first else 1 if self.local == 0 else 2
         made: list[T] = []
-        for now in range(3 if self.world > 1 else 1):
-            if now == turn:
+        for number in range(3 if self.world > 1 else 1):
+            if number == turn:
                 made.append(make())
             self.wait()
         return made[0]
