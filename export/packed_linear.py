@@ -42,13 +42,14 @@ class PackedLinear(nn.Module):
         self.dtype = dtype
         self.activation = "gelu" if activation else "none"
         self.algorithm = GELUS[activation] if activation else ""
+        self.rows = ROWS  # TorchScript sees attributes, no globals
         self.packed = False
 
     @torch.jit.export
     def prepack(self) -> None:
         """Reorders the weight for oneDNN; the plain one is given up."""
         if not self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows)
             self.packed = True
 
     def forward(self, x: Tensor) -> Tensor:
