@@ -29,6 +29,8 @@ PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 IN_FLIGHT = 8
 # A full queue answers 503 without saying when to come back.
 BUSY_WAITS = (0.1, 0.3, 1.0, 3.0, 10.0)
+# The server writes a key file of a few hundred bytes far within this.
+KEY_WRITING_SECONDS = 0.2
 GRPC_ANSWER_BYTES = 24 * 2**20
 
 
@@ -193,8 +195,12 @@ class Client:
     def _key(self, owner: str = "inference") -> str:
         """A key of the server, read anew each time: it is rotated under a running client."""
         try:
-            keys = json.loads(self.key_file.read_text(encoding="utf-8"))
-            return str(keys[owner]["key"])
+            return self._read_key(owner)
+        except (OSError, ValueError, KeyError, TypeError):
+            # TorchServe writes the file in place: caught in the middle, it is empty.
+            time.sleep(KEY_WRITING_SECONDS)
+        try:
+            return self._read_key(owner)
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.key_file}: missing; TorchServe writes it where it is started: run make "
@@ -202,6 +208,9 @@ class Client:
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.key_file}: no key in it; start the server again") from error
+
+    def _read_key(self, owner: str) -> str:
+        return str(json.loads(self.key_file.read_text(encoding="utf-8"))[owner]["key"])
 
     def _renewed(self, refused: str) -> str:
         """The key after `refused`: another one that stands in the file by now, or else a new one,

@@ -200,6 +200,12 @@ def test_a_missing_or_damaged_key_file_is_named(server, tmp_path, content):
         Client(server.url, key_file=path).caption(b"x")
 
 
+def test_a_key_file_caught_while_it_is_written_is_read_again(client, key_file, monkeypatch):
+    key_file.write_text("")
+    monkeypatch.setattr(client_module.time, "sleep", lambda seconds: write_key(key_file, "right"))
+    assert client.caption(b"x") == ANSWER
+
+
 def test_the_key_file_of_this_folder_is_found(server, key_file, monkeypatch):
     monkeypatch.chdir(key_file.parent)
     assert Client(server.url).caption(b"x") == ANSWER
