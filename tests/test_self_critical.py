@@ -181,6 +181,7 @@ def test_the_reward_costs_little():
     ("make_wrong", "message"),
     [
         (lambda: SelfCritical(baseline="best"), "baseline must be greedy or mean"),
+        (lambda: SelfCritical(temperature=0.0), "temperature must be above 0"),
         (lambda: SelfCritical(samples=1), "samples must be 2 to 16 with baseline mean"),
         (lambda: SelfCritical(samples=17, baseline="greedy"), "samples must be 1 to 16"),
         (

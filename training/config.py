@@ -61,12 +61,15 @@ class TokenizerChoice:
 @dataclass(frozen=True)
 class SelfCritical:
     """Self-critical training on CIDEr-D (see `training.self_critical`): `samples` captions a photo
-    against a `baseline`, the `greedy` caption's reward or the `mean` of the other samples'."""
+    at a `temperature`, against a `baseline`, the `greedy` caption's reward or the `mean` of the
+    other samples'."""
 
     samples: int = 5
+    temperature: float = 0.5
     baseline: str = "mean"
 
     def __post_init__(self) -> None:
+        _require(self.temperature > 0, "self_critical: temperature must be above 0")
         _require(
             self.baseline in ("greedy", "mean"), "self_critical: baseline must be greedy or mean"
         )

@@ -14,6 +14,7 @@ Dimension key, used as suffixes:
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -254,6 +255,7 @@ class Encoder(nn.Module):
             nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
         )
         self.dropout = nn.Dropout(config.dropout)
+        # GPT-2's constant 0.02 is too small for a narrow encoder, which learns little for long.
         self.apply(_initialise)
         nn.init.trunc_normal_(self.positions, std=0.02)
         with torch.no_grad():
@@ -363,7 +365,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.apply(_initialise)
+        # Larger ones drown the words' embeddings (GPT-2's size too): 0.03 CIDEr worse on flickr8k.
+        self.apply(partial(_initialise, std=0.02))
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         # Tied output (Press and Wolf 2017).
         self.head.weight = self.token_embedding.weight
@@ -480,11 +483,14 @@ class CaptioningModel(nn.Module):
         return self.decoder(tokens_BQ, positions_BQ, mask_BQS, self.encoder(images_B3HW))
 
 
-def _initialise(module: nn.Module) -> None:
-    """Weights in proportion to the layer's size (Glorot and Bengio 2010): GPT-2's constant 0.02 is
-    too small for narrow models, which then learn little for many steps."""
+def _initialise(module: nn.Module, std: float | None = None) -> None:
+    """Linear weights with standard deviation `std`, or else in proportion to the layer's size
+    (Glorot and Bengio 2010)."""
     if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if std is None:
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+        else:
+            nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):

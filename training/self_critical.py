@@ -12,9 +12,14 @@ CIDEr-D than a baseline become likelier, the others less likely:
   the captions broken.
 - The baseline is the reward of the greedy caption, as in the paper, or for each sample the mean of
   the other samples of its photo (Luo 2020, arXiv:2003.09971), which needs no further search.
-- Samples come from the shared search, without dropout, at temperature 1 and without the tokens that
-  are never generated. The gradient is that of the same distribution: one teacher-forced pass over
-  all samples of a photo in one row, without dropout too.
+- The policy is the model's distribution sharpened by a temperature below 1, since it is the sharp
+  end that beam search reads. Label smoothing leaves one token in ten to chance, so that most
+  captions drawn at temperature 1 hold a stray word, and what is learnt from them is to be safe
+  against one's own strays: one epoch on flickr8k then *lowers* the CIDEr of beam search from .60 to
+  .47, where at 0.5 it raises it to .69.
+- Samples come from the shared search, without dropout and without the tokens that are never
+  generated. The gradient is that of the same distribution: one teacher-forced pass over all samples
+  of a photo in one row, without dropout too.
 
 Dimension key: B photos, Q packed tokens of a photo, P memory tokens, D width, V vocabulary.
 """
@@ -154,6 +159,7 @@ class SelfCriticalLoss:
             DecodeOptions(
                 do_sample=True,
                 num_return_sequences=self.choice.samples,
+                temperature=self.choice.temperature,
                 max_new_tokens=self.max_new_tokens,
                 seed=seed_of(self.seed, "samples", epoch, index),
             )
@@ -185,6 +191,7 @@ class SelfCriticalLoss:
             t.to(memory_BPD.device) for t in pack_captions(ids, self.tokenizer, self.max_new_tokens)
         )
         logits_BQV = decoder(tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
+        logits_BQV = logits_BQV / self.choice.temperature
         suppressed = torch.tensor(self.tokenizer.suppressed_ids, device=logits_BQV.device)
         logits_BQV = logits_BQV.index_fill(2, suppressed, -math.inf)
         nll_BQ = F.cross_entropy(
