@@ -314,6 +314,6 @@ def test_mirrored_captions_swap_sides_and_nothing_else():
     assert mirrored("Left of a right leftover") == "right of a left leftover"
 
 
-@pytest.mark.parametrize("name", ["scenes", "scenes_full", "flickr8k"])
+@pytest.mark.parametrize("name", ["scenes", "scenes_full", "flickr8k", "coco", "coco_large"])
 def test_presets_are_valid(name):
     assert load_config(name).name == name
