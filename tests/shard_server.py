@@ -36,22 +36,24 @@ class Answer(BaseHTTPRequestHandler):
         if isinstance(trouble, int) or not path.is_file():
             self.send_error(trouble if isinstance(trouble, int) else 404)
             return
-        body = path.read_bytes()
+        size = path.stat().st_size
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         assert found is not None
-        start, end = int(found[1]), min(int(found[2]) + 1, len(body))
-        if start >= len(body):
+        start, end = int(found[1]), min(int(found[2]) + 1, size)
+        if start >= size:
             self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(body)}")
+            self.send_header("Content-Range", f"bytes */{size}")
             part = b""
         elif trouble == "whole":
             self.send_response(200)
-            part = body
+            part = path.read_bytes()
         else:
             start += trouble == "shifted"
-            part = body[start:end]
+            with path.open("rb") as file:
+                file.seek(start)
+                part = file.read(end - start)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(body)}")
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         if trouble == "cut":

@@ -88,6 +88,7 @@ def test_a_preset_s_model_builds_and_steps_at_its_true_size(name, tokenizer, mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_steps_in_earnest(name, tokenizer, tmp_path):
     """The same with random weights, from a file; the large one takes some 7 GB of memory."""

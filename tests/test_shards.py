@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, run_program
 from PIL import Image
 from shard_server import ShardServer, serving
 
@@ -390,6 +390,28 @@ def test_a_killed_run_on_streamed_shards_resumes_exactly(
     assert kills == 3
     expected = weights("left-alone")
     assert all(torch.equal(expected[key], tensor) for key, tensor in weights("killed").items())
+
+
+@pytest.mark.slow
+def test_two_processes_share_what_a_server_sends(server: ShardServer, shards: Path, tmp_path: Path):
+    """torchrun: every photo of an epoch is asked for once, by one of them, and the losses are those
+    of one process."""
+    stages = [{**TINY["stages"][0], "epochs": 1}]
+    still = {**TINY["decoder"], "dropout": 0.0}
+    config_of(tmp_path, stages=stages, decoder=still, precision="fp32", workers=1)
+    manifest = behind(server, shards)
+    write_manifest(tmp_path / "data", "tiny", manifest.rows, manifest.image_root, [])
+    command = ["training.train", "--config", "tiny.yaml", "--data", "data", "--run"]
+    launcher = ["--standalone", "--nproc-per-node", "2", "-m", "--", *command]
+    losses = []
+    for number, words in enumerate((command, ["torch.distributed.run", *launcher])):
+        server.asked = 0
+        done = run_program(*words, str(number), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert server.asked == 16 + 4
+        log = (tmp_path / f"build/checkpoints/{number}/metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line).get("loss", 0.0) for line in log])
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
 
 
 def test_a_missing_shard_ends_training_in_one_line(shards: Path, tmp_path: Path, monkeypatch):
