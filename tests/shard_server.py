@@ -25,6 +25,9 @@ class ShardServer(ThreadingHTTPServer):
 class Answer(BaseHTTPRequestHandler):
     server: ShardServer
     protocol_version = "HTTP/1.1"  # keeps connections open
+    # Head and body in one packet: two would wait 40 ms for each other (Nagle, delayed ACK).
+    wbufsize = -1
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass
