@@ -38,7 +38,7 @@ CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data train export mar serve stop caption web evaluate report review review-score \
+.PHONY: help setup data shards train export mar serve stop caption web evaluate report review review-score \
 	bench demo test test-slow lint clean
 
 help: ## list the targets
@@ -61,9 +61,13 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-java.txt
 	@$(BIN)/python -m handler.grpc_stubs
 	@touch $@
 
-data: setup ## prepare a dataset: DATA=scenes|scenes_full|flickr8k|flickr30k|coco|folder SOURCE=DIR
+data: setup ## prepare a dataset: DATA=scenes|scenes_full|flickr8k|flickr30k|coco|folder|shards SOURCE=DIR
 	python -m training.prepare --data $(call quote,$(or $(DATA),scenes)) \
 		$(call option,--source,$(SOURCE)) $(DATA_ARGS)
+
+shards: setup ## pack a dataset into webdataset shards: DATA=NAME SHARDS=DIR ARGS="--shard-mb 256"
+	python -m training.shards --data $(call quote,$(or $(DATA),scenes)) \
+		--out $(call quote,$(or $(SHARDS),build/shards/$(notdir $(or $(DATA),scenes)))) $(ARGS)
 
 train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3"
 	python -m training.train --config $(call quote,$(CONFIG)) --run $(call quote,$(RUN)) \

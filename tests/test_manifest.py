@@ -20,6 +20,15 @@ ROW = st.builds(
     captions=st.lists(TEXT, min_size=1, max_size=3).map(tuple),
     split=st.sampled_from(["train", "val", "test"]),
     scene=st.none() | st.dictionaries(TEXT, st.integers() | TEXT, max_size=2),
+) | st.builds(
+    Row,
+    id=TEXT,
+    image=NAME.filter(lambda n: n.strip() and n not in (".", "..")).map(
+        lambda n: f"a.tar/{n.replace('/', '-')}"
+    ),
+    captions=st.just(("A dog .",)),
+    split=st.just("train"),
+    span=st.tuples(st.integers(0, 2**40), st.integers(0, 2**24)),
 )
 ROWS = st.lists(ROW, min_size=1, max_size=5, unique_by=lambda row: row.id)
 SHARED_FOLDER = settings(
@@ -69,6 +78,11 @@ def test_whatever_the_line_holds_it_is_a_row_or_a_user_error(tmp_path: Path, lin
         ({**GOOD, "id": "b", "captions": []}, "field 'captions'"),
         ({**GOOD, "id": "b", "captions": ["x", " "]}, "captions[1]"),
         ({**GOOD, "id": "b", "scene": 3}, "field 'scene'"),
+        ({**GOOD, "id": "b", "span": [512, 9]}, "field 'image' must be SHARD.tar/NAME"),
+        ({**GOOD, "id": "b", "image": "a.tar/b.jpg", "span": [512]}, "field 'span'"),
+        ({**GOOD, "id": "b", "image": "a.tar/b.jpg", "span": [512, -1]}, "field 'span'"),
+        ({**GOOD, "id": "b", "image": "a.tar/b.jpg", "span": [True, 9]}, "field 'span'"),
+        ({**GOOD, "id": "b", "image": "a.tar/b.jpg", "span": 3}, "field 'span'"),
         ({**GOOD, "id": "b", "colour": "red"}, "'colour' is unknown"),
         ({"id": "b"}, "is missing"),
         (GOOD, "stands already in line 1"),
@@ -88,6 +102,18 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         read_manifest(write(tmp_path, GOOD, root="gone"))
     with pytest.raises(UserError, match="no photos"):
         read_manifest(write(tmp_path, ""))
+
+
+def test_photos_behind_a_url_lie_in_shards(tmp_path: Path) -> None:
+    there = {**GOOD, "image": "sub/x-0.tar/d/a.jpg", "span": [512, 9]}
+    manifest = read_manifest(write(tmp_path, there, root="https://host/data/"))
+    row = manifest.rows[0]
+    assert (row.shard, row.member) == ("sub/x-0.tar", "d/a.jpg")
+    assert manifest.path(row) == "https://host/data/sub/x-0.tar"
+    write_manifest(tmp_path / "copy", "made", manifest.rows, manifest.image_root, [])
+    assert read_manifest(tmp_path / "copy") == manifest
+    with pytest.raises(UserError, match="line 1: field 'span' is missing"):
+        read_manifest(write(tmp_path, GOOD, root="https://host/data"))
 
 
 def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -32,8 +33,11 @@ from handler.image_preprocess import (
     to_tensor,
 )
 from training.data.manifest import Manifest, Row
+from training.data.shards import read_member
 
 IGNORED = -100  # torch's cross-entropy leaves these targets out
+# An epoch goes through the shards of a dataset in windows of so many.
+SHARDS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -136,15 +140,39 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def read_photo(manifest: Manifest, row: Row) -> Image.Image:
-    """Decodes a row's photo; a broken one is an error that names the file."""
+def read_bytes(manifest: Manifest, row: Row) -> bytes:
+    """A row's photo as it was encoded; a missing one is an error that names the file, or the shard
+    and the member."""
     path = manifest.path(row)
+    if row.span is not None:
+        return read_member(path, row.member, row.span)
     try:
-        return decode(path.read_bytes())
+        return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; prepare the data again") from error
+
+
+def read_photo(manifest: Manifest, row: Row) -> Image.Image:
+    """Decodes a row's photo; a broken one is an error that names the file."""
+    try:
+        return decode(read_bytes(manifest, row))
     except InvalidImage as error:
-        raise UserError(f"{path}: {error}; prepare the data again") from error
+        place = f"{manifest.path(row)}: {row.member}" if row.span else manifest.path(row)
+        raise UserError(f"{place}: {error}; prepare the data again") from error
+
+
+def stamp(manifest: Manifest, row: Row) -> str:
+    """A text that changes when the photo's file does. A shard on a server is taken to stay as it
+    is."""
+    path = manifest.path(row)
+    where = "" if row.span is None else f" {row.member} {row.span}"
+    if isinstance(path, str):
+        return path + where
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; prepare the data again") from error
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}{where}"
 
 
 class Captions:
@@ -182,11 +210,25 @@ class PhotoDataset(Dataset[tuple[int, Tensor, bool]]):
         return index, image, mirror
 
 
-def epoch_order(photos: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
+def shard_numbers(rows: Sequence[Row]) -> Tensor:
+    """(N,) which shard each photo lies in, counted from 0; photos in no shard count as one."""
+    number_of: dict[str, int] = {}
+    return torch.tensor([number_of.setdefault(row.shard, len(number_of)) for row in rows])
+
+
+def epoch_order(shard_of_N: Tensor, batch: int, seed: int, epoch: int) -> list[list[int]]:
     """The photos of each batch of an epoch; a last batch smaller than half is joined to the one
-    before it, so that no photo is left out and no step is made on a handful."""
+    before it, so that no photo is left out and no step is made on a handful.
+
+    Shards (see `shard_numbers`) are taken in a random order, `SHARDS_AT_ONCE` of them at a time,
+    and the photos of these are mixed: what is read at a time fits a page cache, or a proxy's.
+    """
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
-    order = torch.randperm(photos, generator=generator).tolist()
+    shuffled = torch.randperm(len(shard_of_N), generator=generator)
+    shards = int(shard_of_N.max()) + 1
+    window_of = torch.randperm(shards, generator=generator) // SHARDS_AT_ONCE
+    windows = window_of[shard_of_N[shuffled]]
+    photos, order = len(shuffled), shuffled[torch.argsort(windows, stable=True)].tolist()
     batches = [order[i : i + batch] for i in range(0, photos, batch)]
     if len(batches) > 1 and len(batches[-1]) < batch / 2:
         batches[-2:] = [batches[-2] + batches[-1]]
@@ -213,8 +255,17 @@ def photo_batches(
         collate_fn=collate,
         generator=torch.Generator().manual_seed(0),
     )
-    for indices, images, mirror in loader:
+    for indices, images, mirror in loaded(loader):
         yield captions.batch(images, indices, mirror)
+
+
+def loaded(loader: DataLoader[Sample]) -> Iterator[tuple[list[int], Tensor, Any]]:
+    """A loader's batches. The loader wraps what a worker raises into that worker's traceback; a
+    UserError is unwrapped again, for it must be one line."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
 
 
 class FeatureCache:
@@ -237,8 +288,7 @@ class FeatureCache:
         plain = Augment(augment.preprocessing, augment=False, flip=False)
         key = hashlib.sha256(fingerprint.encode())
         for row in rows:
-            stat = manifest.path(row).stat()
-            key.update(f"{manifest.path(row)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            key.update(f"{stamp(manifest, row)}\n".encode())
         self.path = folder / f"{key.hexdigest()[:24]}.bf16"
         self.mirror = torch.zeros(len(rows), views, dtype=torch.bool)
         for index in range(len(rows)):
@@ -255,7 +305,7 @@ class FeatureCache:
                 bar = tqdm(total=len(rows), desc=f"features, view {view + 1}/{views}", unit="photo")
                 batches = [list(range(i, min(i + 32, len(rows)))) for i in range(0, len(rows), 32)]
                 loader = DataLoader(dataset, batch_sampler=batches, num_workers=1)
-                for indices, images, mirror in loader:
+                for indices, images, mirror in loaded(loader):
                     memory[indices, view] = encode(images).to("cpu", torch.bfloat16)
                     assert torch.equal(self.mirror[indices, view], mirror)
                     bar.update(len(indices))

@@ -1,8 +1,9 @@
 """`python -m training.prepare`, behind `make data`: any source -> one manifest.
 
 Every photo is decoded once, so that what trains later is known to be readable; the photos stay
-where they are. A broken photo, an empty caption or a caption without its photo is named; it is
-skipped only up to `--max-skipped`, and otherwise nothing is written.
+where they are, in a folder or in webdataset shards (of a folder, or at URLs). A broken photo, an
+empty caption or a caption without its photo is named; it is skipped only up to `--max-skipped`, and
+otherwise nothing is written.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from training.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from training.data.source import PHOTO_SUFFIXES, Photo, Source
+from training.data.shards import ShardPhoto, find_shards, read_shard, split_of_shards
+from training.data.source import HASHED, PHOTO_SUFFIXES, Photo, Source, split_by_hash
 
 READERS: dict[str, Callable[[Path], Source]] = {
     "flickr8k": read_flickr8k,
@@ -38,6 +40,7 @@ READERS: dict[str, Callable[[Path], Source]] = {
     "folder": read_folder,
 }
 DRAWN = ("scenes", "scenes_full")
+SHARDS = "shards"
 DATASETS = Path("build/data")
 DOWNLOADS = Path("build/downloads")
 FAULTS_SHOWN = 20
@@ -85,6 +88,13 @@ def find_fault(path: Path | None) -> str | None:
     return None
 
 
+def clean(raw: tuple[str, ...]) -> tuple[list[str], tuple[str, ...], list[str]]:
+    """Captions whose blanks are single, those of them that are not empty, and the faults."""
+    captions = [" ".join(caption.split()) for caption in raw]
+    reasons = [f"caption {n} is empty" for n, text in enumerate(captions, 1) if not text]
+    return captions, tuple(caption for caption in captions if caption), reasons
+
+
 def check_photos(source: Source, found: dict[str, str]) -> tuple[list[Row], list[dict[str, str]]]:
     """Opens every photo that a split uses. Returns the rows that can be used, with captions whose
     blanks are single, and what was left out and why."""
@@ -104,9 +114,7 @@ def check_photos(source: Source, found: dict[str, str]) -> tuple[list[Row], list
         faults: Iterable[str | None] = pool.map(fault_of, source.photos)
         faults = tqdm(faults, total=len(source.photos), desc="photos", unit="photo", disable=None)
         for photo, fault in zip(source.photos, faults, strict=True):
-            captions = [" ".join(caption.split()) for caption in photo.captions]
-            kept = tuple(caption for caption in captions if caption)
-            reasons = [f"caption {n} is empty" for n, text in enumerate(captions, 1) if not text]
+            captions, kept, reasons = clean(photo.captions)
             if fault is None and not captions:
                 fault = "photo has no caption"
             if fault is None and owner.setdefault(found[photo.image], photo.id) != photo.id:
@@ -144,6 +152,62 @@ def prepare(kind: str, name: str, folder: Path, out: Path, max_skipped: int | fl
             f"(the first is {source.photos[0].image}); put them there"
         )
     rows, skipped = check_photos(source, found)
+    report_faults(skipped, photos, out, str(folder), max_skipped)
+    known = [{"image": image, "reason": reason} for image, reason in source.known]
+    unused = sum(photo.split is None for photo in source.photos)
+    notes = {"unused": unused, "uncaptioned": uncaptioned}
+    write(out, name, rows, source.image_root, [*skipped, *known], source.splits, notes)
+    print(f"{unused} photos in no split; {uncaptioned} without captions")
+
+
+def prepare_shards(name: str, source: str, out: Path, max_skipped: int | float) -> None:
+    """Writes the shards in the folder or at the URLs `source` (see `find_shards`) as the dataset
+    `name` into `out`, with the place of each photo in its tar; the shards stay where they are.
+
+    Splits: as the captions' records say; otherwise by the shards' names; otherwise by a hash.
+    Faults as in `prepare`.
+    """
+    root, shards = find_shards(source)
+    found: list[ShardPhoto] = []
+    skipped: list[dict[str, str]] = []
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        parts = pool.map(lambda shard: read_shard(root, shard), shards)
+        for photos, faults in tqdm(parts, SHARDS, len(shards), unit="shard", disable=None):
+            found += photos
+            skipped += [{"image": image, "reason": reason} for image, reason in faults]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    samples = len(found) + len(skipped)
+    if not samples:
+        raise UserError(f"{source}: its shards hold no photo at all")
+    by_name, splits = split_of_shards(shards), "by the captions' records"
+    split_of: dict[str, str | None] = {item.photo.id: item.photo.split for item in found}
+    recorded = any(split_of.values())
+    if not recorded and by_name is not None:
+        splits = "by the shards' names"
+        split_of = {item.photo.id: by_name[item.shard] for item in found}
+    elif not recorded:
+        splits = HASHED
+        split_of = {**split_by_hash(split_of)}
+    rows = []
+    for item in found:
+        photo, split = item.photo, split_of[item.photo.id]
+        captions, kept, reasons = clean(photo.captions)
+        reasons = reasons if captions else ["photo has no caption"]
+        skipped += [{"image": photo.image, "reason": reason} for reason in reasons if split]
+        if kept and split:
+            rows.append(Row(photo.id, photo.image, kept, split, item.scene, item.span))
+    report_faults(skipped, samples, out, source, max_skipped)
+    unused = sum(split is None for split in split_of.values())
+    write(out, name, rows, root, skipped, splits, {"unused": unused})
+    print(f"{unused} photos in no split")
+
+
+def report_faults(
+    skipped: list[dict[str, str]], photos: int, out: Path, source: str, max_skipped: int | float
+) -> None:
+    """Says what is skipped; UserError where that is more than `max_skipped`."""
     most = max_skipped if isinstance(max_skipped, int) else max_skipped * photos
     passes = len(skipped) <= most
     shown = FAULTS_SHOWN if passes else len(skipped)
@@ -155,26 +219,31 @@ def prepare(kind: str, name: str, folder: Path, out: Path, max_skipped: int | fl
         first = [f"{entry['image']}: {entry['reason']}" for entry in skipped[:FAULTS_IN_ERROR]]
         rest = len(skipped) - len(first)
         raise UserError(
-            f"{folder}: {len(skipped)} fault{'s' if len(skipped) > 1 else ''} ("
+            f"{source}: {len(skipped)} fault{'s' if len(skipped) > 1 else ''} ("
             + "; ".join([*first, *([f"and {rest} more"] if rest else [])])
             + f"); mend them, or let them pass with --max-skipped {len(skipped)} "
             f'(make: DATA_ARGS="--max-skipped {len(skipped)}")'
         )
-    known = [{"image": image, "reason": reason} for image, reason in source.known]
-    unused = sum(photo.split is None for photo in source.photos)
+
+
+def write(
+    out: Path,
+    name: str,
+    rows: list[Row],
+    image_root: Path | str,
+    skipped: list[dict[str, str]],
+    splits: str,
+    notes: dict[str, int],
+) -> None:
+    """Writes the manifest and says what is in it."""
     captions = Counter((row.id, caption) for row in rows for caption in row.captions)
-    notes = {
-        "splits": source.splits,
+    counts = {
+        "splits": splits,
         "captions": captions.total(),
         "repeated_captions": captions.total() - len(captions),
-        "unused": unused,
-        "uncaptioned": uncaptioned,
     }
-    write_manifest(out, name, rows, source.image_root, [*skipped, *known], notes)
-    print(
-        f"{summary(out)} (splits {source.splits}); {len(skipped) + len(known)} skipped; "
-        f"{unused} photos in no split; {uncaptioned} without captions"
-    )
+    write_manifest(out, name, rows, image_root, skipped, {**counts, **notes})
+    print(f"{summary(out)} (splits {splits}); {len(skipped)} skipped; ", end="")
 
 
 def draw(preset: str, out: Path) -> None:
@@ -223,8 +292,11 @@ def limit(text: str) -> int | float:
 
 def main() -> None:
     parser = ArgumentParser(prog="training.prepare", description=__doc__)
-    parser.add_argument("--data", default="scenes", choices=(*DRAWN, *READERS))
-    parser.add_argument("--source", type=Path, help="folder where the raw files lie")
+    parser.add_argument("--data", default="scenes", choices=(*DRAWN, *READERS, SHARDS))
+    parser.add_argument(
+        "--source",
+        help="folder where the raw files lie; of shards also https://host/NAME-{000000..000112}.tar",
+    )
     parser.add_argument("--name", help="what the dataset is called, default as --data")
     parser.add_argument("--out", type=Path, help=f"default {DATASETS}/NAME")
     parser.add_argument(
@@ -238,21 +310,24 @@ def main() -> None:
         "--mirror", default=download.MIRROR, help="where flickr8k is loaded from without --source"
     )
     arguments = parser.parse_args()
-    kind, folder = arguments.data, arguments.source
+    kind, source = arguments.data, arguments.source
     name = kind if arguments.name is None else arguments.name
     if not name.strip() or name in (".", "..") or set(name) & {"/", "\0"}:
         raise UserError(f"--name must be the name of a folder, not {name!r}")
     out = arguments.out or DATASETS / name
     if kind in DRAWN:
-        if folder is not None or arguments.name is not None:
+        if source is not None or arguments.name is not None:
             raise UserError(f"--source and --name do not belong to --data {kind}, drawn here")
         draw(kind, out)
         return
-    if folder is None and kind == "flickr8k":
-        folder = download.download_flickr8k(DOWNLOADS, arguments.mirror)
-    if folder is None:
+    if source is None and kind == "flickr8k":
+        source = download.download_flickr8k(DOWNLOADS, arguments.mirror)
+    if source is None:
         raise UserError(f"{kind} is not loaded from anywhere; say SOURCE=DIR (--source DIR)")
-    prepare(kind, name, folder, out, arguments.max_skipped)
+    if kind == SHARDS:
+        prepare_shards(name, source, out, arguments.max_skipped)
+    else:
+        prepare(kind, name, Path(source), out, arguments.max_skipped)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from training.dataset import (
     epoch_order,
     photo_batches,
     seed_of,
+    shard_numbers,
 )
 from training.distributed import leave, without_exchange
 from training.model import CaptioningModel, Decoder, DecoderConfig, Encoder, EncoderConfig
@@ -268,8 +269,8 @@ def run_stage(run: Run, captions: Captions, board: Any, state: dict[str, Any] | 
     if frozen:
         features = processes.one_first(lambda: make_features(run, stage, augment))
     objective = processes.parallel(Objective(run.model, make_loss(run, stage, seed), frozen))
-    photos = len(run.train_rows)
-    steps_per_epoch = len(epoch_order(photos, stage.batch_photos, seed, 0)) // stage.accumulate
+    photos, shard_of_N = len(run.train_rows), shard_numbers(run.train_rows)
+    steps_per_epoch = len(epoch_order(shard_of_N, stage.batch_photos, seed, 0)) // stage.accumulate
     steps = max(1, stage.epochs * steps_per_epoch)
     bar = tqdm(
         total=stage.epochs * photos,
@@ -284,7 +285,7 @@ def run_stage(run: Run, captions: Captions, board: Any, state: dict[str, Any] | 
         if patience and run.since_best >= patience:
             bar.write(f"{stage.name}: no better CIDEr in {patience} validations, stopped early")
             break
-        order = processes.share(epoch_order(photos, stage.batch_photos, seed, run.epoch))[skip:]
+        order = processes.share(epoch_order(shard_of_N, stage.batch_photos, seed, run.epoch))[skip:]
         batches: Iterator[Batch]
         if features is not None:
             batches = features.batches(captions, order, seed, run.epoch)

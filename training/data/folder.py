@@ -55,7 +55,7 @@ def read_folder(source: Path) -> Source:
                     f"{where}: field 'split' puts {image} into {split}, "
                     f"an earlier line into {split_of[image]}"
                 )
-            captions.setdefault(image, []).extend(_captions(record, where))
+            captions.setdefault(image, []).extend(captions_of(record, where))
 
     how = "by the column 'split'"
     if not has_splits:
@@ -100,7 +100,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, parse_json(line, where)
 
 
-def _captions(record: dict[str, Any], where: str) -> list[str]:
+def captions_of(record: dict[str, Any], where: str) -> list[str]:
     """The captions of one row; null, which exports write for a missing one, is an empty one."""
     field = _field(record, CAPTION_FIELDS, where)
     values = record[field] if isinstance(record[field], list) else [record[field]]

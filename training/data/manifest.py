@@ -7,6 +7,9 @@ A dataset is a folder with `captions.jsonl`, one line a photo,
 (`scenes` adds `"scene"`, the drawn truth), and `dataset.json`, which says how many there are, what
 was skipped and why, and under which folder the photos lie (`image_root`: absolute, or relative to
 the dataset's folder). The photos themselves stay where they are.
+
+A photo in a tar (see `training.data.shards`) has an `image` such as `coco-000000.tar/000123.jpg`
+and a `"span": [offset, length]`, its bytes within the tar; `image_root` may then be a URL.
 """
 
 import json
@@ -41,6 +44,7 @@ class Row:
     captions: tuple[str, ...]
     split: str
     scene: dict[str, Any] | None = None
+    span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _check_text("id", self.id)
@@ -54,15 +58,33 @@ class Row:
             raise UserError(f"field 'split' must be one of {', '.join(SPLITS)}, not {self.split!r}")
         if self.scene is not None and not isinstance(self.scene, dict):
             raise UserError("field 'scene' must be an object")
+        if self.span is not None:
+            span = self.span if isinstance(self.span, tuple) else ()
+            if len(span) != 2 or not all(type(n) is int and n >= 0 for n in span):
+                raise UserError("field 'span' must be two whole numbers, offset and length")
+            if not self.shard or not self.member:
+                raise UserError(f"field 'image' must be SHARD.tar/NAME, not {self.image!r}")
+
+    @property
+    def shard(self) -> str:
+        """The tar that holds the photo; empty for a photo that is a file of its own."""
+        name, tar, _ = self.image.partition(".tar/")
+        return name + ".tar" if tar and self.span is not None else ""
+
+    @property
+    def member(self) -> str:
+        """The photo's name within its tar."""
+        return self.image.partition(".tar/")[2]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset as read: its rows in file order, and the folder that their photos lie in."""
+    """A dataset as read: its rows in file order, and the folder that their photos lie in, a URL (a
+    text) where that is on a server."""
 
     name: str
     rows: tuple[Row, ...]
-    image_root: Path
+    image_root: Path | str
 
     def split(self, name: str) -> list[Row]:
         """The rows of one split; UserError where it has none."""
@@ -74,8 +96,12 @@ class Manifest:
             )
         return rows
 
-    def path(self, row: Row) -> Path:
-        return self.image_root / row.image
+    def path(self, row: Row) -> Path | str:
+        """The photo's file or the tar that holds it; a text is a URL."""
+        name = row.shard or row.image
+        if isinstance(self.image_root, str):
+            return f"{self.image_root.rstrip('/')}/{name}"
+        return self.image_root / name
 
 
 def count_splits(rows: Iterable[Row]) -> dict[str, int]:
@@ -95,7 +121,7 @@ def write_manifest(
     directory: Path,
     name: str,
     rows: Iterable[Row],
-    image_root: Path,
+    image_root: Path | str,
     skipped: Iterable[Mapping[str, str]],
     notes: Mapping[str, Any] | None = None,
 ) -> None:
@@ -108,7 +134,6 @@ def write_manifest(
     that cannot be written.
     """
     directory = Path(os.path.abspath(directory))
-    root = Path(os.path.abspath(image_root))
     rows = list(rows)
     if not rows:
         raise UserError(f"dataset '{name}': no photo with a caption is left, nothing written")
@@ -125,16 +150,15 @@ def write_manifest(
         }
         if row.scene is not None:
             record["scene"] = row.scene
+        if row.span is not None:
+            record["span"] = row.span
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     dataset = {
         "name": name,
         "counts": count_splits(rows),
         **(notes or {}),
         "skipped": list(skipped),
-        # Relative where it can be, so that the folder can be moved with its photos.
-        "image_root": root.relative_to(directory).as_posix()
-        if root.is_relative_to(directory)
-        else str(root),
+        "image_root": image_root if isinstance(image_root, str) else _root(image_root, directory),
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -170,8 +194,9 @@ def read_manifest(directory: Path) -> Manifest:
     for field, value in texts.items():
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise UserError(f"{dataset_file}: field '{field}' must be a text that is not empty")
-    name, root = texts["name"], directory / texts["image_root"]
-    if not os.path.isdir(root):
+    name = texts["name"]
+    root = texts["image_root"] if is_url(texts["image_root"]) else directory / texts["image_root"]
+    if isinstance(root, Path) and not os.path.isdir(root):
         raise UserError(
             f"{dataset_file}: field 'image_root' names {root}, which is no folder; "
             "put the photos back or run `make data` again"
@@ -188,6 +213,8 @@ def read_manifest(directory: Path) -> Manifest:
         if row.id in line_of:
             raise UserError(f"{where}: id {row.id!r} stands already in line {line_of[row.id]}")
         line_of[row.id] = number
+        if row.span is None and isinstance(root, str):
+            raise UserError(f"{where}: field 'span' is missing; {root} can only hold shards")
         rows.append(row)
     if not rows:
         raise UserError(f"{captions_file} holds no photos; run `make data` again")
@@ -200,14 +227,26 @@ def read_manifest(directory: Path) -> Manifest:
     return Manifest(name, tuple(rows), root)
 
 
+def is_url(place: str) -> bool:
+    return place.startswith(("http://", "https://"))
+
+
+def _root(image_root: Path, directory: Path) -> str:
+    """Relative where it can be, so that the folder can be moved with its photos."""
+    root = Path(os.path.abspath(image_root))
+    if root.is_relative_to(directory):
+        return root.relative_to(directory).as_posix()
+    return str(root)
+
+
 def _parse_row(line: bytes, where: str) -> Row:
     record = _parse_object(line, where)
-    unknown = record.keys() - {"id", "image", "captions", "split", "scene"}
+    unknown = record.keys() - {"id", "image", "captions", "split", "scene", "span"}
     missing = {"id", "image", "captions", "split"} - record.keys()
     if missing or unknown:
         kind, field = ("missing", min(missing)) if missing else ("unknown", min(unknown))
         raise UserError(f"{where}: field {field!r} is {kind}")
-    captions = record["captions"]
+    captions, span = record["captions"], record.get("span")
     try:
         return Row(
             id=record["id"],
@@ -215,6 +254,7 @@ def _parse_row(line: bytes, where: str) -> Row:
             captions=tuple(captions) if isinstance(captions, list) else captions,
             split=record["split"],
             scene=record.get("scene"),
+            span=tuple(span) if isinstance(span, list) else span,
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

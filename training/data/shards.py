@@ -1,0 +1,226 @@
+"""Shards in the webdataset format: plain tars in which a photo and its captions stand side by side
+under one key, `000123.jpg` and `000123.json` (`.txt`: the caption alone).
+
+They are read where they lie, in a folder or on a server, never unpacked. One pass finds where in
+its tar every photo begins and ends; from then on each is read by itself, in any order, so that
+order, sharing among processes and resuming are those of photos in a folder. (The package
+`webdataset` reads a stream instead, whose place it cannot restore with several workers.)
+
+Captions are in the fields that `training.data.folder` knows; `id`, `split` and `scene` are taken
+where they are given, as `training.shards` writes them.
+"""
+
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from handler.errors import UserError
+from handler.image_preprocess import InvalidImage, decode
+from training.data.folder import captions_of
+from training.data.manifest import is_url
+from training.data.ranged import RangedFile, read_range
+from training.data.source import (
+    PHOTO_SUFFIXES,
+    SPLIT_NAMES,
+    Photo,
+    check_unicode,
+    image_name,
+    parse_json,
+    split_name,
+    take,
+)
+
+CAPTION_SUFFIXES = (".json", ".txt")
+READ_AHEAD = 4 * 2**20  # bytes a request, when a whole shard is read from a server
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file within a tar: where its bytes begin, the header before them, the bytes."""
+
+    name: str
+    offset: int
+    header: bytes
+    content: bytes
+
+
+@dataclass(frozen=True)
+class ShardPhoto:
+    """A photo as its shard tells of it, and where in the tar its bytes are: (offset, length)."""
+
+    shard: str
+    photo: Photo
+    span: tuple[int, int]
+    scene: dict[str, Any] | None
+
+
+def find_shards(source: str) -> tuple[Path | str, list[str]]:
+    """The folder or URL below which shards lie, and their names: every tar of a folder, or those of
+    URLs such as `https://host/coco-{000000..000112}.tar`, several of them divided by `::`, as
+    webdataset writes them."""
+    if not is_url(source):
+        folder = Path(source)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; SOURCE must name the one with the shards")
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
+        if not names:
+            raise UserError(f"{folder}: no .tar in it; SOURCE must name the folder with the shards")
+        return folder, names
+    urls = [url for part in re.split("::(?=https?://)", source) for url in _expand(part)]
+    for url in urls:
+        if not url.endswith(".tar"):
+            raise UserError(f"{url}: must name shards, https://host/name-{{000000..000112}}.tar")
+    root = os.path.commonprefix([url.rpartition("/")[0] + "/" for url in urls]).rpartition("/")[0]
+    if not root.partition("://")[2]:
+        raise UserError(f"{source}: the shards must lie on one server")
+    return root, [url.removeprefix(root + "/") for url in urls]
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """`{08..10}` counted out: 08, 09, 10."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last = found[1], found[2]
+    for number in range(int(first), int(last) + 1):
+        for rest in _expand(pattern[found.end() :]):
+            yield pattern[: found.start()] + str(number).zfill(len(first)) + rest
+
+
+def read_shard(root: Path | str, shard: str) -> tuple[list[ShardPhoto], list[tuple[str, str]]]:
+    """Reads a shard once from front to back, and decodes every photo.
+
+    Returns its photos and the faults (name, reason) of those that cannot be used. Raises UserError
+    naming the shard where it is no whole tar.
+    """
+    place = f"{root}/{shard}" if isinstance(root, str) else root / shard
+    photos: list[ShardPhoto] = []
+    faults: list[tuple[str, str]] = []
+    try:
+        with _open(place) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for key, members in _samples(tar):
+                try:
+                    photos.append(_read_sample(shard, key, members))
+                except UserError as error:
+                    faults.append((f"{shard}/{key}", str(error)))
+    except tarfile.TarError as error:
+        raise UserError(f"{place}: no whole tar ({error}); copy the shard again") from None
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror or error}") from None
+    return photos, faults
+
+
+def _open(place: Path | str) -> BinaryIO:
+    if isinstance(place, Path):
+        return open(place, "rb")
+    return io.BufferedReader(RangedFile(place), READ_AHEAD)  # type: ignore[return-value]
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, members by suffix): members in a row whose names are the same up to the first dot of
+    the last part belong together."""
+    current, members = "", dict[str, Member]()
+    file: Any = tar.fileobj
+    for entry in tar:
+        folder, slash, name = entry.name.rpartition("/")
+        stem, dot, suffix = name.partition(".")
+        if not entry.isfile() or not stem:
+            continue
+        key = folder + slash + stem
+        if key != current:
+            if members:
+                yield current, members
+            current, members = key, {}
+        if dot + suffix.lower() not in (*PHOTO_SUFFIXES, *CAPTION_SUFFIXES):
+            continue
+        file.seek(entry.offset_data - tarfile.BLOCKSIZE)
+        header, content = file.read(tarfile.BLOCKSIZE), file.read(entry.size)
+        if len(content) < entry.size:
+            raise tarfile.ReadError(f"cut off within {entry.name}")
+        members[dot + suffix.lower()] = Member(entry.name, entry.offset_data, header, content)
+    if members:
+        yield current, members
+
+
+def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto:
+    """A sample's photo and captions; UserError says what is wrong with it."""
+    suffix = next((s for s in PHOTO_SUFFIXES if s in members), None)
+    kind = next((s for s in CAPTION_SUFFIXES if s in members), None)
+    if suffix is None:
+        raise UserError("has no photo")
+    if kind is None:
+        raise UserError("photo has no captions (.json or .txt)")
+    member = members[suffix]
+    if not _is_header(member.header, member.name, len(member.content)):
+        raise UserError("name is too long or not in the form of a plain tar (ustar)")
+    try:
+        text = members[kind].content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{kind} is not UTF-8") from None
+    record = parse_json(text, kind) if kind == ".json" else {"text": text}
+    captions = tuple(captions_of(record, kind))
+    for caption in captions:
+        check_unicode(caption, f"{kind}: the caption")
+    name, scene = record.get("id"), record.get("scene")
+    split = take(record, "split", str, kind) if record.get("split") else ""
+    try:
+        decode(member.content)
+    except InvalidImage as error:
+        raise UserError(str(error)) from None
+    # A key is unique within its shard alone.
+    return ShardPhoto(
+        shard,
+        Photo(
+            name if isinstance(name, str) and name.strip() else f"{shard}/{key}",
+            image_name(f"{shard}/{member.name}", shard),
+            captions,
+            split_name(split, kind),
+        ),
+        (member.offset, len(member.content)),
+        scene if isinstance(scene, dict) else None,
+    )
+
+
+def split_of_shards(shards: list[str]) -> dict[str, str] | None:
+    """The split of each shard where every name says one (`cc3m-train-0000.tar`) and they say more
+    than one."""
+    said = {
+        shard: {SPLIT_NAMES[w] for w in re.split("[^a-z]+", shard.lower()) if w in SPLIT_NAMES}
+        for shard in shards
+    }
+    if any(len(splits) != 1 for splits in said.values()):
+        return None
+    found = {shard: next(iter(splits)) for shard, splits in said.items()}
+    return found if len(set(found.values())) > 1 else None
+
+
+def read_member(place: Path | str, member: str, span: tuple[int, int]) -> bytes:
+    """A photo's bytes out of its shard. The tar's header before them is read too and must name the
+    photo, for a shard may have been replaced since it was read. Raises UserError naming both."""
+    offset, length = span
+    block = tarfile.BLOCKSIZE
+    try:
+        data = read_range(place, max(0, offset - block), block + length)
+    except UserError as error:
+        raise UserError(f"{error} (for {member})") from None
+    if not _is_header(data[:block], member, length):
+        raise UserError(f"{place}: {member} is not where it was; prepare the data again")
+    if len(data) < block + length:
+        raise UserError(f"{place}: cut off within {member}; copy the shard again")
+    return data[block:]
+
+
+def _is_header(block: bytes, member: str, length: int) -> bool:
+    """Whether these bytes, taken alone, are the tar's header of that file."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    same = PurePosixPath(header.name) == PurePosixPath(member)
+    return same and header.size == length
