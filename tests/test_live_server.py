@@ -338,7 +338,9 @@ def test_metrics_agree_with_what_the_client_counted(client, server, photo):
 
 def test_killed_workers_are_back_by_themselves(client, eager, photo, server):
     """The last test of this server: what is in flight may fail, nothing more."""
-    for worker in worker_processes(server):
+    workers = worker_processes(server)
+    assert len(workers) == 2  # as model-config.yaml says
+    for worker in workers:
         worker.kill()
     expected = eager.caption([photo])[0][0].text
     deadline = time.monotonic() + 60

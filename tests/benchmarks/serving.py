@@ -80,7 +80,7 @@ def sweep(base: Setting) -> list[Setting]:
     the delay, the batch; and the one worker with the delay that gathers all clients."""
     cores = base.workers * base.threads
     settings = [base, *(replace(base, delay=delay) for delay in (2, 5, 10))]
-    settings += [replace(base, batch=batch) for batch in (1, 4, 16)]
+    settings += [replace(base, batch=batch) for batch in (1, 4)]
     for delay in (base.delay, 5):
         settings += [replace(base, workers=1, threads=n, delay=delay) for n in (1, cores)]
     return list(dict.fromkeys(settings))
