@@ -6,7 +6,7 @@ decoder in it are either the eager ones of a checkpoint or the TorchScript ones 
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +235,11 @@ def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:
     """A caption as the API answers it (`text` is called `caption` there)."""
-    answer = asdict(caption)
-    del answer["ids"]
-    return {"caption": answer.pop("text"), **answer}
+    # Not asdict(): it copies every number on its own.
+    return {
+        "caption": caption.text,
+        "tokens": caption.tokens,
+        "token_log_probs": caption.token_log_probs,
+        "log_prob": caption.log_prob,
+        "score": caption.score,
+    }

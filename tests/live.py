@@ -83,11 +83,10 @@ def metrics_of(server) -> dict[str, float]:
     return found
 
 
-def worker_process(server: serve.Server) -> psutil.Process:
-    """The one Python process behind the server."""
-    [worker] = [
+def worker_processes(server: serve.Server) -> list[psutil.Process]:
+    """The Python processes behind the server."""
+    return [
         process
         for process in psutil.Process(server.pid).children(recursive=True)
         if any("model_service_worker" in part for part in process.cmdline())
     ]
-    return worker

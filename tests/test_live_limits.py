@@ -37,7 +37,7 @@ def client(export, tmp_path_factory):
     """A server that answers one request at a time and lets two wait."""
     folder = tmp_path_factory.mktemp("limits")
     archive = build_archive(export, folder / "model_store/captioner.mar", "1.0")
-    change_settings(archive, batchSize=1, maxBatchDelay=0, jobQueueSize=QUEUE)
+    change_settings(archive, minWorkers=1, maxWorkers=1, batchSize=1, jobQueueSize=QUEUE)
     try:
         yield client_of(serve.start(configure(folder), home=folder), folder)
     finally:

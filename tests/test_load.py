@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import REPOSITORY
-from live import change_settings, client_of, configure, metrics_of, worker_process
+from live import change_settings, client_of, configure, metrics_of, worker_processes
 from load import Outcome, bad_cases, good_cases, run_load
 
 from export.archive import build_archive
@@ -28,8 +28,8 @@ class Served:
     def __init__(self, folder: Path, checkpoint: Path, export: Path, photos: list[bytes]) -> None:
         self.folder = folder
         archive = build_archive(export, folder / "model_store/captioner.mar", "1.0")
-        # The clients work on the same cores.
-        change_settings(archive, handler={"threads": 1, "decoding": {}})
+        # One worker, so that nothing answers while it is killed.
+        change_settings(archive, minWorkers=1, maxWorkers=1)
         self.good = good_cases(load_captioner(checkpoint), photos)
         self.bad = bad_cases(photos[0])
         self.server = serve.start(configure(folder), home=folder)
@@ -86,7 +86,7 @@ def check_metrics(served: Served, outcome: Outcome) -> None:
 
 def under_fire(served: Served, seconds: float) -> Outcome:
     """The load, with the worker killed in its middle."""
-    first, killed = worker_process(served.server), []
+    [first], killed = worker_processes(served.server), []
 
     def kill() -> None:
         first.kill()
@@ -107,7 +107,8 @@ def under_fire(served: Served, seconds: float) -> Outcome:
         assert start <= killed[0] <= end_of_request, (came, due)
         assert came.startswith("5"), (came, due)
     assert len(outcome.failed) <= BATCH
-    assert worker_process(served.server).pid != first.pid
+    [second] = worker_processes(served.server)
+    assert second.pid != first.pid
     assert outcome.good > 0
     assert outcome.bad.total() > 0
     check_metrics(served, outcome)
@@ -116,7 +117,7 @@ def under_fire(served: Served, seconds: float) -> Outcome:
 
 def memory_growth(served: Served, requests: int) -> float:
     """MiB that the worker grew by between a tenth and all of the requests."""
-    worker = worker_process(served.server)
+    [worker] = worker_processes(served.server)
 
     def load(count: int) -> None:
         outcome = run_load(served.client, served.good, served.bad, 8, lambda n: n < count)
