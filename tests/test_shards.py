@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import webdataset
 import yaml
 from conftest import TINY, run_program
 from PIL import Image
@@ -133,7 +134,6 @@ def test_the_program_writes_a_new_folder_or_nothing(
 
 
 def test_the_package_webdataset_reads_what_we_write(tiny_data: Path, shards: Path):
-    webdataset = pytest.importorskip("webdataset", reason="the package webdataset is missing")
     urls = [str(path) for path in sorted(shards.glob("tiny-train-*.tar"))]
     found = list(
         webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "json")
@@ -145,7 +145,6 @@ def test_the_package_webdataset_reads_what_we_write(tiny_data: Path, shards: Pat
 
 
 def test_we_read_what_the_package_webdataset_writes(tmp_path: Path, monkeypatch):
-    webdataset = pytest.importorskip("webdataset", reason="the package webdataset is missing")
     (tmp_path / "raw").mkdir()
     with webdataset.ShardWriter(str(tmp_path / "raw/x-%04d.tar"), maxcount=3, verbose=0) as writer:
         for number in range(7):
