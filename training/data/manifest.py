@@ -58,11 +58,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset as read: its rows in file order, and the folder that their photos lie in."""
+    """A dataset as read from `folder`: its rows in file order, and where their photos lie."""
 
     name: str
     rows: tuple[Row, ...]
     image_root: Path
+    folder: Path
 
     def split(self, name: str) -> list[Row]:
         """The rows of one split; UserError where it has none."""
@@ -197,7 +198,7 @@ def read_manifest(directory: Path) -> Manifest:
             "warning: %s holds %s, but %s counts %s",
             captions_file, count_splits(rows), dataset_file.name, dataset["counts"],
         )  # fmt: skip
-    return Manifest(name, tuple(rows), root)
+    return Manifest(name, tuple(rows), root, directory)
 
 
 def _parse_row(line: bytes, where: str) -> Row:
