@@ -401,9 +401,8 @@ def test_faults_are_one_line_and_status_2(teacher, drawn, monkeypatch, capsys):
         (["--checkpoint", "teacher", "--num-beams", "99"], "num_beams must be"),
         ([], "--checkpoint"),
     ):
-        monkeypatch.setattr(
-            "sys.argv", ["training.distil_captions", *arguments, "--data", str(drawn)]
-        )
+        command = ["training.distil_captions", *arguments, "--data", str(drawn)]
+        monkeypatch.setattr("sys.argv", command)
         with pytest.raises(SystemExit, match="2"):
             run_command(main)
         [line] = capsys.readouterr().err.splitlines()
