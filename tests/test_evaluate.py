@@ -61,9 +61,8 @@ def test_captions_are_the_checkpoints_and_scores_are_kept(evaluated, tiny_run, t
 
 
 def test_an_export_has_a_size_too(tiny_export):
-    folder = tiny_export / "build/export/tiny"
-    parts = [folder / name for name in ("encoder.pt", "decoder.pt")]
-    size = model_size(Captioner.load(folder), folder)
+    parts = [tiny_export / name for name in ("encoder.pt", "decoder.pt")]
+    size = model_size(Captioner.load(tiny_export), tiny_export)
     assert size == {"megabytes": sum(part.stat().st_size for part in parts) / 1e6}
 
 
