@@ -38,8 +38,8 @@ CHECKPOINT ?= build/checkpoints/$(RUN)
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data shards train export mar serve stop caption web evaluate report review review-score \
-	bench demo test test-slow lint clean
+.PHONY: help setup data shards distil train export mar serve stop caption web evaluate report \
+	review review-score bench demo test test-slow lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ shards: setup ## pack a dataset into webdataset shards: DATA=NAME SHARDS=DIR ARG
 train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3"
 	python -m training.train --config $(call quote,$(CONFIG)) --run $(call quote,$(RUN)) \
 		$(call option,--data,$(DATA)) $(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
+
+distil: setup ## teachers' captions into a dataset NAME-distilled: TEACHERS="DIR DIR" DATA=NAME
+	python -m training.distil_captions --checkpoint $(TEACHERS) $(call option,--data,$(DATA)) $(ARGS)
 
 export: setup ## checkpoint to TorchScript, verified: CHECKPOINT=DIR PRECISION=fp32|bf16|int8|auto
 	python -m export.export --checkpoint $(call quote,$(CHECKPOINT)) \

@@ -107,6 +107,11 @@ class CaptionTokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every entry."""
+        return self._tokenizer.get_vocab()
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end token. Where the text spells one of the special
         tokens, that token is left out: a caption cannot end itself."""

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 from conftest import run_program
+from safetensors.torch import load_file
 
+from handler.captioner import Captioner
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner
 from training.data.manifest import Row, read_manifest
 from training.evaluate import (
     main,
+    model_size,
     read_predictions,
     score_claims,
     score_rows,
@@ -45,12 +48,22 @@ def test_captions_are_the_checkpoints_and_scores_are_kept(evaluated, tiny_run, t
     assert {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"} <= set(metrics)
     assert (metrics["tokenizer"], metrics["photos"], metrics["split"]) == ("ptb", 4, "val")
     assert (metrics["data"], metrics["decoding"]["num_beams"]) == ("tiny", 2)
+    weights = load_file(tiny_run / "build/checkpoints/tiny/model.safetensors").values()
+    assert metrics["parameters"] == sum(tensor.numel() for tensor in weights)
+    # Four bytes each, and the file's header.
+    assert 0 < metrics["megabytes"] - 4e-6 * metrics["parameters"] < 0.01
     assert metrics["distinct_captions"] == len(set(captions))
     assert 0 <= metrics["n_best_agreement"] <= 1
     assert metrics["decoding"]["num_return_sequences"] == 1
     assert set(metrics["recall_by_training_count"]) <= {"0", "1-9", "10-99"}
     low, high = metrics["intervals"]["CIDEr"]
     assert low <= metrics["CIDEr"] <= high
+
+
+def test_an_export_has_a_size_too(tiny_export):
+    parts = [tiny_export / name for name in ("encoder.pt", "decoder.pt")]
+    size = model_size(Captioner.load(tiny_export), tiny_export)
+    assert size == {"megabytes": sum(part.stat().st_size for part in parts) / 1e6}
 
 
 def test_scores_can_be_taken_again_from_predictions(evaluated, tiny_data, tmp_path):

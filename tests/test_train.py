@@ -88,16 +88,26 @@ STAGES = [
 ]  # fmt: skip
 
 
+def distilled(tiny_run: Path, epochs: int) -> dict[str, Any]:
+    """One more kind, taught by the tiny captioner."""
+    teacher = str(tiny_run / "build/checkpoints/tiny")
+    return {
+        "name": "distilled", "epochs": epochs, "batch_photos": 8, "augment": True, "flip": True,
+        "distillation": {"teachers": [teacher], "temperature": 2.0},
+    }  # fmt: skip
+
+
 def config_of(path: Path, **fields: Any) -> TrainConfig:
     path.write_text(yaml.safe_dump({**TINY, **fields}))
     return load_config(str(path))
 
 
-def test_every_kind_of_stage_resumes_exactly(tiny_data, tmp_path, monkeypatch):
+def test_every_kind_of_stage_resumes_exactly(tiny_run, tiny_data, tmp_path, monkeypatch):
     """Killed again and again, after every fourth saved state, in the middle of epochs too; compared
     with a run that was left alone."""
     manifest = read_manifest(tiny_data)
-    config = config_of(tmp_path / "tiny.yaml", stages=STAGES)
+    every = [*STAGES, distilled(tiny_run, epochs=2)]
+    config = config_of(tmp_path / "tiny.yaml", stages=every)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training.train, "SAVE_EVERY_SECONDS", -1.0)
     train(config, manifest, Path("left-alone"), None, resume=False)
@@ -117,7 +127,7 @@ def test_every_kind_of_stage_resumes_exactly(tiny_data, tmp_path, monkeypatch):
             break
         except KeyboardInterrupt:
             kills += 1
-    assert kills == 3
+    assert kills == 4
     whole, killed = (
         torch.load(f"{name}/train_state.pt", weights_only=True) for name in ("left-alone", "killed")
     )
@@ -132,13 +142,15 @@ def test_every_kind_of_stage_resumes_exactly(tiny_data, tmp_path, monkeypatch):
         line.pop("photos_per_second", None)
         line.pop("seconds", None)
     assert logs[0] == logs[1]
-    assert {"reward" in line for line in logs[0] if line["stage"] == "rewarded"} == {True, False}
+    for stage, figure in (("rewarded", "reward"), ("distilled", "divergence")):
+        lines = [line for line in logs[0] if line["stage"] == stage]
+        assert {figure in line for line in lines} == {True, False}
     stages = [
         json.loads(Path(name, "config.json").read_text())["training"]["stages"]
         for name in ("left-alone", "killed")
     ]
     assert [{**s, "minutes": 0} for s in stages[0]] == [{**s, "minutes": 0} for s in stages[1]]
-    assert [s["name"] for s in stages[0]] == [s["name"] for s in STAGES]
+    assert [s["name"] for s in stages[0]] == [s["name"] for s in every]
     assert [s["CIDEr_before"] for s in stages[0]] == [
         None,
         *(s["CIDEr_after"] for s in stages[0][:-1]),
@@ -166,12 +178,12 @@ def test_a_finished_run_may_get_further_stages(tiny_run, tiny_data, tmp_path, mo
         train(config, read_manifest(tiny_data), Path("longer"), None, resume=True)
 
 
-def test_several_processes_make_the_steps_of_one(tiny_data, tmp_path):
+def test_several_processes_make_the_steps_of_one(tiny_run, tiny_data, tmp_path):
     """torchrun with two: the same weights but for the order in which floats are added. Biases of
     attention keys are left out: they change nothing (softmax does not see them), so their gradient
     is rounding alone, which Adam blows up to steps of full size."""
     still = {**TINY["decoder"], "dropout": 0.0}
-    stages = [{**stage, "epochs": 1} for stage in (STAGES[0], STAGES[1], STAGES[3])]
+    stages = [*(STAGES[n] for n in (0, 1, 3)), distilled(tiny_run, epochs=1)]
     (tmp_path / "tiny.yaml").write_text(
         yaml.safe_dump({**TINY, "decoder": still, "stages": stages, "precision": "fp32"})
     )

@@ -86,16 +86,21 @@ def load_model(directory: Path) -> tuple[CaptioningModel, dict[str, Any], Captio
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:500]
         raise UserError(f"{path}: does not fit config.json ({reason})") from error
-    try:
-        tokenizer = CaptionTokenizer.load(directory / "tokenizer.json", **config["tokenizer"])
-    except TypeError as error:
-        raise UserError(f"{directory / 'config.json'}: field 'tokenizer': {error}") from error
+    tokenizer = load_tokenizer(directory, config)
     if tokenizer.vocab_size > decoder.vocab_size:
         raise UserError(
             f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size} entries, but config.json's "
             f"model.decoder.vocab_size is {decoder.vocab_size}"
         )
     return model.eval(), config, tokenizer
+
+
+def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
+    """The tokenizer of the checkpoint that has this config. Raises UserError naming the file."""
+    try:
+        return CaptionTokenizer.load(directory / "tokenizer.json", **config["tokenizer"])
+    except TypeError as error:
+        raise UserError(f"{directory / 'config.json'}: field 'tokenizer': {error}") from error
 
 
 def load_captioner(

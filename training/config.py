@@ -50,12 +50,21 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class TokenizerChoice:
+    """A vocabulary fitted on the training captions, or the one of `checkpoint` (a folder), as a
+    student needs it whose captions are not those that its teacher was fitted on."""
+
     kind: str = "word"
     vocab_size: int = 10_000
     min_count: int = 2
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.kind in KINDS, f"tokenizer.kind must be one of {', '.join(KINDS)}")
+        for other in dataclasses.fields(self)[:3]:
+            _require(
+                self.checkpoint is None or getattr(self, other.name) == other.default,
+                f"tokenizer.{other.name} is the one of tokenizer.checkpoint; leave one of them out",
+            )
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,22 @@ class SelfCritical:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """Word-level distillation (see `training.distillation`) from the checkpoints in the folders
+    `teachers`: `weight` is the share of their term in the loss, the rest is cross-entropy;
+    `temperature` softens their distributions and the student's."""
+
+    teachers: tuple[str, ...]
+    weight: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(len(self.teachers) > 0, "distillation: teachers must name at least one checkpoint")
+        _require(0 < self.weight <= 1, "distillation: weight is a share above 0, to 1")
+        _require(self.temperature > 0, "distillation: temperature must be above 0")
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stretch of training with a schedule of its own (warm-up, then cosine to zero).
 
@@ -89,8 +114,9 @@ class Stage:
     photo itself). `encoder: trained` runs and trains the encoder too, at `encoder_lr`,
     which each layer further down multiplies by `encoder_layer_decay`.
 
-    The objective is cross-entropy with `label_smoothing` (0.1 unless given) or, where the stage has
-    `self_critical` (`{}` for its defaults), the expected CIDEr-D, without dropout.
+    The objective is cross-entropy with `label_smoothing` (0.1 unless given), mixed with what
+    teachers say where the stage has `distillation`, or, where the stage has `self_critical` (`{}`
+    for its defaults), the expected CIDEr-D, without dropout.
     `gradient_checkpointing` computes each block twice to keep less of it in memory.
     """
 
@@ -106,6 +132,7 @@ class Stage:
     warmup: float = 0.05
     weight_decay: float = 0.01
     label_smoothing: float | None = None
+    distillation: Distillation | None = None
     self_critical: SelfCritical | None = None
     clip: float = 1.0
     ema: float = 0.999
@@ -129,6 +156,16 @@ class Stage:
         _require(
             self.label_smoothing is None or self.self_critical is None,
             f"{where} label_smoothing is of cross-entropy, not of self_critical; leave it out",
+        )
+        _require(
+            self.distillation is None or self.self_critical is None,
+            f"{where} distillation and self_critical are two objectives; make them two stages",
+        )
+        _require(
+            self.label_smoothing is None
+            or self.distillation is None
+            or self.distillation.weight < 1,
+            f"{where} label_smoothing is of cross-entropy, which distillation.weight 1 leaves out",
         )
         _require(0 <= self.ema < 1, f"{where} ema is 0 (off) to below 1")
         _require(0 < self.encoder_layer_decay <= 1, f"{where} encoder_layer_decay is above 0, to 1")

@@ -17,7 +17,7 @@ from handler.captioner import Captioner
 from handler.errors import ArgumentParser, UserError, run_command, write_atomic
 from handler.request import OPTION_TYPES, parse_option
 from training.caption_habits import agreement, describe
-from training.checkpoint import load_captioner
+from training.checkpoint import WEIGHTS_FILE, load_captioner
 from training.data.manifest import Manifest, Row, read_manifest
 from training.data.scenes import check
 from training.dataset import read_photo
@@ -154,6 +154,16 @@ def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | N
         print(f"{out}: {', '.join(sorted(path.name for path in out.glob('*.json')))}")
 
 
+def model_size(captioner: Captioner, folder: Path) -> dict[str, float]:
+    """Megabytes (10^6 bytes) of the weights on disk and, of a checkpoint, how many there are; an
+    export's are constants of its code, which cannot be counted."""
+    files = (folder / name for name in (WEIGHTS_FILE, "encoder.pt", "decoder.pt"))
+    size = {"megabytes": sum(file.stat().st_size for file in files if file.exists()) / 1e6}
+    parts = (captioner.encoder, captioner.decoder)
+    count = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    return size | ({"parameters": count} if count else {})
+
+
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding options (the checkpoint's defaults otherwise)")
     for name in OPTION_TYPES:
@@ -222,6 +232,7 @@ def main() -> None:
     alike = [value for best in captions.values() if (value := agreement(best)) is not None]
     if alike:
         scores["n_best_agreement"] = sum(alike) / len(alike)
+    scores |= model_size(captioner, folder)
     scores |= {"model": folder.as_posix(), "data": manifest.name, "split": arguments.split}
     scores["decoding"] = dataclasses.asdict(captioner.options(**options))
     finish(predictions, scores, out)

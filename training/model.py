@@ -70,6 +70,10 @@ class EncoderConfig:
         """Patches along one side."""
         return self.image_size // self.patch_size
 
+    @property
+    def memory_tokens(self) -> int:
+        return self.prefix_tokens + self.grid**2
+
 
 @dataclass(frozen=True)
 class DecoderConfig:

@@ -101,7 +101,10 @@ class Run:
             "encoder": dataclasses.asdict(self.model.encoder_config),
             "decoder": dataclasses.asdict(self.model.decoder_config),
             "preprocessing": self.preprocessing.to_dict(),
-            "tokenizer": [getattr(self.tokenizer, f"{i}_id") for i in ("begin", "end", "pad")],
+            "tokenizer": [
+                *(getattr(self.tokenizer, f"{i}_id") for i in ("begin", "end", "pad")),
+                self.tokenizer.suppressed_ids,
+            ],
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
             **{name: getattr(self, name) for name in PROGRESS},
@@ -234,10 +237,13 @@ def restore_parts(
     return model, PreprocessConfig.from_dict(state["preprocessing"]), tokenizer
 
 
+def previous(folder: Path) -> Path:
+    """Where an earlier run of the same name is kept."""
+    return folder.with_name(f"{folder.name}.previous")
+
+
 def set_aside(folder: Path) -> None:
-    """An earlier run of the same name is kept as NAME.previous."""
-    if not folder.exists():
-        return
-    previous = folder.with_name(f"{folder.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    folder.rename(previous)
+    """Keeps an earlier run of the same name, the last one."""
+    if folder.exists():
+        shutil.rmtree(previous(folder), ignore_errors=True)
+        folder.rename(previous(folder))

@@ -1,16 +1,17 @@
 """`python -m training.train`: a manifest in, a checkpoint out.
 
-One or more stages (see `training.config.Stage`) of teacher-forced cross-entropy or of self-critical
-training, validated by generated captions; the best by CIDEr is kept, and each stage goes on from
-it. A run that was killed goes on with `--resume` and ends with the very same weights as one that
-was not. Several processes that torchrun started train as one (see `training.distributed`).
+One or more stages (see `training.config.Stage`) of teacher-forced cross-entropy, of distillation or
+of self-critical training, validated by generated captions; the best by CIDEr is kept, and each
+stage goes on from it. A run that was killed goes on with `--resume` and ends with the very same
+weights as one that was not. Several processes that torchrun started train as one (see
+`training.distributed`).
 """
 
 import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from handler.caption_tokenizer import CaptionTokenizer
+from handler.captioner import read_config
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.image_preprocess import PreprocessConfig
 from training.allocator import keep_freed_memory
-from training.config import Stage, TrainConfig, load_config
-from training.data.manifest import Manifest, read_manifest
+from training.checkpoint import load_tokenizer
+from training.config import Stage, TokenizerChoice, TrainConfig, load_config
+from training.data.manifest import Manifest, Row, read_manifest
 from training.dataset import (
     IGNORED,
     Augment,
@@ -39,6 +42,7 @@ from training.dataset import (
     seed_of,
     shard_numbers,
 )
+from training.distillation import DistillationLoss, check_teachers, load_teachers
 from training.distributed import leave, without_exchange
 from training.model import CaptioningModel, Decoder, DecoderConfig, Encoder, EncoderConfig
 from training.pretrained import load_encoder
@@ -52,6 +56,15 @@ SAVE_EVERY_SECONDS = 120.0
 # (decoder, memory (B, P, D), batch, epoch) -> the loss summed over tokens, how many tokens, figures
 # for the log.
 Loss = Callable[[Decoder, Tensor, Batch, int], tuple[Tensor, Tensor, dict[str, float]]]
+
+
+def make_tokenizer(choice: TokenizerChoice, rows: Sequence[Row]) -> CaptionTokenizer:
+    """The tokenizer of a new run, whose training photos are `rows`."""
+    if choice.checkpoint is not None:
+        folder = Path(choice.checkpoint)
+        return load_tokenizer(folder, read_config(folder))
+    captions = [caption for row in rows for caption in row.captions]
+    return CaptionTokenizer.train(captions, choice.kind, choice.vocab_size, choice.min_count)
 
 
 def make_model(
@@ -184,6 +197,10 @@ class Objective(nn.Module):
 
 
 def make_loss(run: Run, stage: Stage, seed: int) -> Loss:
+    if stage.distillation is not None:
+        frozen = stage.encoder == "frozen"
+        teachers = load_teachers(run, stage, run.model.encoder if frozen else None)
+        return DistillationLoss(stage.distillation, teachers, stage.smoothing, frozen)
     if stage.self_critical is None:
         return lambda decoder, memory_BPD, batch, epoch: cross_entropy(
             decoder, memory_BPD, batch, stage.smoothing
@@ -217,12 +234,9 @@ def train(
         state = read_state(folder, config)
         run.model, run.preprocessing, run.tokenizer = restore_parts(folder, state)
     else:
-        captions = [caption for row in run.train_rows for caption in row.captions]
-        choice = config.tokenizer
-        run.tokenizer = CaptionTokenizer.train(
-            captions, choice.kind, choice.vocab_size, choice.min_count
-        )
+        run.tokenizer = make_tokenizer(config.tokenizer, run.train_rows)
         run.model, run.preprocessing = make_model(config, run.tokenizer, weights)
+        check_teachers(run)
         if processes.first:
             set_aside(folder)
             folder.mkdir(parents=True)
@@ -374,7 +388,7 @@ def make_features(run: Run, stage: Stage, augment: Augment) -> FeatureCache:
         with run.autocast():
             return encoder.eval()(images_B3SS.to(run.device))
 
-    shape = (encoder.config.grid**2 + encoder.config.prefix_tokens, encoder.config.width)
+    shape = (encoder.config.memory_tokens, encoder.config.width)
     return FeatureCache(
         BUILD / "features",
         fingerprint.hexdigest(),

@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def main() -> None:
         urls: multiprocessing.Queue[str] = multiprocessing.Queue()
         server = multiprocessing.Process(target=serve, args=(packed.image_root, urls), daemon=True)
         server.start()
-        streamed = Manifest(plain.name, packed.rows, urls.get())
+        streamed = replace(packed, name=plain.name, image_root=urls.get())
         places = {"folder": plain, "shards": packed, "shards over HTTP": streamed}
         photos = min(arguments.photos, len(plain.split("train")))
         rows, figures = [], {}

@@ -79,12 +79,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset as read: its rows in file order, and the folder that their photos lie in, a URL (a
-    text) where that is on a server."""
+    """A dataset as read from `folder`: its rows in file order, and the folder that their photos lie
+    in, a URL (a text) where that is on a server."""
 
     name: str
     rows: tuple[Row, ...]
     image_root: Path | str
+    folder: Path
 
     def split(self, name: str) -> list[Row]:
         """The rows of one split; UserError where it has none."""
@@ -224,7 +225,7 @@ def read_manifest(directory: Path) -> Manifest:
             "warning: %s holds %s, but %s counts %s",
             captions_file, count_splits(rows), dataset_file.name, dataset["counts"],
         )  # fmt: skip
-    return Manifest(name, tuple(rows), root)
+    return Manifest(name, tuple(rows), root, directory)
 
 
 def is_url(place: str) -> bool:

@@ -1,0 +1,128 @@
+"""Word-level distillation: a student learns the words that its teachers would say next, and how
+probable each is, beside the one that the person wrote (Hinton et al. 2015, arXiv:1503.02531; for
+sequences Kim and Rush 2016, arXiv:1606.07947, section 3.1).
+
+    loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teachers || student)
+
+over every token of every caption. Several teachers speak as one, by the mean of their distributions
+(an ensemble distilled into one). Both sides of the divergence are softened by the temperature T;
+T^2 keeps its gradient as large as that of the cross-entropy, as Hinton et al. advise. Where they
+take the teachers' cross-entropy, the divergence stands here: the gradient is the same, and it is 0
+for a student that has nothing left to learn from them.
+
+Teachers run without dropout and without gradient, on the very tensors that the student sees. The
+sequence level is `training.distil_captions`, ordinary training on what teachers wrote.
+
+Dimension key: B photos, Q packed tokens of a photo, N the tokens of all captions of a batch, P
+memory tokens, D width, S image side, V vocabulary.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from handler.errors import UserError
+from training.checkpoint import WEIGHTS_FILE
+from training.config import Distillation, Stage
+from training.dataset import IGNORED, Batch
+from training.ensemble import Ensemble, Interface, encoder_difference, load_ensemble
+from training.model import Decoder, Encoder
+from training.run import Run, previous
+
+
+class DistillationLoss:
+    """The objective of a stage. With `frozen` a batch's photos are features of the one encoder that
+    student and teachers share, otherwise images (B, 3, S, S), which the teachers encode too.
+
+    No module, so that the teachers are no parameters of the model that is trained.
+    """
+
+    def __init__(
+        self, choice: Distillation, teachers: Ensemble, smoothing: float, frozen: bool
+    ) -> None:
+        self.choice, self.teachers = choice, teachers
+        self.smoothing, self.frozen = smoothing, frozen
+
+    def __call__(
+        self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The loss summed over the caption tokens of a batch, their number, and the mean of both
+        of its terms, in nats a token."""
+        weight, temperature = self.choice.weight, self.choice.temperature
+        said_BQ = batch.targets != IGNORED
+        with torch.no_grad():
+            memories = [memory_BPD] if self.frozen else self.teachers.encode(batch.photos)
+            teachers_BQV = self.teachers.log_probs(
+                batch.tokens, batch.positions, batch.mask, memories, temperature
+            )
+            teachers_NV = teachers_BQV[said_BQ]
+        logits_NV = decoder(batch.tokens, batch.positions, batch.mask, memory_BPD)[said_BQ]
+        truth = F.cross_entropy(
+            logits_NV, batch.targets[said_BQ], label_smoothing=self.smoothing, reduction="sum"
+        )
+        student_NV = (logits_NV / temperature).log_softmax(-1)
+        divergence = temperature**2 * F.kl_div(
+            student_NV, teachers_NV, reduction="sum", log_target=True
+        )
+        tokens = said_BQ.sum()
+        figures = {
+            "cross_entropy": (truth / tokens).item(),
+            "divergence": (divergence / tokens).item(),
+        }
+        return (1 - weight) * truth + weight * divergence, tokens, figures
+
+
+def check_teachers(run: Run) -> None:
+    """Refuses at the start of a run what one of its stages would refuse hours later."""
+    for number, stage in enumerate(run.config.stages):
+        if stage.distillation is not None:
+            as_it_is = all(s.encoder == "frozen" for s in run.config.stages[: number + 1])
+            load_teachers(run, stage, run.model.encoder if as_it_is else None)
+
+
+def load_teachers(run: Run, stage: Stage, encoder: Encoder | None) -> Ensemble:
+    """The teachers of a stage.
+
+    `encoder` is the student's where it is frozen, which all teachers must then have too, for there
+    are no images, only its features. Raises UserError naming the teacher's file and field that do
+    not fit the student, and for a teacher that the run itself would overwrite.
+    """
+    assert stage.distillation is not None
+    folders = [Path(folder) for folder in stage.distillation.teachers]
+    written = [folder.resolve() for folder in (run.folder, previous(run.folder))]
+    for folder in folders:
+        if folder.resolve() in written:
+            raise UserError(
+                f"{folder}: teacher of stage {stage.name!r}, but this run would overwrite it; give "
+                "the run another name"
+            )
+    student = Interface(
+        "the student", run.tokenizer, run.model.decoder_config.vocab_size, run.preprocessing
+    )
+    ensemble, _, _ = load_ensemble(folders, student)
+    longest = run.config.decoder.max_tokens
+    for folder, decoder, number in zip(
+        folders, ensemble.decoders, ensemble.encoder_of, strict=True
+    ):
+        if decoder.max_positions < longest:
+            raise UserError(
+                f"{folder / 'config.json'}: field 'model.decoder.max_positions' is "
+                f"{decoder.max_positions}, and the student's captions have up to {longest} tokens; "
+                "lower decoder.max_tokens"
+            )
+        if encoder is None:
+            continue
+        difference = encoder_difference(ensemble.encoders[number], encoder)
+        if difference is not None:
+            what = (
+                f"{folder / WEIGHTS_FILE}: the encoder's weights are"
+                if difference == "weights"
+                else f"{folder / 'config.json'}: field 'model.encoder.{difference}' is"
+            )
+            raise UserError(
+                f"{what} not the student's, whose features are all that there is with a frozen "
+                f"encoder; set encoder: trained in stage {stage.name!r}"
+            )
+    return ensemble.to(run.device)

@@ -1,0 +1,197 @@
+"""Several captioners as one: the mean of their word distributions (Hinton et al. 2015,
+arXiv:1503.02531, section 1; one captioner is the case of n = 1).
+
+They must have one vocabulary and one preprocessing; encoders and decoders may be of any shape. The
+search sees an ensemble as one decoder: keys and values of all members stand in one list, and the
+memory that the search hands from the encoder to `begin` is those of all encoders laid end to end.
+
+Dimension key: B photos, Q queries, S slots, P memory tokens, D width, V vocabulary, N the numbers
+of all memories of a photo.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handler.caption_tokenizer import CaptionTokenizer
+from handler.captioner import Captioner
+from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
+from training.checkpoint import load_model
+from training.model import CaptioningModel, Encoder
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What captioners must share so that one can learn from the others' distributions. `vocab_size`
+    is the decoder's, which may have more rows than its tokenizer has entries."""
+
+    owner: str
+    tokenizer: CaptionTokenizer
+    vocab_size: int
+    preprocessing: PreprocessConfig
+
+
+class Ensemble:
+    """The members' `encoders`, each once, and `decoders`; `encoder_of` says which memory a decoder
+    reads. `begin`, `new_cache`, `step`, `vocab_size` and `max_positions` are those that
+    `handler.beam_search.search` asks of a decoder."""
+
+    def __init__(self, models: Sequence[CaptioningModel]) -> None:
+        self.encoders: list[Encoder] = []
+        self.encoder_of: list[int] = []
+        for model in models:
+            differences = [encoder_difference(model.encoder, encoder) for encoder in self.encoders]
+            if None not in differences:
+                differences.append(None)
+                self.encoders.append(model.encoder)
+            self.encoder_of.append(differences.index(None))
+        self.decoders = [model.decoder for model in models]
+        self.vocab_size = self.decoders[0].vocab_size
+        self.max_positions = min(decoder.max_positions for decoder in self.decoders)
+
+    def to(self, device: torch.device) -> "Ensemble":
+        for part in (*self.encoders, *self.decoders):
+            part.to(device)
+        return self
+
+    def encode(self, images_B3SS: Tensor) -> list[Tensor]:
+        """The memory (B, P, D) of each of `encoders`."""
+        return [encoder(images_B3SS) for encoder in self.encoders]
+
+    def log_probs(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        memories: Sequence[Tensor],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Teacher forcing: the logarithm (B, Q, V) of the members' mean distribution, each of them
+        softened by `temperature`."""
+        return mean_log_probs(
+            [
+                decoder(tokens_BQ, positions_BQ, mask_BQQ, memories[number]) / temperature
+                for decoder, number in zip(self.decoders, self.encoder_of, strict=True)
+            ]
+        )
+
+    def encode_flat(self, images_B3SS: Tensor) -> Tensor:
+        """All memories in one tensor (B, 1, N), as the search wants it."""
+        return torch.cat([m.flatten(1) for m in self.encode(images_B3SS)], dim=1).unsqueeze(1)
+
+    def begin(self, memory_B1N: Tensor) -> list[Tensor]:
+        shapes = [(e.config.memory_tokens, e.config.width) for e in self.encoders]
+        parts = memory_B1N.squeeze(1).split([tokens * width for tokens, width in shapes], dim=1)
+        memories = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+        pairs = zip(self.decoders, self.encoder_of, strict=True)
+        return [keys for decoder, number in pairs for keys in decoder.begin(memories[number])]
+
+    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
+        return [keys for decoder in self.decoders for keys in decoder.new_cache(photos, slots)]
+
+    def step(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        cache: list[Tensor],
+        used: int,
+        cross: list[Tensor],
+    ) -> Tensor:
+        """The logarithm (B, Q, V) of the members' mean distribution, in the place of logits."""
+        logits = []
+        start = 0
+        for decoder in self.decoders:
+            own = slice(start, start + 2 * len(decoder.blocks))
+            logits.append(
+                decoder.step(tokens_BQ, positions_BQ, mask_BQS, cache[own], used, cross[own])
+            )
+            start = own.stop
+        return mean_log_probs(logits)
+
+
+def mean_log_probs(logits: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mean of the distributions that the logits (..., V) stand for."""
+    if len(logits) == 1:
+        return logits[0].log_softmax(-1)
+    logs = torch.stack([one.log_softmax(-1) for one in logits])
+    return logs.logsumexp(0) - math.log(len(logits))
+
+
+def encoder_difference(one: Encoder, other: Encoder) -> str | None:
+    """What keeps two encoders from giving the same memory: a field of their configs, or `weights`;
+    None where nothing does. Dropout counts for nothing in what is not trained."""
+    theirs = dataclasses.asdict(other.config)
+    for name, value in dataclasses.asdict(one.config).items():
+        if value != theirs[name] and name != "dropout":
+            return name
+    state = other.state_dict()
+    same = all(torch.equal(w.cpu(), state[name].cpu()) for name, w in one.state_dict().items())
+    return None if same else "weights"
+
+
+def load_ensemble(
+    folders: Sequence[Path], like: Interface | None = None
+) -> tuple[Ensemble, Interface, dict[str, Any]]:
+    """The checkpoints in `folders` as one, for inference; what they share, and the config of the
+    first.
+
+    They must share it with `like`, or else with the first of them. Raises UserError naming the
+    file and the field that is another.
+    """
+    models = []
+    configs = []
+    for folder in folders:
+        model, config, tokenizer = load_model(folder)
+        preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
+        vocab_size = model.decoder_config.vocab_size
+        own = Interface(str(folder), tokenizer, vocab_size, preprocessing)
+        like = like or own
+        refuse_difference(folder, own, like)
+        models.append(model.requires_grad_(False))
+        configs.append(config)
+    assert like is not None, "an ensemble has at least one member"
+    return Ensemble(models), like, configs[0]
+
+
+def refuse_difference(folder: Path, own: Interface, like: Interface) -> None:
+    """UserError, naming file and field, for a checkpoint that has another vocabulary or another
+    preprocessing than `like`."""
+    tokenizer, config = folder / "tokenizer.json", folder / "config.json"
+    if own.tokenizer.vocabulary != like.tokenizer.vocabulary:
+        raise UserError(
+            f"{tokenizer}: field 'model.vocab' is not that of {like.owner}, and words can only be "
+            "compared in one vocabulary; train one with tokenizer.checkpoint set to the other"
+        )
+    for name in ("begin_id", "end_id"):
+        mine, theirs = getattr(own.tokenizer, name), getattr(like.tokenizer, name)
+        if mine != theirs:
+            raise UserError(
+                f"{config}: field 'tokenizer.{name}' is {mine}, {like.owner} has {theirs}"
+            )
+    if own.vocab_size != like.vocab_size:
+        raise UserError(
+            f"{config}: field 'model.decoder.vocab_size' is {own.vocab_size}, {like.owner} has "
+            f"{like.vocab_size}; choose a checkpoint of the same vocabulary"
+        )
+    theirs = like.preprocessing.to_dict()
+    for name, value in own.preprocessing.to_dict().items():
+        if value != theirs[name]:
+            raise UserError(
+                f"{config}: field 'preprocessing.{name}' is {value}, {like.owner} has "
+                f"{theirs[name]}; both look at the same pixels, so the field must be the same"
+            )
+
+
+def ensemble_captioner(folders: Sequence[Path]) -> Captioner:
+    """The captioner of one checkpoint or of several as one, with the decoding defaults of the
+    first."""
+    ensemble, shared, config = load_ensemble(folders)
+    return Captioner(ensemble.encode_flat, ensemble, shared.tokenizer, config)
