@@ -79,9 +79,11 @@ class Captioner:
         tokenizer = CaptionTokenizer.load(directory / "tokenizer.json", **config["tokenizer"])
         if threads is not None:
             torch.set_num_threads(threads)
-        encoder, decoder = (
-            load_script(directory / name, device) for name in ("encoder.pt", "decoder.pt")
-        )
+        # Both are read before either is packed: until something large is freed, glibc gives each
+        # weight pages of its own, which go back to the system once its packed copy is made. Holes
+        # in the heap, which no packed copy fits, would add a tenth to the peak.
+        scripts = [read_script(directory / name, device) for name in ("encoder.pt", "decoder.pt")]
+        encoder, decoder = (prepare_script(script, device) for script in scripts)
         return cls(encoder, decoder, tokenizer, config, device)
 
     def options(self, **given: Any) -> DecodeOptions:
@@ -216,16 +218,20 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_script(path: Path, device: str) -> torch.jit.ScriptModule:
-    """A TorchScript file on `device`, ready for inference: its linear layers packed for this
-    processor (see `export.packed_linear`), then frozen."""
+def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
+    """A TorchScript file on `device`. Raises UserError where it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: missing; export the checkpoint again")
     try:
-        script = torch.jit.load(str(path), map_location=device).eval()
+        return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error
+
+
+def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.ScriptModule:
+    """Ready for inference: the linear layers packed for this processor (see
+    `export.packed_linear`), then frozen."""
     if device == "cpu" and torch.backends.mkldnn.is_available():
         for module in script.modules():
             if hasattr(module, "prepack"):

@@ -1,6 +1,7 @@
 """Packed layers against torch's own, and exports in every precision."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,17 +10,19 @@ from conftest import run_program
 from torch import nn
 
 from export.export import export_checkpoint
-from export.packed_linear import Int8Linear, PackedLinear
+from export.packed_linear import HalfLinear, Int8Linear, PackedLinear
 from export.precision import in_precision, ways
 from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import Captioner
 from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
 
-# Relative error of one layer: rounding to 8 bits of mantissa; weights to 8 bits; both to 8 bits.
+# Relative error of one layer: rounding to 8 bits of mantissa; weights to 11 of them; weights to 8
+# bits; both to 8 bits.
 LAYERS = {
     "fp32": (lambda linear: PackedLinear(linear), 1e-6),
     "bf16": (lambda linear: PackedLinear(linear, torch.bfloat16), 5e-3),
+    "fp16": (lambda linear: HalfLinear(linear), 4e-4),
     "int8, 16-bit activations": (lambda linear: Int8Linear(linear, fine=True), 7e-3),
     "int8, 8-bit activations": (lambda linear: Int8Linear(linear, fine=False), 2e-2),
 }
@@ -68,14 +71,11 @@ def test_zeros_and_large_numbers_survive_int8():
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("kind", ["packed", "int8"])
-def test_the_activation_is_fused(activation, kind):
+@pytest.mark.parametrize("make", [PackedLinear, HalfLinear, partial(Int8Linear, fine=True)])
+def test_the_activation_is_part_of_the_layer(activation, make):
     torch.manual_seed(0)
     linear = nn.Linear(32, 32).requires_grad_(False)
-    make = PackedLinear if kind == "packed" else Int8Linear
-    layer = make(linear, activation=activation) if kind == "packed" else make(
-        linear, True, activation
-    )  # fmt: skip
+    layer = make(linear, activation=activation)
     x = torch.randn(4, 32)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
     expected = F.gelu(linear(x), approximate=approximate)
@@ -86,7 +86,7 @@ def test_the_activation_is_fused(activation, kind):
 
 def test_every_linear_layer_is_replaced(tiny_run):
     model, _, _ = load_model(tiny_run / "build/checkpoints/tiny")
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in ("fp32", "bf16", "fp16", "int8"):
         changed = in_precision(model, precision, precision)
         assert not [m for m in changed.modules() if isinstance(m, nn.Linear)]
     assert [m for m in model.modules() if isinstance(m, nn.Linear)]  # the original stays
@@ -116,21 +116,31 @@ def test_an_export_records_what_it_lost(tiny_run, tiny_data, precision):
 def test_auto_ends_with_fp32_and_starts_with_what_the_processor_can(monkeypatch):
     assert {name for name, _, _ in ways("int8")} == {"int8"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert [name for name, _, _ in ways("auto")] == ["bf16", "bf16", "fp32"]
+    assert [name for name, _, _ in ways("auto")] == ["bf16", "bf16", "bf16", "fp32"]
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert ways("auto") == [("fp32", "fp32", "fp32")]
 
 
-def test_a_precision_that_loses_captions_goes_back_to_a_finer_encoder(
-    tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("precision, decoder", [("bf16", "fp16"), ("int8", "int8")])
+def test_a_precision_that_loses_captions_goes_back_to_finer_parts(
+    tiny_run, tiny_data, tmp_path, monkeypatch, capsys, precision, decoder
 ):
     """The floor is out of reach at first: the last way is taken, and told as what it is."""
-    monkeypatch.setitem(FLOORS, "int8", (1.1, 0.0))
+    monkeypatch.setitem(FLOORS, precision, (1.1, 0.0))
     checkpoint = tiny_run / "build/checkpoints/tiny"
-    config = export_checkpoint(checkpoint, tmp_path / "export", "int8", str(tiny_data))
-    assert config["parts"] == {"encoder": "fp32", "decoder": "int8"}
+    config = export_checkpoint(checkpoint, tmp_path / "export", precision, str(tiny_data))
+    assert config["parts"] == {"encoder": "fp32", "decoder": decoder}
     assert config["verified"]["kept"] is False
     assert capsys.readouterr().out.count("trying the next way") == 2
+
+
+def test_a_tied_head_is_kept_once_until_it_is_packed(tiny_export):
+    decoder = torch.jit.load(str(tiny_export / "decoder.pt"))
+    table = decoder.token_embedding.weight
+    assert decoder.head.weight.data_ptr() == table.data_ptr()
+    before = table.clone()
+    decoder.head.prepack()
+    assert torch.equal(decoder.token_embedding.weight, before)
 
 
 def test_a_damaged_export_is_not_believed(tiny_run, tiny_export):
