@@ -72,6 +72,30 @@ def test_cached_steps_are_the_parallel_pass(model, scripted):
         torch.testing.assert_close(logits, expected[:, :, t], atol=1e-5, rtol=1e-4)
 
 
+def test_padding_is_left_out_of_the_layers_and_changes_nothing(model):
+    """Captions of two lengths: hidden states of the real tokens, and all gradients, are those of
+    the pass over padding and all."""
+    memory = model.encoder(torch.randn(2, 3, 32, 32)).detach()
+    tokens, positions = torch.randint(50, (2, 8)), torch.arange(8).expand(2, -1)
+    real = torch.tensor([[True] * 8, [True] * 5 + [False] * 3])
+    mask = (real[:, :, None] == real[:, None]).tril()
+
+    def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        logits.logsumexp(-1).sin().sum().backward()
+        return [parameter.grad.clone() for parameter in model.decoder.parameters()]
+
+    whole = model.decoder(tokens, positions, mask, memory)[real]
+    run_through, count = [], lambda _, arguments, __: run_through.append(arguments[0].shape)
+    hook = model.decoder.blocks[0].mlp.register_forward_hook(count)
+    part = model.decoder.head(model.decoder.hidden(tokens, positions, mask, memory, real))
+    hook.remove()
+    assert run_through == [(13, 32)]
+    torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+    for one, other in zip(gradients(part), gradients(whole), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_attention_sums_to_one_and_changes_nothing(model):
     tokens = torch.randint(50, (1, 5))
     positions, mask = torch.arange(5)[None], torch.ones(1, 5, 5, dtype=torch.bool).tril()
