@@ -154,6 +154,29 @@ def attend(
     return merge_heads(weights_BHQS.to(v_BHSd.dtype) @ v_BHSd)
 
 
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014). On a CPU the mask is made of 16 random bits a number, which
+    is several times faster than torch's Bernoulli draws: `rate` is exact to 2 ** -17."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.dropped = round(rate * 2**16)  # of 2 ** 16 values
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._drop(x) if self.training and self.dropped else x
+
+    @torch.jit.unused
+    def _drop(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return F.dropout(x, self.rate)
+        # Four numbers of 16 bits in each of 64.
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = (bits >= self.dropped - 2**15).to(x.dtype)
+        return x * kept.mul_(2**16 / (2**16 - self.dropped))
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -238,7 +261,7 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(width, config.heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, config.mlp_width, config.activation)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
@@ -274,7 +297,7 @@ class Encoder(nn.Module):
         self.norm = (
             nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.apply(_initialise)
         nn.init.trunc_normal_(self.positions, std=0.02)
         with torch.no_grad():
@@ -336,7 +359,7 @@ class DecoderBlock(nn.Module):
         self.cross_attention = CrossAttention(width, config.heads, config.memory_width)
         self.norm3 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, config.mlp_width, config.activation)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -386,7 +409,7 @@ class Decoder(nn.Module):
         self.heads = config.heads
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.max_positions, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)

@@ -2,7 +2,7 @@
 
 The logits are the largest tensor of a decoder's step: some thousand tokens by the vocabulary.
 `torch.nn.functional.cross_entropy` goes over all of them about ten times, in float32, and keeps
-them twice; slices stay in the processor's cache, and only the logits themselves are kept.
+several copies; slices stay in the processor's cache, and only the logits themselves are kept.
 
 Dimension key: N tokens, n those of a slice, V vocabulary.
 """
@@ -30,32 +30,28 @@ def _slices(logits_NV: Tensor) -> Iterator[slice]:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """With smoothing s and target y: log(sum exp(x)) - (1 - s) x_y - s mean(x)."""
+    """With smoothing s, target y and log-probabilities l: - (1 - s) l_y - s mean(l)."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:
-        normaliser_N1 = logits_NV.new_empty((len(logits_NV), 1), dtype=torch.float32)
-        total = normaliser_N1.new_zeros(())
+        total = logits_NV.new_zeros((), dtype=torch.float32)
         for part in _slices(logits_NV):
-            x_nV = logits_NV[part].float()
-            normaliser_N1[part] = x_nV.logsumexp(1, keepdim=True)
-            target_n1 = x_nV.gather(1, targets_N[part, None])
-            total += (normaliser_N1[part] - (1 - smoothing) * target_n1).sum()
-            total -= smoothing / x_nV.size(1) * x_nV.sum()
-        ctx.save_for_backward(logits_NV, targets_N, normaliser_N1)
+            log_probs_nV = logits_NV[part].float().log_softmax(1)
+            total -= (1 - smoothing) * log_probs_nV.gather(1, targets_N[part, None]).sum()
+            if smoothing:
+                total -= smoothing / log_probs_nV.size(1) * log_probs_nV.sum()
+        ctx.save_for_backward(logits_NV, targets_N)
         ctx.smoothing = smoothing
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, targets_N, normaliser_N1 = ctx.saved_tensors
+        logits_NV, targets_N = ctx.saved_tensors
         gradient_NV = torch.empty_like(logits_NV)
         for part in _slices(logits_NV):
-            x_nV = (logits_NV[part].float() - normaliser_N1[part]).exp_()
-            x_nV -= ctx.smoothing / x_nV.size(1)
+            x_nV = logits_NV[part].float().softmax(1).sub_(ctx.smoothing / logits_NV.size(1))
             targets_n1 = targets_N[part, None]
-            share_n1 = x_nV.new_full(targets_n1.shape, ctx.smoothing - 1)
-            x_nV.scatter_add_(1, targets_n1, share_n1)
+            x_nV.scatter_add_(1, targets_n1, x_nV.new_full(targets_n1.shape, ctx.smoothing - 1))
             gradient_NV[part] = x_nV.mul_(scale)
         return gradient_NV, None, None
