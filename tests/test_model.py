@@ -9,6 +9,7 @@ from handler.errors import UserError
 from training.model import (
     CaptioningModel,
     DecoderConfig,
+    Dropout,
     Encoder,
     EncoderConfig,
     interpolate_positions,
@@ -70,6 +71,46 @@ def test_cached_steps_are_the_parallel_pass(model, scripted):
         at = torch.full((3, beams), t)
         logits = decoder.step(tokens[:, t], at, own.repeat(1, 1, t + 1), cache, t * beams, cross)
         torch.testing.assert_close(logits, expected[:, :, t], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_is_left_out_of_the_layers_and_changes_nothing(model):
+    """Captions of two lengths: hidden states of the real tokens, and all gradients, are those of
+    the pass over padding and all."""
+    memory = model.encoder(torch.randn(2, 3, 32, 32)).detach()
+    tokens, positions = torch.randint(50, (2, 8)), torch.arange(8).expand(2, -1)
+    real = torch.tensor([[True] * 8, [True] * 5 + [False] * 3])
+    mask = (real[:, :, None] == real[:, None]).tril()
+
+    def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        logits.logsumexp(-1).sin().sum().backward()
+        return [parameter.grad.clone() for parameter in model.decoder.parameters()]
+
+    whole = model.decoder(tokens, positions, mask, memory)[real]
+    run_through, count = [], lambda _, arguments, __: run_through.append(arguments[0].shape)
+    hook = model.decoder.blocks[0].mlp.register_forward_hook(count)
+    part = model.decoder.head(model.decoder.hidden(tokens, positions, mask, memory, real))
+    hook.remove()
+    assert run_through == [(13, 32)]
+    torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-4)
+    for one, other in zip(gradients(part), gradients(whole), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_drops_its_share_anywhere_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropout = Dropout(0.2)
+    x = torch.ones(1000, 1000, requires_grad=True)
+    dropped = dropout(x)
+    assert dropped.unique().tolist() == pytest.approx([0, 1.25], rel=1e-4)
+    for axis in (0, 1):  # no place is dropped more often than another
+        shares = (dropped == 0).float().mean(axis)
+        assert shares.min() > 0.13 and shares.max() < 0.27
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.2, abs=2e-3)
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped)
+    assert dropout(torch.ones(3)).shape == (3,)
+    assert dropout.eval()(x) is x and Dropout(0.0)(x) is x
 
 
 def test_attention_sums_to_one_and_changes_nothing(model):

@@ -58,7 +58,9 @@ class DistillationLoss:
                 batch.tokens, batch.positions, batch.mask, memories, temperature
             )
             teachers_NV = teachers_BQV[said_BQ]
-        logits_NV = decoder(batch.tokens, batch.positions, batch.mask, memory_BPD)[said_BQ]
+        logits_NV = decoder.head(
+            decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, said_BQ)
+        ).float()
         truth = F.cross_entropy(
             logits_NV, batch.targets[said_BQ], label_smoothing=self.smoothing, reduction="sum"
         )

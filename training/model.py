@@ -9,7 +9,7 @@ Dimension key, used as suffixes:
     P memory tokens    to (beams while decoding, all its captions while training)
     D width         S key slots of the self-attention
     H heads         d head width (D / H)
-    V vocabulary
+    V vocabulary    N tokens of all photos that are no padding
 """
 
 import math
@@ -118,6 +118,20 @@ def merge_heads(x_BHQd: Tensor) -> Tensor:
     return x_BHQd.transpose(1, 2).flatten(2)
 
 
+def spread(x: Tensor, place_N: Tensor | None, photos: int, queries: int) -> Tensor:
+    """(N, D) -> (B, Q, D): each token at its place among the B * Q, zeros between. Without places
+    `x` stays as it is."""
+    if place_N is None:
+        return x
+    slots = x.new_zeros([photos * queries, x.size(-1)])
+    return slots.index_copy_(0, place_N, x).unflatten(0, (photos, queries))
+
+
+def collect(x_BQD: Tensor, place_N: Tensor | None) -> Tensor:
+    """(B, Q, D) -> (N, D): what `spread` put at these places. Without places as it is."""
+    return x_BQD if place_N is None else x_BQD.flatten(0, 1).index_select(0, place_N)
+
+
 def attend(
     q_BHQd: Tensor,
     k_BHSd: Tensor,
@@ -143,6 +157,29 @@ def attend(
     if weights is not None:
         weights.append(weights_BHQS)
     return merge_heads(weights_BHQS.to(v_BHSd.dtype) @ v_BHSd)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014). On a CPU the mask is made of 16 random bits a number, which
+    is several times faster than torch's Bernoulli draws: `rate` is exact to 2 ** -17."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.dropped = round(rate * 2**16)  # of 2 ** 16 values
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._drop(x) if self.training and self.dropped else x
+
+    @torch.jit.unused
+    def _drop(self, x: Tensor) -> Tensor:
+        if not x.is_cpu:
+            return F.dropout(x, self.rate)
+        # Four numbers of 16 bits in each of 64.
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = (bits >= self.dropped - 2**15).to(x.dtype)
+        return x * kept.mul_(2**16 / (2**16 - self.dropped))
 
 
 class Mlp(nn.Module):
@@ -179,18 +216,22 @@ class SelfAttention(nn.Module):
         cache_k_BHSd: Tensor | None = None,
         cache_v_BHSd: Tensor | None = None,
         used: int = 0,
+        place_N: Tensor | None = None,
     ) -> Tensor:
-        q, k, v = self.qkv(x_BQD).chunk(3, dim=-1)
+        qkv = self.qkv(x_BQD)
+        if mask_B1QS is not None:
+            qkv = spread(qkv, place_N, mask_B1QS.size(0), mask_B1QS.size(2))
+        q, k, v = qkv.chunk(3, dim=-1)
         q = split_heads(q, self.heads)
         k = split_heads(k, self.heads)
         v = split_heads(v, self.heads)
         if cache_k_BHSd is not None and cache_v_BHSd is not None:
-            end = used + x_BQD.size(1)
+            end = used + k.size(2)
             cache_k_BHSd[:, :, used:end] = k
             cache_v_BHSd[:, :, used:end] = v
             k = cache_k_BHSd[:, :, :end]
             v = cache_v_BHSd[:, :, :end]
-        return self.out(attend(q, k, v, mask_B1QS))
+        return self.out(collect(attend(q, k, v, mask_B1QS), place_N))
 
 
 class CrossAttention(nn.Module):
@@ -209,9 +250,12 @@ class CrossAttention(nn.Module):
         k_BHPd: Tensor,
         v_BHPd: Tensor,
         weights: list[Tensor] | None = None,
+        place_N: Tensor | None = None,
+        queries: int = 0,
     ) -> Tensor:
-        q_BHQd = split_heads(self.q(x_BQD), self.heads)
-        return self.out(attend(q_BHQd, k_BHPd, v_BHPd, None, weights))
+        q_BQD = spread(self.q(x_BQD), place_N, k_BHPd.size(0), queries)
+        q_BHQd = split_heads(q_BQD, self.heads)
+        return self.out(collect(attend(q_BHQd, k_BHPd, v_BHPd, None, weights), place_N))
 
 
 class EncoderBlock(nn.Module):
@@ -222,7 +266,7 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(width, config.heads, config.qkv_bias)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, config.mlp_width, config.activation)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.scale1 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if config.layer_scale else None
 
@@ -258,7 +302,7 @@ class Encoder(nn.Module):
         self.norm = (
             nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # GPT-2's constant 0.02 is too small for a narrow encoder, which learns little for long.
         self.apply(_initialise)
         nn.init.trunc_normal_(self.positions, std=0.02)
@@ -321,7 +365,7 @@ class DecoderBlock(nn.Module):
         self.cross_attention = CrossAttention(width, config.heads, config.memory_width)
         self.norm3 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, config.mlp_width, config.activation)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -333,12 +377,18 @@ class DecoderBlock(nn.Module):
         cache_v_BHSd: Tensor | None,
         used: int,
         weights: list[Tensor] | None,
+        place_N: Tensor | None,
     ) -> Tensor:
         x_BQD = x_BQD + self.dropout(
-            self.self_attention(self.norm1(x_BQD), mask_B1QS, cache_k_BHSd, cache_v_BHSd, used)
+            self.self_attention(
+                self.norm1(x_BQD), mask_B1QS, cache_k_BHSd, cache_v_BHSd, used, place_N
+            )
         )
+        queries = mask_B1QS.size(2)
         x_BQD = x_BQD + self.dropout(
-            self.cross_attention(self.norm2(x_BQD), cross_k_BHPd, cross_v_BHPd, weights)
+            self.cross_attention(
+                self.norm2(x_BQD), cross_k_BHPd, cross_v_BHPd, weights, place_N, queries
+            )
         )
         return x_BQD + self.dropout(self.mlp(self.norm3(x_BQD)))
 
@@ -365,7 +415,7 @@ class Decoder(nn.Module):
         self.heads = config.heads
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.max_positions, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -421,7 +471,8 @@ class Decoder(nn.Module):
         tokens and positions (B, Q) int64; mask (B, Q, S) bool with S = used + Q, true where the
         query sees the slot. Returns the logits of the next tokens, (B, Q, V) float32.
         """
-        return self._run(tokens_BQ, positions_BQ, mask_BQS, cache, used, cross, None)
+        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, cache, used, cross, None, None)
+        return self.head(x_BQD).float()
 
     @torch.jit.export
     def attention(
@@ -430,7 +481,7 @@ class Decoder(nn.Module):
         """Cross-attention weights of every layer and head from one parallel pass over finished
         captions: (layers, B, H, Q, P), summing to 1 over P."""
         weights: list[Tensor] = []
-        self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, self.begin(memory_BPD), weights)
+        self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, self.begin(memory_BPD), weights, None)
         return torch.stack(weights).float()
 
     def forward(
@@ -438,7 +489,23 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Teacher forcing: logits (B, Q, V) float32 of the token after each of the Q tokens."""
         cross = self.begin(memory_BPD)
-        return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None)
+        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None, None)
+        return self.head(x_BQD).float()
+
+    def hidden(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        memory_BPD: Tensor,
+        real_BQ: Tensor,
+    ) -> Tensor:
+        """Teacher forcing up to the head, (N, D), of the N tokens that `real_BQ` marks: padding
+        (a quarter of a batch of Flickr8k) has its slots in attention, but no layer's product is
+        spent on it. `head` makes logits of it."""
+        place_N = real_BQ.flatten().nonzero().squeeze(1)
+        cross = self.begin(memory_BPD)
+        return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None, place_N)
 
     def _run(
         self,
@@ -449,7 +516,10 @@ class Decoder(nn.Module):
         used: int,
         cross: list[Tensor],
         weights: list[Tensor] | None,
+        place_N: Tensor | None,
     ) -> Tensor:
+        if place_N is not None:
+            tokens_BQ, positions_BQ = tokens_BQ.flatten()[place_N], positions_BQ.flatten()[place_N]
         x_BQD = self.token_embedding(tokens_BQ) + self.position_embedding(positions_BQ)
         x_BQD = self.dropout(x_BQD)
         # One additive mask for all layers: a boolean one would be converted in each.
@@ -462,9 +532,10 @@ class Decoder(nn.Module):
                 cache_k = cache[2 * i]
                 cache_v = cache[2 * i + 1]
             x_BQD = block(
-                x_BQD, mask_B1QS, cross[2 * i], cross[2 * i + 1], cache_k, cache_v, used, weights
-            )
-        return self.head(self.norm(x_BQD)).float()
+                x_BQD, mask_B1QS, cross[2 * i], cross[2 * i + 1], cache_k, cache_v, used, weights,
+                place_N,
+            )  # fmt: skip
+        return self.norm(x_BQD)
 
 
 class CaptioningModel(nn.Module):

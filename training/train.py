@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -48,6 +47,7 @@ from training.model import CaptioningModel, Decoder, DecoderConfig, Encoder, Enc
 from training.pretrained import load_encoder
 from training.run import LOG_FILE, Run, read_state, restore_parts, set_aside
 from training.self_critical import SelfCriticalLoss
+from training.token_loss import summed_cross_entropy
 
 BUILD = Path("build")
 # A killed run loses at most this much (an epoch's end always saves).
@@ -173,15 +173,10 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Cross-entropy summed over the caption tokens of a batch, and their number; padding is left
     out."""
-    logits_BQV = decoder(batch.tokens, batch.positions, batch.mask, memory_BPD)
-    total = F.cross_entropy(
-        logits_BQV.flatten(0, 1),
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        label_smoothing=smoothing,
-        reduction="sum",
-    )
-    return total, (batch.targets != IGNORED).sum(), {}
+    real_BQ = batch.targets != IGNORED
+    hidden_ND = decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, real_BQ)
+    total = summed_cross_entropy(decoder.head(hidden_ND), batch.targets[real_BQ], smoothing)
+    return total, real_BQ.sum(), {}
 
 
 class Objective(nn.Module):

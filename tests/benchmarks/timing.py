@@ -41,10 +41,15 @@ def peak_megabytes(module: str, *arguments: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def print_peak() -> None:
-    """From Linux's own count: `getrusage` would include what the parent had before the exec."""
+def own_peak() -> float:
+    """This process's peak resident memory in megabytes, from Linux's own count: `getrusage` would
+    include what the parent had before the exec."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def print_peak() -> None:
+    print(own_peak())
 
 
 def machine() -> str:

@@ -1,0 +1,57 @@
+"""Cross-entropy with label smoothing, summed over tokens, a slice of the logits at a time.
+
+The logits are the largest tensor of a decoder's step: some thousand tokens by the vocabulary.
+`torch.nn.functional.cross_entropy` goes over all of them about ten times, in float32, and keeps
+several copies; slices stay in the processor's cache, and only the logits themselves are kept.
+
+Dimension key: N tokens, n those of a slice, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Numbers in a slice: half a megabyte of float32.
+SLICE = 2**17
+
+
+def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:
+    """As `F.cross_entropy(..., label_smoothing=smoothing, reduction="sum")` of float32 logits, to
+    the rounding; the gradient comes in the type of the logits."""
+    return _SummedCrossEntropy.apply(logits_NV, targets_N, smoothing)
+
+
+def _slices(logits_NV: Tensor) -> Iterator[slice]:
+    tokens, size = len(logits_NV), max(1, SLICE // logits_NV.size(1))
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """With smoothing s, target y and log-probabilities l: - (1 - s) l_y - s mean(l)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:
+        total = logits_NV.new_zeros((), dtype=torch.float32)
+        for part in _slices(logits_NV):
+            log_probs_nV = logits_NV[part].float().log_softmax(1)
+            total -= (1 - smoothing) * log_probs_nV.gather(1, targets_N[part, None]).sum()
+            if smoothing:
+                total -= smoothing / log_probs_nV.size(1) * log_probs_nV.sum()
+        ctx.save_for_backward(logits_NV, targets_N)
+        ctx.smoothing = smoothing
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        logits_NV, targets_N = ctx.saved_tensors
+        gradient_NV = torch.empty_like(logits_NV)
+        for part in _slices(logits_NV):
+            x_nV = logits_NV[part].float().softmax(1).sub_(ctx.smoothing / logits_NV.size(1))
+            targets_n1 = targets_N[part, None]
+            x_nV.scatter_add_(1, targets_n1, x_nV.new_full(targets_n1.shape, ctx.smoothing - 1))
+            gradient_NV[part] = x_nV.mul_(scale)
+        return gradient_NV, None, None
