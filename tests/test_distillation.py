@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,7 +128,10 @@ def test_a_hot_teacher_teaches_its_logits():
     loss = DistillationLoss(
         Distillation(("x",), weight=1.0, temperature=100.0), Ensemble([teacher]), 0.0, frozen=False
     )
-    total, _, _ = loss(lambda *_: logits_BQV, torch.zeros(3, 1, 1), batch, 0)
+    student = SimpleNamespace(
+        hidden=lambda *inputs: logits_BQV[inputs[-1]], head=lambda logits_NV: logits_NV
+    )
+    total, _, _ = loss(student, torch.zeros(3, 1, 1), batch, 0)
     [gradient_BQV] = torch.autograd.grad(total, logits_BQV)
     taught_BQV = teacher(IMAGES, batch.tokens, batch.positions, batch.mask)
     apart_BQV = (logits_BQV - logits_BQV.mean(-1, True)) - (taught_BQV - taught_BQV.mean(-1, True))
