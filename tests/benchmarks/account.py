@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from handler.captioner import Captioner
 from tests.benchmarks.timing import machine, report, table
 from training.data.manifest import read_manifest
+from training.dataset import read_bytes
 from training.train import data_folder
 
 # Parts of the names of kernels that multiply matrices.
@@ -94,7 +95,7 @@ def main() -> None:
     captioner = Captioner.load(arguments.export)
     manifest = read_manifest(data_folder(captioner.config["training"]["config"]["data"]))
     rows = manifest.split("val")[: arguments.photos]
-    photos = [manifest.path(row).read_bytes() for row in rows]
+    photos = [read_bytes(manifest, row) for row in rows]
     count = len(photos)
     images = [captioner.preprocess(photo).unsqueeze(0) for photo in photos]
     memories = [captioner.encode(image) for image in images]  # and warms up

@@ -53,7 +53,7 @@ def main() -> None:
     manifest = dataset_of(captioners[student.as_posix()], student, arguments.data)
     rows = manifest.split("val")[: arguments.photos]
     references = {row.id: row.captions for row in rows}
-    photos = [manifest.path(row).read_bytes() for row in rows[:TIMED_PHOTOS]]
+    photos = [read_bytes(manifest, row) for row in rows[:TIMED_PHOTOS]]
     images = {
         name: torch.stack([captioner.preprocess(photo) for photo in photos])
         for name, captioner in captioners.items()
