@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 24, 14, 40
 # More room below, where long labels are written aslant.
 ASLANT = 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -32,7 +32,8 @@ def line_chart(
     for name, x in (marks or {}).items():
         px = axes.x(x)
         parts.append(f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{px + 4:.1f}" y="{TOP + 10}">{escape(name)}</text>')
+        beside = f'x="{px + 4:.1f}"' if px < WIDTH / 2 else f'x="{px - 4:.1f}" text-anchor="end"'
+        parts.append(f'<text {beside} y="{TOP + 10}">{escape(name)}</text>')
     for number, points in enumerate(drawn.values()):
         path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" {_stroke(number)}/>')
