@@ -53,7 +53,7 @@ def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShardServe
 
 def behind(server: ShardServer, shards: Path) -> Manifest:
     """The dataset, its shards on the server."""
-    return Manifest("tiny", read_manifest(shards).rows, server.url)
+    return Manifest("tiny", read_manifest(shards).rows, server.url, shards)
 
 
 def prepared(monkeypatch: pytest.MonkeyPatch, source: object, out: Path, *more: str) -> int:
@@ -281,7 +281,7 @@ def test_a_server_in_trouble_is_asked_again(server: ShardServer, shards: Path):
 
 def test_no_server_is_one_error(shards: Path, monkeypatch):
     monkeypatch.setattr(ranged, "PAUSE_S", 0.0)
-    manifest = Manifest("tiny", read_manifest(shards).rows, "http://127.0.0.1:1/x")
+    manifest = Manifest("tiny", read_manifest(shards).rows, "http://127.0.0.1:1/x", shards)
     with pytest.raises(UserError, match=r"x/tiny-train-000000\.tar: ConnectionError, 8 times"):
         read_bytes(manifest, manifest.rows[0])
 
