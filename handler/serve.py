@@ -154,7 +154,10 @@ def wait_until_ready(server: Server, models: list[str], home: Path) -> None:
         time.sleep(0.3)
         failure = failed(server, read_log(home))
         if failure:
-            time.sleep(0.5)  # the log is still being written
+            for _ in range(6):  # the log is still being written
+                time.sleep(0.5)
+                if exceptions(read_log(home)):
+                    break
             raise UserError(f"{failure}: {reason(read_log(home))} ({LOG}, {CONSOLE})")
         if all(is_ready(server, model, home) for model in models):
             return
@@ -205,16 +208,24 @@ def read_log(home: Path) -> str:
 
 
 def reason(log: str) -> str:
-    """The line of a log that says why: the exception that ended the first try of the worker, or
-    the cause of a Java exception."""
-    first_try = log.split("Retry worker", 1)[0]
-    lines = [line.split(" - ", 1)[-1].strip() for line in first_try.splitlines()]
-    # The last of Python's chained exceptions is the one that was meant for people.
-    python = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception)(:|$)", line)]
-    java = [line for line in lines if line.startswith("Caused by:")]
+    """The line of a log that says why: an exception, or the first line that speaks of an error."""
+    lines = [line.split(" - ", 1)[-1].strip() for line in log.splitlines()]
     other = [line for line in lines if "rror" in line or "not found" in line]
-    said = (python[-1:] or java[:1] or other[:1] or ["the log does not say why"])[0]
-    return said.removeprefix("Caused by: ")[:300]
+    said = (exceptions(log)[:1] or other[:1] or ["the log does not say why"])[0]
+    return said[:300]
+
+
+def exceptions(log: str) -> list[str]:
+    """The exception that ended a worker's first try, or its last one where the lines of several
+    workers are mixed; then the causes of Java's exceptions."""
+    found: list[str] = []
+    for text in (log.split("Retry worker", 1)[0], log):
+        lines = [line.split(" - ", 1)[-1].strip() for line in text.splitlines()]
+        # The last of Python's chained exceptions is the one that was meant for people.
+        python = r"[A-Za-z_][\w.]*(Error|Exception)(:|$)"
+        found += [line for line in lines if re.match(python, line)][-1:]
+    java = [line for line in lines if line.startswith("Caused by:")]
+    return found + [line.removeprefix("Caused by: ") for line in java]
 
 
 def read_properties(path: Path) -> dict[str, str]:
