@@ -116,7 +116,7 @@ class Stage:
 
     The objective is cross-entropy with `label_smoothing` (0.1 unless given), mixed with what
     teachers say where the stage has `distillation`, or, where the stage has `self_critical` (`{}`
-    for its defaults), the expected CIDEr-D, without dropout.
+    for its defaults), the expected CIDEr-D.
     `gradient_checkpointing` computes each block twice to keep less of it in memory.
     """
 

@@ -301,7 +301,7 @@ def run_stage(run: Run, captions: Captions, board: Any, state: dict[str, Any] | 
         else:
             dataset = PhotoDataset(run.manifest, run.train_rows, augment, seed, run.epoch)
             batches = photo_batches(dataset, captions, order, config.workers)
-        # Self-critical training is without dropout, so that samples and gradient agree.
+        # Self-critical training draws its samples without dropout.
         run.model.train(stage.self_critical is None)
         started, saved = time.perf_counter(), time.perf_counter()
         for number, batch in enumerate(batches, start=skip):
