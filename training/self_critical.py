@@ -137,14 +137,15 @@ class SelfCriticalLoss:
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """The loss summed over all tokens of all samples, their number, and the mean reward (the
         CIDEr-D of a sample, end token counted)."""
+        decoder.eval()
         # Autocast keeps its copies of the weights: one made here would carry no gradient there.
         with torch.autocast(memory_BPD.device.type, enabled=False):
             samples, rewards, advantages = self.roll_out(
                 decoder, memory_BPD.detach().float(), batch, epoch
             )
+        # Left so: gradient checkpointing computes the pass again, later, and must find it as it was.
         decoder.train()
         nll_BQ, lengths = self.neg_log_probs(decoder, memory_BPD, samples)
-        decoder.eval()
         weights_BQ = torch.zeros(nll_BQ.shape)
         for weights_Q, own, sizes in zip(weights_BQ, advantages, lengths, strict=True):
             each = torch.tensor(own).repeat_interleave(torch.tensor(sizes))
