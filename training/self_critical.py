@@ -143,7 +143,7 @@ class SelfCriticalLoss:
             samples, rewards, advantages = self.roll_out(
                 decoder, memory_BPD.detach().float(), batch, epoch
             )
-        # Left so: gradient checkpointing computes the pass again, later, and must find it as it was.
+        # Left so: gradient checkpointing computes the pass again, and must find it as it was.
         decoder.train()
         nll_BQ, lengths = self.neg_log_probs(decoder, memory_BPD, samples)
         weights_BQ = torch.zeros(nll_BQ.shape)
