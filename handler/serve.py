@@ -209,8 +209,7 @@ def read_log(home: Path) -> str:
 
 def reason(log: str) -> str:
     """The line of a log that says why: an exception, or the first line that speaks of an error."""
-    lines = [line.split(" - ", 1)[-1].strip() for line in log.splitlines()]
-    other = [line for line in lines if "rror" in line or "not found" in line]
+    other = [line for line in messages(log) if "rror" in line or "not found" in line]
     said = (exceptions(log)[:1] or other[:1] or ["the log does not say why"])[0]
     return said[:300]
 
@@ -220,12 +219,16 @@ def exceptions(log: str) -> list[str]:
     workers are mixed; then the causes of Java's exceptions."""
     found: list[str] = []
     for text in (log.split("Retry worker", 1)[0], log):
-        lines = [line.split(" - ", 1)[-1].strip() for line in text.splitlines()]
         # The last of Python's chained exceptions is the one that was meant for people.
         python = r"[A-Za-z_][\w.]*(Error|Exception)(:|$)"
-        found += [line for line in lines if re.match(python, line)][-1:]
-    java = [line for line in lines if line.startswith("Caused by:")]
+        found += [line for line in messages(text) if re.match(python, line)][-1:]
+    java = [line for line in messages(log) if line.startswith("Caused by:")]
     return found + [line.removeprefix("Caused by: ") for line in java]
+
+
+def messages(log: str) -> list[str]:
+    """What the lines of a log say, without time, level and thread."""
+    return [line.split(" - ", 1)[-1].strip() for line in log.splitlines()]
 
 
 def read_properties(path: Path) -> dict[str, str]:

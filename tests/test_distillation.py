@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, run_program
-from test_train import config_of
+from tiny_training import config_of
 
 from handler.beam_search import DecodeOptions, search
 from handler.caption_tokenizer import CaptionTokenizer

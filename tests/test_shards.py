@@ -8,28 +8,25 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import webdataset
-import yaml
 from conftest import TINY, run_program
 from PIL import Image
 from shard_server import ShardServer, serving
+from tiny_training import config_of, train_killed
 
 import training.dataset
 import training.shards
 import training.train
 from handler.errors import UserError, run_command
 from training import prepare
-from training.config import load_config
 from training.data import ranged
 from training.data.manifest import Manifest, Row, read_manifest, write_manifest
 from training.data.shards import find_shards
 from training.dataset import epoch_order, read_bytes, read_photo, shard_numbers, stamp
 from training.distributed import Processes
-from training.run import Run
 from training.shards import write_shards
 from training.train import train
 
@@ -340,17 +337,12 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     return torch.load(f"{name}/train_state.pt", weights_only=True)["model"]
 
 
-def config_of(folder: Path, **fields: Any):
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, **fields}))
-    return load_config(str(folder / "tiny.yaml"))
-
-
 def test_shards_train_to_the_weights_of_the_folder(
     tiny_data: Path, shards: Path, server: ShardServer, tmp_path: Path, monkeypatch
 ):
     """From a disk, and from a server in trouble, through a worker's process."""
     stages = [{**stage, "epochs": 1} for stage in TINY["stages"]]
-    config = config_of(tmp_path, stages=stages, workers=1)
+    config = config_of(tmp_path / "tiny.yaml", stages=stages, workers=1)
     monkeypatch.chdir(tmp_path)
     train(config, read_manifest(tiny_data), Path("plain"), None, resume=False)
     train(config, read_manifest(shards), Path("packed"), None, resume=False)
@@ -367,26 +359,13 @@ def test_a_killed_run_on_streamed_shards_resumes_exactly(
 ):
     """Killed after every third saved state, in the middle of epochs too, in windows of shards."""
     monkeypatch.setattr(training.dataset, "SHARDS_AT_ONCE", 2)
-    monkeypatch.setattr(training.train, "SAVE_EVERY_SECONDS", -1.0)
     monkeypatch.chdir(tmp_path)
-    config, manifest = config_of(tmp_path, stages=TINY["stages"][:1]), behind(server, shards)
+    config, manifest = (
+        config_of(tmp_path / "tiny.yaml", stages=TINY["stages"][:1]),
+        behind(server, shards),
+    )
     train(config, manifest, Path("left-alone"), None, resume=False)
-    saves, save = itertools.count(1), Run.save_state
-
-    def save_and_die(*arguments: Any) -> None:
-        save(*arguments)
-        if next(saves) % 3 == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save_state", save_and_die)
-    kills = 0
-    for resume in itertools.chain([False], itertools.repeat(True)):
-        try:
-            train(config, manifest, Path("killed"), None, resume)
-            break
-        except KeyboardInterrupt:
-            kills += 1
-    assert kills == 3
+    assert train_killed(config, manifest, Path("killed"), 3, monkeypatch) == 3
     expected = weights("left-alone")
     assert all(torch.equal(expected[key], tensor) for key, tensor in weights("killed").items())
 
@@ -397,7 +376,7 @@ def test_two_processes_share_what_a_server_sends(server: ShardServer, shards: Pa
     of one process."""
     stages = [{**TINY["stages"][0], "epochs": 1}]
     still = {**TINY["decoder"], "dropout": 0.0}
-    config_of(tmp_path, stages=stages, decoder=still, precision="fp32", workers=1)
+    config_of(tmp_path / "tiny.yaml", stages=stages, decoder=still, precision="fp32", workers=1)
     manifest = behind(server, shards)
     write_manifest(tmp_path / "data", "tiny", manifest.rows, manifest.image_root, [])
     command = ["training.train", "--config", "tiny.yaml", "--data", "data", "--run"]
@@ -420,7 +399,7 @@ def test_a_missing_shard_ends_training_in_one_line(shards: Path, tmp_path: Path,
     Path("copy/tiny-train-000002.tar").unlink()
     manifest = read_manifest(Path("copy"))
     for stage, workers in itertools.product(TINY["stages"], (0, 2)):
-        config = config_of(tmp_path, stages=[stage], workers=workers)
+        config = config_of(tmp_path / "tiny.yaml", stages=[stage], workers=workers)
         with pytest.raises(UserError) as caught:
             train(config, manifest, Path("run"), None, resume=False)
         assert str(caught.value).startswith("copy/tiny-train-000002.tar: No such file")

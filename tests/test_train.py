@@ -1,6 +1,5 @@
 """The training loop from outside: what it writes, how it resumes, what it refuses."""
 
-import itertools
 import json
 import os
 import shutil
@@ -16,17 +15,16 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY, run_program
 from safetensors.torch import load_file
+from tiny_training import config_of, train_killed
 
-import training.train
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
-from training.config import Stage, TrainConfig, load_config
+from training.config import Stage, load_config
 from training.data.manifest import read_manifest
 from training.dataset import epoch_order, mirrored, pack_captions
 from training.distributed import Processes
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
-from training.run import Run
 from training.train import learning_rate, set_checkpointing, train
 
 
@@ -97,11 +95,6 @@ def distilled(tiny_run: Path, epochs: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def config_of(path: Path, **fields: Any) -> TrainConfig:
-    path.write_text(yaml.safe_dump({**TINY, **fields}))
-    return load_config(str(path))
-
-
 def test_every_kind_of_stage_resumes_exactly(tiny_run, tiny_data, tmp_path, monkeypatch):
     """Killed again and again, after every fourth saved state, in the middle of epochs too; compared
     with a run that was left alone."""
@@ -109,25 +102,9 @@ def test_every_kind_of_stage_resumes_exactly(tiny_run, tiny_data, tmp_path, monk
     every = [*STAGES, distilled(tiny_run, epochs=2)]
     config = config_of(tmp_path / "tiny.yaml", stages=every)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training.train, "SAVE_EVERY_SECONDS", -1.0)
     train(config, manifest, Path("left-alone"), None, resume=False)
 
-    saves, save = itertools.count(1), Run.save_state
-
-    def save_and_die(*arguments: Any) -> None:
-        save(*arguments)
-        if next(saves) % 4 == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "save_state", save_and_die)
-    kills = 0
-    for resume in itertools.chain([False], itertools.repeat(True)):
-        try:
-            train(config, manifest, Path("killed"), None, resume)
-            break
-        except KeyboardInterrupt:
-            kills += 1
-    assert kills == 4
+    assert train_killed(config, manifest, Path("killed"), 4, monkeypatch) == 4
     whole, killed = (
         torch.load(f"{name}/train_state.pt", weights_only=True) for name in ("left-alone", "killed")
     )
