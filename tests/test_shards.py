@@ -19,7 +19,6 @@ from tiny_training import config_of, train_killed
 
 import training.dataset
 import training.shards
-import training.train
 from handler.errors import UserError, run_command
 from training import prepare
 from training.data import ranged
