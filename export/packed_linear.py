@@ -23,7 +23,8 @@ GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 
 class PackedLinear(nn.Module):
     """y = activation(x W' + b) in float32, or with x, W and y rounded to bfloat16 around sums in
-    float32. Takes and gives float32: attention rounds its logits too far in bfloat16.
+    float32. Gives float32, since attention rounds its logits too far in bfloat16; but for what an
+    activation gives, which the next product alone reads, and would round again.
 
     `activation` is "" or one of `GELUS`, computed in the same pass.
     """
@@ -56,11 +57,14 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(
+            y = torch.ops.mkldnn._linear_pointwise(
                 x, self.weight, self.bias, self.activation, [], self.algorithm
-            ).float()
-        y = F.linear(x, self.weight, self.bias).float()
-        return F.gelu(y, approximate=self.algorithm) if self.activation == "gelu" else y
+            )
+        else:
+            y = F.linear(x, self.weight, self.bias)
+            if self.activation == "gelu":
+                y = F.gelu(y, approximate=self.algorithm)
+        return y if self.activation == "gelu" else y.float()
 
 
 class HalfLinear(nn.Module):

@@ -18,7 +18,8 @@ import torch
 
 from export.export import export_checkpoint
 from handler.captioner import Captioner
-from tests.benchmarks.timing import machine, medians, peak_megabytes, print_peak, report, table
+from tests.benchmarks.contenders import generate, images_of, load_theirs, ours
+from tests.benchmarks.timing import machine, medians, peak_megabytes, report, table
 from training.checkpoint import load_captioner
 
 ROOT = Path("build/bench")
@@ -64,29 +65,6 @@ def prepare(name: str) -> tuple[Path | None, Path, dict[str, Path]]:
     return theirs, checkpoint, exports
 
 
-def images_of(photos: int, size: int) -> torch.Tensor:
-    return torch.randn(photos, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-def ours(captioner: Captioner, images: torch.Tensor, beams: int, tokens: int):
-    options = captioner.options(num_beams=beams, min_new_tokens=tokens, max_new_tokens=tokens)
-    return captioner.caption_tensors(images, [options] * len(images))
-
-
-def generate(model, images: torch.Tensor, beams: int, tokens: int) -> torch.Tensor:
-    with torch.inference_mode():
-        return model.generate(
-            pixel_values=images, num_beams=beams, do_sample=False,
-            min_new_tokens=tokens, max_new_tokens=tokens,
-        )  # fmt: skip
-
-
-def load_theirs(folder: Path):
-    import transformers
-
-    return transformers.VisionEncoderDecoderModel.from_pretrained(folder).eval()
-
-
 class OnnxRuntime:
     """ONNX Runtime in a process of its own, as `onnx_runtime.py` runs it."""
 
@@ -119,20 +97,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--onnx", metavar="PYTHON", help="of an environment with Optimum")
-    parser.add_argument("--peak", metavar="CONTENDER", help="caption once and print peak memory")
     arguments = parser.parse_args()
     theirs, checkpoint, exports = prepare(arguments.model)
     tokens = arguments.tokens
-
-    if arguments.peak:
-        if arguments.peak == "generate":
-            assert theirs is not None
-            generate(load_theirs(theirs), images_of(1, 224), 5, tokens)
-        else:
-            captioner = Captioner.load(exports[arguments.peak])
-            ours(captioner, images_of(1, captioner.preprocessing.image_size), 5, tokens)
-        print_peak()
-        return
 
     captioners = {"eager": load_captioner(checkpoint)}
     captioners |= {p: Captioner.load(folder) for p, folder in exports.items()}
@@ -192,8 +159,8 @@ def main() -> None:
     report(f"growth-{checkpoint.name}", table(header, rows) + "\n", growth)
 
     peaks = {
-        name: peak_megabytes("tests.benchmarks.decoding", arguments.model, "--peak", name)
-        for name in (*(["generate"] if theirs else []), *PRECISIONS)
+        name: peak_megabytes("tests.benchmarks.peak", name, str(folder), str(tokens))
+        for name, folder in (({"generate": theirs} if theirs else {}) | exports).items()
     }
     rows = [[name, f"{value:.0f}"] for name, value in peaks.items()]
     header = ("contender", "peak MB, one photo, 5 beams")
