@@ -107,11 +107,7 @@ class HalfLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """y = activation(x W' + b) with W in int8, a scale for each of its rows (output channels), and
-    x in 8 or 16 bits, a scale for each row of x.
-
-    With `fine`, what the first 8 bits of x leave over goes in as rows of its own, 1/254 as large:
-    the same pass over the weights, which is what a decoding step waits for, then has x nearly
-    exact.
+    x in 8 bits, a scale for each row of x.
 
     x is sent as unsigned bytes around 128, which the processor's instructions want; `offset` takes
     the 128 out again.
@@ -122,9 +118,10 @@ class Int8Linear(nn.Module):
     zero: Tensor
     offset: Tensor
     bias: Tensor
+    middle: Tensor
     packed: bool
 
-    def __init__(self, linear: nn.Linear, fine: bool, activation: str = "") -> None:
+    def __init__(self, linear: nn.Linear, activation: str = "") -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp_min(1e-10) / 127
@@ -136,7 +133,9 @@ class Int8Linear(nn.Module):
         offset = -128 * quantized.sum(1, dtype=torch.int64).double() * scale.double()
         self.register_buffer("offset", offset.float())
         self.register_buffer("bias", bias.float().clone())
-        self.fine, self.algorithm = fine, GELUS[activation] if activation else ""
+        # 128 to make x unsigned, and a half so that cutting rounds.
+        self.register_buffer("middle", torch.tensor(128.5))
+        self.algorithm = GELUS[activation] if activation else ""
         self.packed = False
 
     @torch.jit.export
@@ -147,27 +146,15 @@ class Int8Linear(nn.Module):
             self.packed = True
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
         if self.packed:
-            y = self._product(x.float())
+            step = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
+            u8 = torch.addcdiv(self.middle, x, step).to(torch.uint8)  # 1 to 255
+            y = torch.ops.onednn.qlinear_pointwise(
+                u8, 1.0, 0, self.weight, self.scale, self.zero, self.offset,
+                1.0, 0, torch.float32, "none", [], "",
+            )  # fmt: skip
+            y = torch.addcmul(self.bias, y, step)
         else:
-            y = F.linear(x.float(), self.weight.float() * self.scale[:, None], self.bias)
+            y = F.linear(x, self.weight.float() * self.scale[:, None], self.bias)
         return F.gelu(y, approximate=self.algorithm) if self.algorithm != "" else y
-
-    def _product(self, x: Tensor) -> Tensor:
-        step = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 127
-        x = x / step  # -127 to 127
-        if not self.fine:
-            return torch.addcmul(self.bias, self._whole(x), step)
-        coarse = torch.round(x)
-        rest = (x - coarse) * 254  # -127 to 127 again
-        y, y_rest = self._whole(torch.stack([coarse, rest])).unbind(0)
-        return torch.addcmul(self.bias, y.add(y_rest, alpha=1 / 254), step)
-
-    def _whole(self, x: Tensor) -> Tensor:
-        """x W' for x rounded to whole numbers from -127 to 127."""
-        # 128 to make it unsigned, and a half so that cutting rounds.
-        u8 = (x + 128.5).to(torch.uint8)
-        return torch.ops.onednn.qlinear_pointwise(
-            u8, 1.0, 0, self.weight, self.scale, self.zero, self.offset,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip

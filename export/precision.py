@@ -1,10 +1,11 @@
 """What an export computes in: float32, bfloat16, or int8 weights.
 
     fp32   packed float32
-    bf16   packed bfloat16; the output head in float32, whose logits decide between words that are
-           nearly as good
+    bf16   packed bfloat16
     fp16   weights in float16, activations and products in float32
-    int8   int8 weights; activations in 8 bits in the encoder, in 16 bits in the decoder
+    int8   int8 weights, activations in 8 bits
+
+In bf16 and int8 the output head's best words are looked at again in float32.
 
 The residual stream, layer norms, attention and sums are float32 everywhere. A precision is tried in
 several ways, the fastest first, until one keeps the captions: an encoder's rounding adds up over
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from export.packed_linear import GELUS, HalfLinear, Int8Linear, PackedLinear
+from export.rescored_head import RescoredHead
 from training.model import CaptioningModel, Mlp
 
 # The ways to try, (encoder, decoder).
@@ -31,28 +33,29 @@ WAYS = {
 def in_precision(model: CaptioningModel, encoder: str, decoder: str) -> CaptioningModel:
     """A copy of `model` for inference whose linear layers are those of `export.packed_linear`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    _replace(model.encoder, encoder, fine=False)
+    _replace(model.encoder, encoder)
     head = model.decoder.head
-    _replace(model.decoder, decoder, fine=True)
-    if decoder == "bf16":
-        model.decoder.add_module("head", _scripted(PackedLinear(head)))
+    _replace(model.decoder, decoder)
+    if decoder in ("bf16", "int8"):
+        looked_at = RescoredHead(head, model.decoder.head)
+        model.decoder.add_module("head", _scripted(looked_at))
     return model
 
 
-def _replace(module: nn.Module, precision: str, fine: bool) -> None:
+def _replace(module: nn.Module, precision: str) -> None:
     activations: dict[str, str] = {}
     if isinstance(module, Mlp) and module.activation in GELUS:
         activations["up"], module.activation = module.activation, "done by up"
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, _layer(child, precision, fine, activations.get(name, "")))
+            setattr(module, name, _layer(child, precision, activations.get(name, "")))
         else:
-            _replace(child, precision, fine)
+            _replace(child, precision)
 
 
-def _layer(linear: nn.Linear, precision: str, fine: bool, activation: str) -> nn.Module:
+def _layer(linear: nn.Linear, precision: str, activation: str) -> nn.Module:
     if precision == "int8":
-        return _scripted(Int8Linear(linear, fine, activation))
+        return _scripted(Int8Linear(linear, activation))
     if precision == "fp16":
         return _scripted(HalfLinear(linear, activation))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

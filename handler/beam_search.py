@@ -54,8 +54,6 @@ from handler.errors import UserError
 
 MAX_BEAMS = 16
 NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's memory are damaged"
-# From this many candidates on, `_best` looks for the best blocks first (measured on CPUs).
-MANY_CANDIDATES, BLOCK = 2**15, 128
 
 
 class InvalidParameter(UserError):
@@ -431,7 +429,7 @@ def _beam_search(
         processors.ban(total_BQV, time)
 
         # The best candidates, best first: each beam ends at most one, so that K of 2K go on.
-        value_BC, where_BC = _best(total_BQV.flatten(1), 2 * beams)
+        value_BC, where_BC = greatest(total_BQV.flatten(1), 2 * beams)
         parent_BC = where_BC.div(own_BQV.size(2), rounding_mode="floor")
         token_BC = where_BC - parent_BC * own_BQV.size(2)
         gain_BC = own_BQV.flatten(1).gather(1, where_BC)
@@ -705,25 +703,27 @@ def _column(values: Sequence[Any], device: torch.device | None = None) -> Tensor
     return torch.tensor(values, device=device).unsqueeze(1)
 
 
-def _best(scores_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def greatest(scores_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` greatest of each row, best first, and where: `topk`, which is slow over many.
 
     The greatest lie in the blocks with the greatest maxima (or tie with them), and a maximum is
     found at the speed of memory. Rows that are too short are filled with -inf at 0.
     """
     photos, width = scores_BN.shape
-    if not scores_BN.is_cpu or width < MANY_CANDIDATES:
+    if not scores_BN.is_cpu or width < 2**15:  # from here on blocks are faster (measured)
         if width >= count:
-            return scores_BN.topk(count)
-        value_BC, where_BC = scores_BN.topk(width)
-        missing = (0, count - width)
+            return torch.topk(scores_BN, count)
+        value_BC, where_BC = torch.topk(scores_BN, width)
+        missing = [0, count - width]
         return F.pad(value_BC, missing, value=-math.inf), F.pad(where_BC, missing)
-    blocks = width // BLOCK
-    whole_BGN = scores_BN[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
-    block_BC = whole_BGN.amax(2).topk(count).indices
-    near = whole_BGN.gather(1, block_BC.unsqueeze(2).expand(-1, -1, BLOCK)).flatten(1)
+    block = 128
+    blocks = width // block
+    whole_BGN = scores_BN[:, : blocks * block].unflatten(1, [blocks, block])
+    block_BC = torch.topk(whole_BGN.amax(2), count)[1]
+    near = whole_BGN.gather(1, block_BC.unsqueeze(2).expand(-1, -1, block)).flatten(1)
     # What is left over at the end counts as one block more.
-    near = torch.cat([near, scores_BN[:, blocks * BLOCK :]], dim=1)
-    block_BC = F.pad(block_BC, (0, 1), value=blocks)
-    value_BC, where_BC = near.topk(count)
-    return value_BC, block_BC.gather(1, where_BC // BLOCK) * BLOCK + where_BC % BLOCK
+    near = torch.cat([near, scores_BN[:, blocks * block :]], dim=1)
+    block_BC = F.pad(block_BC, [0, 1], value=float(blocks))
+    value_BC, where_BC = torch.topk(near, count)
+    first_BC = block_BC.gather(1, where_BC.div(block, rounding_mode="floor")) * block
+    return value_BC, first_BC + where_BC % block

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_models import tiny_model
 
-from handler.beam_search import DecodeOptions, search
+from handler.beam_search import DecodeOptions, greatest, search
 from training.huggingface_model import import_model
 
 # The vocabulary holds twice the most beams, as every real one does.
@@ -139,3 +139,12 @@ def test_a_seed_gives_the_same_captions_in_any_company(models):
     alone = search(ours, memory[3:], [sample], begin_id=END, end_id=END)[0]
     assert [h.ids for h in company] == [h.ids for h in alone]
     assert len(company) == 3
+
+
+def test_the_greatest_are_those_of_topk():
+    torch.manual_seed(0)
+    for rows, width, count in ((5, 50_257, 16), (2, 2**15, 8), (3, 10, 4)):
+        scores = torch.randn(rows, width)
+        value, where = greatest(scores, count)
+        assert torch.equal(value, scores.topk(count).values)
+        assert torch.equal(scores.gather(1, where), value)
