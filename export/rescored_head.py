@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from handler.beam_search import greatest
 
-# Of one beam more go on only with more than 8 beams. What is rough decides which words are looked
-# at twice, and the sum that probabilities are shares of.
+# The heirs that a search of 8 beams may take of one of them. Beyond these, what is rough decides
+# only the sum that probabilities are shares of.
 LOOKED_AT = 16
 
 

@@ -6,8 +6,10 @@ in the same run.
 
 The yardstick is built with transformers, imported by `training.import_huggingface` and exported by
 `export.export`, so that what is timed is what a user runs. Its fp32 sequences are compared with
-those of `generate` before anything is timed. Every caption has exactly --tokens tokens. With --onnx
-PYTHON, the interpreter of an environment with Optimum, ONNX Runtime runs the same model too.
+those of `generate` before anything is timed. Every caption has exactly --tokens tokens. Where an
+export left its encoder in float32 to keep the captions, its decoder behind an encoder in bfloat16
+is timed as well. With --onnx PYTHON, the interpreter of an environment with Optimum, ONNX Runtime
+runs the same model too.
 """
 
 import argparse
@@ -16,11 +18,13 @@ from pathlib import Path
 
 import torch
 
-from export.export import export_checkpoint
-from handler.captioner import Captioner
+from export.export import described, export_checkpoint
+from export.precision import in_precision
+from export.trace_encoder import trace_encoder
+from handler.captioner import Captioner, prepare_script
 from tests.benchmarks.contenders import generate, images_of, load_theirs, ours
 from tests.benchmarks.timing import machine, medians, peak_megabytes, report, table
-from training.checkpoint import load_captioner
+from training.checkpoint import load_captioner, load_model
 
 ROOT = Path("build/bench")
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -65,6 +69,14 @@ def prepare(name: str) -> tuple[Path | None, Path, dict[str, Path]]:
     return theirs, checkpoint, exports
 
 
+def behind_bf16(captioner: Captioner, checkpoint: Path) -> Captioner:
+    """The captioner with its encoder in bfloat16."""
+    model, config, tokenizer = load_model(checkpoint)
+    encoder = in_precision(model, "bf16", "fp32").encoder
+    script = trace_encoder(encoder, captioner.preprocessing.image_size)
+    return Captioner(prepare_script(script, "cpu"), captioner.decoder, tokenizer, config)
+
+
 class OnnxRuntime:
     """ONNX Runtime in a process of its own, as `onnx_runtime.py` runs it."""
 
@@ -103,6 +115,10 @@ def main() -> None:
 
     captioners = {"eager": load_captioner(checkpoint)}
     captioners |= {p: Captioner.load(folder) for p, folder in exports.items()}
+    for precision in ("bf16", "int8"):
+        captioner = captioners[precision]
+        if captioner.config["parts"]["encoder"] == "fp32":
+            captioners[f"{precision}, encoder bf16"] = behind_bf16(captioner, checkpoint)
     size = captioners["eager"].preprocessing.image_size
     model = load_theirs(theirs) if theirs else None
     if model is not None:
@@ -138,7 +154,9 @@ def main() -> None:
                 f"{first / value:.1f}",
             ])  # fmt: skip
             figures.append({"photos": photos, "beams": beams, "contender": name, "seconds": value})
+    parts = "; ".join(described(captioners[name].config) for name in PRECISIONS)
     title = f"{checkpoint.name}, exactly {tokens} tokens, {arguments.rounds} rounds. {machine()}"
+    title += f". Exports: {parts}"
     header = ("photos", "beams", "contender", "ms", "photos/s", "times the first")
     report(f"decoding-{checkpoint.name}", f"{title}\n\n{table(header, rows)}\n", figures)
 
