@@ -151,6 +151,25 @@ def test_a_precision_that_loses_captions_goes_back_to_finer_parts(
     assert capsys.readouterr().out.count("trying the next way") == 2
 
 
+def test_numbers_that_are_far_off_lead_to_the_next_way(
+    tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """As those of a trained encoder in int8 may be: finer ways are tried all the same."""
+    tried = []
+
+    def verify_first_wrong(*arguments):
+        tried.append(arguments)
+        if len(tried) < 3:
+            raise UserError("export: encoder memory differs")
+        return verify(*arguments)
+
+    monkeypatch.setattr("export.export.verify", verify_first_wrong)
+    checkpoint = tiny_run / "build/checkpoints/tiny"
+    config = export_checkpoint(checkpoint, tmp_path / "export", "int8", str(tiny_data))
+    assert config["parts"] == {"encoder": "fp32", "decoder": "int8"}
+    assert capsys.readouterr().out.count("memory differs; trying the next way") == 2
+
+
 def test_a_tied_head_is_kept_once_until_it_is_packed(tiny_export):
     decoder = torch.jit.load(str(tiny_export / "decoder.pt"))
     table = decoder.token_embedding.weight
