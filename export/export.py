@@ -56,15 +56,16 @@ def export_checkpoint(
             config |= {"precision": chosen, "parts": {"encoder": encoder, "decoder": decoder}}
             _write_config(stage, config)
             exported = Captioner.load(stage)
+            last = number == len(tries)
             try:
                 verified = verify(eager, exported, photos, expected, chosen)
-                found = None if verified["kept"] else told(verified)
             except UserError as error:  # numbers far off: of a finer way they need not be
-                if number == len(tries):
+                if last:
                     raise
-                found = str(error)
-            if found is not None and number < len(tries):
-                print(f"{described(config)}: {found}; trying the next way", flush=True)
+                print(f"{described(config)}: {error}; trying the next way", flush=True)
+                continue
+            if not verified["kept"] and not last:
+                print(f"{described(config)}: {told(verified)}; trying the next way", flush=True)
                 continue
             config["verified"] = verified
             _write_config(stage, config)

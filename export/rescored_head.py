@@ -32,5 +32,4 @@ class RescoredHead(nn.Module):
         logits_NV = logits_BQV.flatten(0, -2)
         _, where_NC = greatest(logits_NV, self.count)
         exact_NC1 = self.weight[where_NC] @ x_BQD.float().flatten(0, -2).unsqueeze(2)
-        logits_NV.scatter_(1, where_NC, exact_NC1.squeeze(2))
-        return logits_BQV
+        return logits_NV.scatter_(1, where_NC, exact_NC1.squeeze(2)).view_as(logits_BQV)

@@ -707,23 +707,23 @@ def greatest(scores_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` greatest of each row, best first, and where: `topk`, which is slow over many.
 
     The greatest lie in the blocks with the greatest maxima (or tie with them), and a maximum is
-    found at the speed of memory. Rows that are too short are filled with -inf at 0.
+    found at the speed of memory. Rows that are too short are filled with -inf at 0. Exports script
+    it, so it sees no globals.
     """
     photos, width = scores_BN.shape
     if not scores_BN.is_cpu or width < 2**15:  # from here on blocks are faster (measured)
         if width >= count:
-            return torch.topk(scores_BN, count)
-        value_BC, where_BC = torch.topk(scores_BN, width)
+            return scores_BN.topk(count)
+        value_BC, where_BC = scores_BN.topk(width)
         missing = [0, count - width]
         return F.pad(value_BC, missing, value=-math.inf), F.pad(where_BC, missing)
     block = 128
     blocks = width // block
     whole_BGN = scores_BN[:, : blocks * block].unflatten(1, [blocks, block])
-    block_BC = torch.topk(whole_BGN.amax(2), count)[1]
+    block_BC = whole_BGN.amax(2).topk(count).indices
     near = whole_BGN.gather(1, block_BC.unsqueeze(2).expand(-1, -1, block)).flatten(1)
     # What is left over at the end counts as one block more.
     near = torch.cat([near, scores_BN[:, blocks * block :]], dim=1)
     block_BC = F.pad(block_BC, [0, 1], value=float(blocks))
-    value_BC, where_BC = torch.topk(near, count)
-    first_BC = block_BC.gather(1, where_BC.div(block, rounding_mode="floor")) * block
-    return value_BC, first_BC + where_BC % block
+    value_BC, where_BC = near.topk(count)
+    return value_BC, block_BC.gather(1, where_BC // block) * block + where_BC % block

@@ -69,12 +69,11 @@ def prepare(name: str) -> tuple[Path | None, Path, dict[str, Path]]:
     return theirs, checkpoint, exports
 
 
-def behind_bf16(captioner: Captioner, checkpoint: Path) -> Captioner:
-    """The captioner with its encoder in bfloat16."""
-    model, config, tokenizer = load_model(checkpoint)
+def bf16_encoder(checkpoint: Path) -> torch.jit.ScriptModule:
+    """The checkpoint's encoder in bfloat16, as an export would have it."""
+    model, _, _ = load_model(checkpoint)
     encoder = in_precision(model, "bf16", "fp32").encoder
-    script = trace_encoder(encoder, captioner.preprocessing.image_size)
-    return Captioner(prepare_script(script, "cpu"), captioner.decoder, tokenizer, config)
+    return prepare_script(trace_encoder(encoder, model.encoder_config.image_size), "cpu")
 
 
 class OnnxRuntime:
@@ -115,10 +114,14 @@ def main() -> None:
 
     captioners = {"eager": load_captioner(checkpoint)}
     captioners |= {p: Captioner.load(folder) for p, folder in exports.items()}
-    for precision in ("bf16", "int8"):
-        captioner = captioners[precision]
-        if captioner.config["parts"]["encoder"] == "fp32":
-            captioners[f"{precision}, encoder bf16"] = behind_bf16(captioner, checkpoint)
+    plain = [p for p in ("bf16", "int8") if captioners[p].config["parts"]["encoder"] == "fp32"]
+    if plain:
+        encoder = bf16_encoder(checkpoint)
+        for precision in plain:
+            like = captioners[precision]
+            captioners[f"{precision}, encoder bf16"] = Captioner(
+                encoder, like.decoder, like.tokenizer, like.config
+            )
     size = captioners["eager"].preprocessing.image_size
     model = load_theirs(theirs) if theirs else None
     if model is not None:
