@@ -138,7 +138,7 @@ $(BENCH_STAMP): $(STAMP) requirements-bench.txt
 	@touch $@
 
 bench: setup $(BENCH_STAMP) ## speed tables: a ViT-B + GPT-2, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
-	python -W ignore -m tests.benchmarks.decoding yardstick --onnx .venv-bench/bin/python $(ARGS)
+	python -W ignore -m tests.benchmarks.decoding yardstick --optimum .venv-bench/bin/python $(ARGS)
 	$(if $(wildcard $(CHECKPOINT)/model.safetensors),python -W ignore \
 		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS))
 	$(if $(wildcard $(EXPORT)/decoder.pt),python -W ignore \

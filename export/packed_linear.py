@@ -10,6 +10,8 @@ missing, the plain product gives the same result.
 Every layer treats each row alone: what a photo gets never depends on its neighbours in a batch.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +32,10 @@ class PackedLinear(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
     packed: bool
+    if TYPE_CHECKING:
+        # TorchScript would take a declared optional for no buffer, and leave it behind on a GPU.
+        bias: Tensor | None
 
     def __init__(
         self, linear: nn.Linear, dtype: torch.dtype = torch.float32, activation: str = ""
@@ -76,8 +80,9 @@ class HalfLinear(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
     packed: bool
+    if TYPE_CHECKING:
+        bias: Tensor | None  # as above
 
     def __init__(self, linear: nn.Linear, activation: str = "") -> None:
         super().__init__()

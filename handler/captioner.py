@@ -16,6 +16,7 @@ from torch import Tensor
 
 from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, search
 from handler.caption_tokenizer import CaptionTokenizer
+from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig, preprocess
 
@@ -84,6 +85,8 @@ class Captioner:
         # in the heap, which no packed copy fits, would add a tenth to the peak.
         scripts = [read_script(directory / name, device) for name in ("encoder.pt", "decoder.pt")]
         encoder, decoder = (prepare_script(script, device) for script in scripts)
+        if torch.device(device).type == "cuda":
+            encoder, decoder = GraphedEncoder(encoder), GraphedDecoder(decoder)
         return cls(encoder, decoder, tokenizer, config, device)
 
     def options(self, **given: Any) -> DecodeOptions:
@@ -223,7 +226,8 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
     if not path.is_file():
         raise UserError(f"{path}: missing; export the checkpoint again")
     try:
-        return torch.jit.load(str(path), map_location=device).eval()
+        # Moved only then: read onto a GPU, a layer that is packed for FBGEMM ends the process.
+        return torch.jit.load(str(path), map_location="cpu").to(device).eval()
     except RuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error

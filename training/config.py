@@ -199,6 +199,9 @@ class Validation:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """`workers` is how many processes load photos; left out, 1 beside a model that trains on the
+    same processor, or up to 8 for one on a GPU, which would wait for fewer."""
+
     name: str
     data: str
     stages: tuple[Stage, ...]
@@ -211,7 +214,7 @@ class TrainConfig:
     decoding: dict[str, Any] = field(default_factory=dict)
     precision: str = "auto"
     device: str = "auto"
-    workers: int = 1
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages: at least one stage is needed")
@@ -221,6 +224,7 @@ class TrainConfig:
             "it: an untrained model's samples earn nothing",
         )
         _require(self.precision in ("auto", "fp32", "bf16"), "precision: auto, fp32 or bf16")
+        _require(self.workers is None or self.workers >= 0, "workers must be 0 or more")
         DecodeOptions(**self.decoding)
 
 

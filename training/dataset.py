@@ -9,6 +9,7 @@ what an uninterrupted one would have seen.
 Dimension key: B photos, Q packed tokens of a photo, P memory tokens, D width.
 """
 
+import fcntl
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -284,6 +285,7 @@ class FeatureCache:
         views: int,
         augment: Augment,
         seed: int,
+        workers: int,
     ) -> None:
         plain = Augment(augment.preprocessing, augment=False, flip=False)
         key = hashlib.sha256(fingerprint.encode())
@@ -298,21 +300,38 @@ class FeatureCache:
         if not self.path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
-            partial.unlink(missing_ok=True)
-            memory = _mapped(partial, size)
-            for view in range(views):
-                dataset = PhotoDataset(manifest, rows, plain if view == 0 else augment, seed, view)
-                bar = tqdm(total=len(rows), desc=f"features, view {view + 1}/{views}", unit="photo")
-                batches = [list(range(i, min(i + 32, len(rows)))) for i in range(0, len(rows), 32)]
-                loader = DataLoader(dataset, batch_sampler=batches, num_workers=1)
-                for indices, images, mirror in loaded(loader):
-                    memory[indices, view] = encode(images).to("cpu", torch.bfloat16)
-                    assert torch.equal(self.mirror[indices, view], mirror)
-                    bar.update(len(indices))
-                bar.close()
-            del memory
-            partial.replace(self.path)
+            with partial.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another run may be making the same ones
+                if self.path.exists():
+                    partial.unlink(missing_ok=True)
+                else:
+                    self._make(partial, size, manifest, rows, encode, plain, augment, seed, workers)
+                    partial.replace(self.path)
         self.memory = _mapped(self.path, size)
+
+    def _make(
+        self,
+        path: Path,
+        size: tuple[int, ...],
+        manifest: Manifest,
+        rows: Sequence[Row],
+        encode: Callable[[Tensor], Tensor],
+        plain: Augment,
+        augment: Augment,
+        seed: int,
+        workers: int,
+    ) -> None:
+        memory = _mapped(path, size)
+        for view in range(size[1]):
+            dataset = PhotoDataset(manifest, rows, plain if view == 0 else augment, seed, view)
+            bar = tqdm(total=len(rows), desc=f"features, view {view + 1}/{size[1]}", unit="photo")
+            batches = [list(range(i, min(i + 32, len(rows)))) for i in range(0, len(rows), 32)]
+            loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+            for indices, images, mirror in loaded(loader):
+                memory[indices, view] = encode(images).to("cpu", torch.bfloat16)
+                assert torch.equal(self.mirror[indices, view], mirror)
+                bar.update(len(indices))
+            bar.close()
 
     def batches(
         self, captions: Captions, batches: list[list[int]], seed: int, epoch: int

@@ -59,6 +59,10 @@ class Run:
         if config.validation.photos:
             self.val_rows = self.val_rows[: config.validation.photos]
         self.device, self.bf16 = pick_device(config)
+        self.workers = config.workers
+        if self.workers is None:
+            cores = len(os.sched_getaffinity(0))
+            self.workers = 1 if self.device.type == "cpu" else min(8, cores)
         self.processes: Processes = join(self.device)
         self.stage = self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one

@@ -300,7 +300,7 @@ def run_stage(run: Run, captions: Captions, board: Any, state: dict[str, Any] | 
             batches = features.batches(captions, order, seed, run.epoch)
         else:
             dataset = PhotoDataset(run.manifest, run.train_rows, augment, seed, run.epoch)
-            batches = photo_batches(dataset, captions, order, config.workers)
+            batches = photo_batches(dataset, captions, order, run.workers)
         # Self-critical training draws its samples without dropout.
         run.model.train(stage.self_critical is None)
         started, saved = time.perf_counter(), time.perf_counter()
@@ -394,6 +394,7 @@ def make_features(run: Run, stage: Stage, augment: Augment) -> FeatureCache:
         stage.views,
         augment,
         run.config.seed,
+        run.workers,
     )
 
 

@@ -19,13 +19,15 @@ def ours(captioner: Captioner, images: torch.Tensor, beams: int, tokens: int):
 
 def generate(model, images: torch.Tensor, beams: int, tokens: int) -> torch.Tensor:
     with torch.inference_mode():
-        return model.generate(
-            pixel_values=images, num_beams=beams, do_sample=False,
+        found = model.generate(
+            pixel_values=images.to(model.device, model.dtype), num_beams=beams, do_sample=False,
             min_new_tokens=tokens, max_new_tokens=tokens,
         )  # fmt: skip
+    return found.cpu()
 
 
-def load_theirs(folder: Path):
+def load_theirs(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
     import transformers
 
-    return transformers.VisionEncoderDecoderModel.from_pretrained(folder).eval()
+    model = transformers.VisionEncoderDecoderModel.from_pretrained(folder).eval()
+    return model.to(device, dtype)

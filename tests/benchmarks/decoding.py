@@ -8,12 +8,14 @@ The yardstick is built with transformers, imported by `training.import_huggingfa
 `export.export`, so that what is timed is what a user runs. Its fp32 sequences are compared with
 those of `generate` before anything is timed. Every caption has exactly --tokens tokens. Where an
 export left its encoder in float32 to keep the captions, its decoder behind an encoder in bfloat16
-is timed as well. With --onnx PYTHON, the interpreter of an environment with Optimum, ONNX Runtime
-runs the same model too.
+is timed as well. With --optimum PYTHON, the interpreter of an environment with Optimum, ONNX
+Runtime and OpenVINO run the same model too. With --device cuda all but these run on a GPU, where
+int8, which is a processor's, is left out and `generate` runs in bfloat16 as well.
 """
 
 import argparse
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from export.export import described, export_checkpoint
 from export.precision import in_precision
 from export.trace_encoder import trace_encoder
 from handler.captioner import Captioner, prepare_script
+from handler.cuda_graphs import GraphedEncoder
 from tests.benchmarks.contenders import generate, images_of, load_theirs, ours
 from tests.benchmarks.timing import machine, medians, peak_megabytes, report, table
 from training.checkpoint import load_captioner, load_model
@@ -50,7 +53,7 @@ def build_yardstick(folder: Path) -> None:
     transformers.ViTImageProcessorPil().save_pretrained(folder)
 
 
-def prepare(name: str) -> tuple[Path | None, Path, dict[str, Path]]:
+def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, dict[str, Path]]:
     """(Hugging Face's folder, the checkpoint, its exports by precision), made where missing."""
     theirs = None
     checkpoint = Path(name)
@@ -62,26 +65,29 @@ def prepare(name: str) -> tuple[Path | None, Path, dict[str, Path]]:
             build_yardstick(theirs)
         if not checkpoint.exists():
             import_huggingface(str(theirs), checkpoint)
-    exports = {p: ROOT / f"{checkpoint.name}-{p}" for p in PRECISIONS}
+    exports = {p: ROOT / f"{checkpoint.name}-{p}" for p in precisions}
     for precision, folder in exports.items():
         if not folder.exists():
             export_checkpoint(checkpoint, folder, precision)
     return theirs, checkpoint, exports
 
 
-def bf16_encoder(checkpoint: Path) -> torch.jit.ScriptModule:
+def bf16_encoder(checkpoint: Path, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """The checkpoint's encoder in bfloat16, as an export would have it."""
     model, _, _ = load_model(checkpoint)
-    encoder = in_precision(model, "bf16", "fp32").encoder
-    return prepare_script(trace_encoder(encoder, model.encoder_config.image_size), "cpu")
+    traced = trace_encoder(
+        in_precision(model, "bf16", "fp32").encoder, model.encoder_config.image_size
+    )
+    script = prepare_script(traced.to(device), device)
+    return script if device == "cpu" else GraphedEncoder(script)
 
 
-class OnnxRuntime:
-    """ONNX Runtime in a process of its own, as `onnx_runtime.py` runs it."""
+class Optimum:
+    """A runtime in a process of its own, as `optimum_runtimes.py` runs it."""
 
-    def __init__(self, python: str, folder: Path, precision: str) -> None:
-        command = [python, "-W", "ignore", str(Path(__file__).with_name("onnx_runtime.py"))]
-        command += [str(folder), precision]
+    def __init__(self, python: str, runtime: str, folder: Path, precision: str) -> None:
+        command = [python, "-W", "ignore", str(Path(__file__).with_name("optimum_runtimes.py"))]
+        command += [runtime, str(folder), precision]
         subprocess.run([*command, "--export"], check=True, stdout=subprocess.DEVNULL)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -99,7 +105,7 @@ class OnnxRuntime:
         for line in self.process.stdout:
             if line.strip() == word:
                 return
-        raise RuntimeError("ONNX Runtime ended; its reason stands above")
+        raise RuntimeError("the runtime ended; its reason stands above")
 
 
 def main() -> None:
@@ -107,64 +113,72 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="yardstick", help="yardstick or a checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--onnx", metavar="PYTHON", help="of an environment with Optimum")
+    parser.add_argument("--optimum", metavar="PYTHON", help="of an environment with Optimum")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
-    theirs, checkpoint, exports = prepare(arguments.model)
-    tokens = arguments.tokens
+    device, tokens = arguments.device, arguments.tokens
+    precisions = PRECISIONS if device == "cpu" else ("fp32", "bf16")
+    theirs, checkpoint, exports = prepare(arguments.model, precisions)
 
-    captioners = {"eager": load_captioner(checkpoint)}
-    captioners |= {p: Captioner.load(folder) for p, folder in exports.items()}
-    plain = [p for p in ("bf16", "int8") if captioners[p].config["parts"]["encoder"] == "fp32"]
+    captioners = {"eager": load_captioner(checkpoint, device)}
+    captioners |= {p: Captioner.load(folder, device) for p, folder in exports.items()}
+    plain = [p for p in precisions[1:] if captioners[p].config["parts"]["encoder"] == "fp32"]
     if plain:
-        encoder = bf16_encoder(checkpoint)
+        encoder = bf16_encoder(checkpoint, device)
         for precision in plain:
             like = captioners[precision]
             captioners[f"{precision}, encoder bf16"] = Captioner(
-                encoder, like.decoder, like.tokenizer, like.config
+                encoder, like.decoder, like.tokenizer, like.config, device
             )
     size = captioners["eager"].preprocessing.image_size
-    model = load_theirs(theirs) if theirs else None
-    if model is not None:
+    models = {"generate": load_theirs(theirs, device)} if theirs else {}
+    if theirs:
         images = images_of(2, size)
-        expected = generate(model, images, 5, tokens)[:, 1:].tolist()
+        expected = generate(models["generate"], images, 5, tokens)[:, 1:].tolist()
         for name in ("eager", "fp32"):
             found = [best[0].ids for best in ours(captioners[name], images, 5, tokens)]
             assert found == expected, f"{name} does not give the sequences of generate"
+    if theirs and device == "cuda":
+        models["generate, bf16"] = load_theirs(theirs, device, torch.bfloat16)
 
-    onnx = {}
-    if theirs and arguments.onnx:
-        onnx = {
-            f"ONNX Runtime {p}": OnnxRuntime(arguments.onnx, theirs, p) for p in ("fp32", "int8")
+    optimum = {}
+    if theirs and arguments.optimum:
+        optimum = {
+            f"{name} {precision}": Optimum(arguments.optimum, name, theirs, precision)
+            for name in ("ONNX Runtime", "OpenVINO")
+            for precision in ("fp32", "int8")
         }
     rows, figures = [], []
     for photos, beams in ((1, 1), (1, 5), (8, 1), (8, 5)):
         images = images_of(photos, size)
-        contenders = {} if model is None else {
-            "generate": lambda i=images, b=beams: generate(model, i, b, tokens)
-        }  # fmt: skip
+        contenders = {
+            name: lambda m=model, i=images, b=beams: generate(m, i, b, tokens)
+            for name, model in models.items()
+        }
         contenders |= {
             name: lambda c=captioner, i=images, b=beams: ours(c, i, b, tokens)
             for name, captioner in captioners.items()
         }
         contenders |= {
-            name: lambda r=run, p=photos, b=beams: r(p, b, tokens) for name, run in onnx.items()
+            name: lambda r=run, p=photos, b=beams: r(p, b, tokens) for name, run in optimum.items()
         }
         seconds = medians(contenders, arguments.rounds)
         first = next(iter(seconds.values()))
         for name, value in seconds.items():
             rows.append([
-                photos, beams, name, f"{1000 * value:.0f}", f"{photos / value:.2f}",
-                f"{first / value:.1f}",
+                photos, beams, name, f"{1000 * value:.{0 if value > 0.1 else 1}f}",
+                f"{photos / value:.3g}", f"{first / value:.1f}",
             ])  # fmt: skip
             figures.append({"photos": photos, "beams": beams, "contender": name, "seconds": value})
-    parts = "; ".join(described(captioners[name].config) for name in PRECISIONS)
-    title = f"{checkpoint.name}, exactly {tokens} tokens, {arguments.rounds} rounds. {machine()}"
-    title += f". Exports: {parts}"
+    parts = "; ".join(described(captioners[name].config) for name in precisions)
+    title = f"{checkpoint.name}, exactly {tokens} tokens, {arguments.rounds} rounds. "
+    title += f"{machine(device)}. Exports: {parts}"
     header = ("photos", "beams", "contender", "ms", "photos/s", "times the first")
-    report(f"decoding-{checkpoint.name}", f"{title}\n\n{table(header, rows)}\n", figures)
+    suffix = checkpoint.name if device == "cpu" else f"{checkpoint.name}-{device}"
+    report(f"decoding-{suffix}", f"{title}\n\n{table(header, rows)}\n", figures)
 
     growth = {}
-    fastest = captioners["int8"]
+    fastest = captioners[precisions[-1]]
     for what, settings in {
         "beams": [(1, b, tokens) for b in (1, 2, 3, 5, 8)],
         "photos": [(p, 5, tokens) for p in (1, 2, 4, 8, 16)],
@@ -175,17 +189,17 @@ def main() -> None:
             for setting in settings
         }
         growth[what] = {k: 1000 * v for k, v in medians(runs, arguments.rounds).items()}
-    rows = [[what, k, f"{v:.0f}"] for what, values in growth.items() for k, v in values.items()]
-    header = ("grows with", "(photos, beams, tokens)", "ms, int8")
-    report(f"growth-{checkpoint.name}", table(header, rows) + "\n", growth)
+    rows = [[what, k, f"{v:.3g}"] for what, values in growth.items() for k, v in values.items()]
+    header = ("grows with", "(photos, beams, tokens)", f"ms, {precisions[-1]}")
+    report(f"growth-{suffix}", table(header, rows) + "\n", growth)
 
     peaks = {
-        name: peak_megabytes("tests.benchmarks.peak", name, str(folder), str(tokens))
+        name: peak_megabytes("tests.benchmarks.peak", name, str(folder), str(tokens), device)
         for name, folder in (({"generate": theirs} if theirs else {}) | exports).items()
     }
     rows = [[name, f"{value:.0f}"] for name, value in peaks.items()]
     header = ("contender", "peak MB, one photo, 5 beams")
-    report(f"memory-{checkpoint.name}", table(header, rows) + "\n", peaks)
+    report(f"memory-{suffix}", table(header, rows) + "\n", peaks)
 
 
 if __name__ == "__main__":

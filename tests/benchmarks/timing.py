@@ -52,8 +52,10 @@ def print_peak() -> None:
     print(own_peak())
 
 
-def machine() -> str:
-    """The processor and its cores, torch and its threads."""
+def machine(device: str = "cpu") -> str:
+    """The GPU, or the processor and its cores, torch and its threads."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
     info = Path("/proc/cpuinfo")
     model = platform.processor()
     if info.exists():

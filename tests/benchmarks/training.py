@@ -197,7 +197,7 @@ def run_theirs(
         pairs,
         sampler=torch.randperm(len(pairs))[: STEPS_THEIRS * batch].tolist(),
         batch_size=batch,
-        num_workers=0 if beforehand else PRESET.workers,
+        num_workers=0 if beforehand else 1,
         collate_fn=collate,
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
