@@ -23,6 +23,9 @@ from handler.image_preprocess import PreprocessConfig, preprocess
 Photo = bytes | bytearray | memoryview | Image.Image
 # Photos encoded and searched at once when a caller hands over a long list.
 BATCH = 16
+# Photos that a CPU encodes at once: what larger batches write between two layers is so large that
+# the allocator gives it back to the system each time (a quarter of an int8 encoder's time).
+ENCODED = 4
 # What the search asks of a scripted decoder.
 DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
 
@@ -83,7 +86,15 @@ class Captioner:
         # Both are read before either is packed: until something large is freed, glibc gives each
         # weight pages of its own, which go back to the system once its packed copy is made. Holes
         # in the heap, which no packed copy fits, would add a tenth to the peak.
-        scripts = [read_script(directory / name, device) for name in ("encoder.pt", "decoder.pt")]
+        # A layer that is packed for FBGEMM, read straight onto a GPU, ends the process. The others
+        # are: moved one by one, an embedding and the head that shares it would be two.
+        packed = "fp16" in config.get("parts", {}).values()
+        scripts = [
+            read_script(directory / name, "cpu" if packed else device).to(device)
+            for name in ("encoder.pt", "decoder.pt")
+        ]
+        encoder: Any
+        decoder: Any
         encoder, decoder = (prepare_script(script, device) for script in scripts)
         if torch.device(device).type == "cuda":
             encoder, decoder = GraphedEncoder(encoder), GraphedDecoder(decoder)
@@ -139,7 +150,10 @@ class Captioner:
     @torch.inference_mode()
     def encode(self, images_B3SS: Tensor) -> Tensor:
         """Preprocessed photos -> memory (B, P, D)."""
-        return self.encoder(images_B3SS.to(self.device))
+        images_B3SS = images_B3SS.to(self.device)
+        if self.device.type != "cpu" or len(images_B3SS) <= ENCODED:
+            return self.encoder(images_B3SS)
+        return torch.cat([self.encoder(part) for part in images_B3SS.split(ENCODED)])
 
     @torch.inference_mode()
     def caption_memory(
@@ -226,8 +240,7 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
     if not path.is_file():
         raise UserError(f"{path}: missing; export the checkpoint again")
     try:
-        # Moved only then: read onto a GPU, a layer that is packed for FBGEMM ends the process.
-        return torch.jit.load(str(path), map_location="cpu").to(device).eval()
+        return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error

@@ -8,12 +8,13 @@ and values live in buffers that every search is given anew, and each number of p
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Kept for the shapes used last; each takes some 100 KB of the host's memory.
+# Kept, those used last.
 GRAPHS = 1024
 
 
@@ -107,7 +108,7 @@ class _Graph:
         run: Callable[..., Tensor],
         inputs: tuple[Tensor, ...],
         outputs: dict[tuple[int, ...], Tensor],
-        pool: tuple[int, int],
+        pool: Any,
     ) -> None:
         """`run` takes `inputs`. What it gives goes into the tensor of `outputs` for the shape of
         the first of them: one for all graphs, since the pool's own is the next graph's, too."""
@@ -115,8 +116,8 @@ class _Graph:
         self.graph = torch.cuda.CUDAGraph()
         # As it stands: what TorchScript's optimizer would compile cannot be compiled in a capture.
         with torch.jit.optimized_execution(False):
-            # Libraries make their handles and workspaces in the first run of a stream.
-            stream = torch.cuda.Stream()
+            # Libraries make their handles and workspaces in the first run on a stream.
+            stream = _side_stream(torch.cuda.current_device())
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 first = run(*self.inputs)
@@ -130,6 +131,12 @@ class _Graph:
             mine.copy_(given)
         self.graph.replay()
         return self.output
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: torch's allocator keeps what is freed for its own stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def _power_of_two(count: int) -> int:

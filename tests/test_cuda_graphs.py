@@ -67,8 +67,9 @@ def test_every_export_runs_on_a_gpu(way, tmp_path):
     model = in_precision(model, *way)
     trace_encoder(model.encoder, 32).save(tmp_path / "encoder.pt")
     script_decoder(model.decoder).save(tmp_path / "decoder.pt")
+    place = "cpu" if "fp16" in way else "cuda"
     encoder, decoder = (
-        prepare_script(read_script(tmp_path / f"{part}.pt", "cuda"), "cuda")
+        prepare_script(read_script(tmp_path / f"{part}.pt", place).to("cuda"), "cuda")
         for part in ("encoder", "decoder")
     )
     images = torch.randn(3, 3, 32, 32)

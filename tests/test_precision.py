@@ -11,10 +11,12 @@ from torch import nn
 
 from export.export import export_checkpoint
 from export.packed_linear import HalfLinear, Int8Linear, PackedLinear
-from export.precision import in_precision, ways
+from export.precision import WAYS, in_precision, ways
 from export.rescored_head import RescoredHead
+from export.script_decoder import script_decoder
+from export.trace_encoder import trace_encoder
 from export.verify import FLOORS, ValidationPhotos, captions_of, verify
-from handler.captioner import Captioner
+from handler.captioner import ENCODED, Captioner
 from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
 
@@ -107,6 +109,29 @@ def test_a_head_looks_twice_at_the_best_words(words, rough):
         if words > 1000:
             assert not torch.allclose(found, expected)  # the others are as rough as they were
         head.rough.prepack()
+
+
+@pytest.mark.parametrize("way", sorted({way for ways in WAYS.values() for way in ways}))
+def test_an_export_can_be_moved_whole(tiny_run, tmp_path, way):
+    # TorchScript moves what it knows as buffers; a bias left behind fails on a GPU alone.
+    model, config, _ = load_model(tiny_run / "build/checkpoints/tiny")
+    model = in_precision(model, *way)
+    size = config["preprocessing"]["image_size"]
+    trace_encoder(model.encoder, size).save(str(tmp_path / "encoder.pt"))
+    script_decoder(model.decoder).save(str(tmp_path / "decoder.pt"))
+    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+        loaded = torch.jit.load(str(tmp_path / f"{name}.pt"))
+        assert {n for n, _ in [*loaded.named_parameters(), *loaded.named_buffers()]} == {
+            n for n, _ in [*part.named_parameters(remove_duplicate=False), *part.named_buffers()]
+        }
+
+
+def test_many_photos_are_encoded_as_few_are(tiny_run, monkeypatch):
+    captioner = load_captioner(tiny_run / "build/checkpoints/tiny")
+    images = torch.randn(2 * ENCODED + 1, 3, 32, 32)
+    together = captioner.encode(images)
+    monkeypatch.setattr("handler.captioner.ENCODED", len(images))
+    torch.testing.assert_close(together, captioner.encode(images))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "auto"])

@@ -6,6 +6,7 @@ import torch
 from torchvision import models
 
 from handler.errors import UserError
+from training.checkpoint import load_captioner
 from training.pretrained import load_encoder
 
 
@@ -37,6 +38,20 @@ def test_torchvision_parity(tmp_path):
     torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=1e-3)
 
 
+@torch.inference_mode()
+def test_an_earlier_captioners_encoder(tiny_run):
+    folder = tiny_run / "build/checkpoints/tiny"
+    captioner = load_captioner(folder)
+    found = load_encoder(f"checkpoint/{folder}")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(found.encoder.eval()(images), captioner.encoder(images))
+    assert (found.mean, found.std) == (captioner.preprocessing.mean, captioner.preprocessing.std)
+    larger = load_encoder(f"checkpoint/{folder}", image_size=48).encoder
+    assert larger(torch.randn(1, 3, 48, 48)).size(1) == larger.config.memory_tokens
+    with pytest.raises(UserError, match="leave"):
+        load_encoder(f"checkpoint/{folder}", folder / "model.safetensors")
+
+
 def test_a_parameter_too_many_is_named(tmp_path):
     state = timm.create_model("vit_tiny_patch16_224").state_dict()
     torch.save({**state, "surplus": torch.zeros(1)}, tmp_path / "more.pth")
@@ -48,7 +63,9 @@ def test_a_parameter_too_many_is_named(tmp_path):
         load_encoder("timm/vit_tiny_patch16_224", tmp_path / "fewer.pth")
 
 
-@pytest.mark.parametrize("name", ["timm/no_such_model", "torchvision/resnet18", "vit_b_16"])
+@pytest.mark.parametrize(
+    "name", ["timm/no_such_model", "torchvision/resnet18", "vit_b_16", "checkpoint/none"]
+)
 def test_unknown_names_are_refused(name):
-    with pytest.raises(UserError, match=r"encoder\.pretrained"):
+    with pytest.raises(UserError, match=r"encoder\.pretrained|none: no config\.json"):
         load_encoder(name)

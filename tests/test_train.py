@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from tiny_training import config_of, train_killed
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_captioner, load_model
 from training.config import Stage, load_config
 from training.data.manifest import read_manifest
-from training.dataset import epoch_order, mirrored, pack_captions
+from training.dataset import Augment, FeatureCache, epoch_order, mirrored, pack_captions
 from training.distributed import Processes
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.train import learning_rate, set_checkpointing, train
@@ -297,6 +299,28 @@ def test_processes_share_each_batch():
     assert shares == [[[1, 4], [6]], [[2, 5], [7]], [[3], [8]]]
     with pytest.raises(UserError, match="4 processes for a batch of 3 photos"):
         Processes(0, 4).share(batches)
+
+
+def test_two_runs_make_the_same_features_once(tiny_data, tmp_path):
+    manifest = read_manifest(tiny_data)
+    rows = manifest.split("train")
+    preprocessing = PreprocessConfig(image_size=8)
+    encoded = []
+
+    def encode(images):
+        encoded.append(len(images))
+        return images.flatten(1).unsqueeze(1)
+
+    def make(_):
+        augment = Augment(preprocessing, augment=True, flip=True)
+        given = (tmp_path, "encoder", manifest, rows, encode, (1, 192), 2, augment)
+        return FeatureCache(*given, seed=0, workers=0)
+
+    with ThreadPoolExecutor() as runs:
+        first, second = runs.map(make, range(2))
+    assert sum(encoded) == 2 * len(rows)
+    assert torch.equal(first.memory, second.memory) and first.memory.any()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".bf16"]
 
 
 def test_mirrored_captions_swap_sides_and_nothing_else():

@@ -1,12 +1,14 @@
-"""Pretrained Vision Transformers into ours: timm's and torchvision's.
+"""Pretrained Vision Transformers into ours: timm's, torchvision's, and those of earlier runs.
 
-Names are `timm/NAME` (timm's own, with or without its tag) and `torchvision/NAME` (`vit_b_16` and
-its siblings). The other library builds its model and reads the weights, from a local file or its
-own download; here its parameters are renamed one by one, and a parameter too many or too few is an
-error that names it. The normalisation that the encoder was trained with comes along.
+Names are `timm/NAME` (timm's own, with or without its tag), `torchvision/NAME` (`vit_b_16` and its
+siblings) and `checkpoint/DIR`, a captioner's of ours: so a student can have its teacher's encoder,
+and both read the same cached features. timm and torchvision build their model and read the weights,
+from a local file or their own download; here its parameters are renamed one by one, and a parameter
+too many or too few is an error that names it. The normalisation that the encoder was trained with
+comes along.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 
 from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
+from training.checkpoint import load_model
 from training.model import Encoder, EncoderConfig, interpolate_positions
 from training.rename import Names, fill, rename
 
@@ -74,6 +78,10 @@ def load_encoder(
     Raises UserError naming the model, the file and the parameters that do not fit.
     """
     library, _, model_name = name.partition("/")
+    if library == "checkpoint":
+        if weights is not None:
+            raise UserError(f"encoder.pretrained {name!r} brings its weights; leave {weights} out")
+        return _from_checkpoint(Path(model_name), image_size)
     if weights is not None and not Path(weights).is_file():
         raise UserError(f"{weights}: no such file; give the encoder's weights of {name}")
     if library == "timm":
@@ -81,9 +89,18 @@ def load_encoder(
     if library == "torchvision":
         return _from_torchvision(model_name, weights, image_size)
     raise UserError(
-        f"encoder.pretrained {name!r}: write timm/NAME or torchvision/NAME "
+        f"encoder.pretrained {name!r}: write timm/NAME, torchvision/NAME or checkpoint/DIR "
         "(timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, torchvision/vit_b_16)"
     )
+
+
+def _from_checkpoint(folder: Path, image_size: int | None) -> PretrainedEncoder:
+    model, config, _ = load_model(folder)
+    shape, state = _at_size(model.encoder_config, model.encoder.state_dict(), image_size)
+    encoder = Encoder(shape)
+    encoder.load_state_dict(state)
+    seen = PreprocessConfig.from_dict(config["preprocessing"])
+    return PretrainedEncoder(encoder, seen.mean, seen.std, seen.interpolation)
 
 
 def _from_timm(name: str, weights: Path | None, image_size: int | None) -> PretrainedEncoder:
@@ -185,14 +202,22 @@ def _rename(
     ours = rename(name, state, names)
     if prefix:
         ours["prefix"] = torch.cat(prefix, dim=1)
-    if image_size is not None and image_size != config.image_size:
-        config = EncoderConfig(**{**config.__dict__, "image_size": image_size})
-        ours["positions"] = interpolate_positions(
-            ours["positions"], config.prefix_tokens if config.prefix_positions else 0, config.grid
-        )
+    config, ours = _at_size(config, ours, image_size)
     encoder = Encoder(config)
     fill(name, encoder, ours, names)
     return encoder
+
+
+def _at_size(
+    config: EncoderConfig, state: dict[str, Tensor], image_size: int | None
+) -> tuple[EncoderConfig, dict[str, Tensor]]:
+    """Shape and parameters for photos of another size, if one is asked for."""
+    if image_size is None or image_size == config.image_size:
+        return config, state
+    config = replace(config, image_size=image_size)
+    prefix = config.prefix_tokens if config.prefix_positions else 0
+    positions = interpolate_positions(state["positions"], prefix, config.grid)
+    return config, {**state, "positions": positions}
 
 
 def _activation(module: torch.nn.Module) -> str:

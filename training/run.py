@@ -59,10 +59,8 @@ class Run:
         if config.validation.photos:
             self.val_rows = self.val_rows[: config.validation.photos]
         self.device, self.bf16 = pick_device(config)
-        self.workers = config.workers
-        if self.workers is None:
-            cores = len(os.sched_getaffinity(0))
-            self.workers = 1 if self.device.type == "cpu" else min(8, cores)
+        workers = 1 if self.device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
+        self.workers = workers if config.workers is None else config.workers
         self.processes: Processes = join(self.device)
         self.stage = self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one
@@ -210,8 +208,8 @@ class Run:
 
 
 def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """The saved state of a killed run. Its config must be the one given; only further stages may
-    have been added to the end of a run."""
+    """The saved state of a killed run. Its config must be the one given, but for its name and its
+    `workers`, which change no weight; further stages may have been added to the end of a run."""
     path = folder / STATE_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -224,7 +222,7 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
     given = json.loads(json.dumps(dataclasses.asdict(config)))
     saved = json.loads(json.dumps(state["config"]))
     for fields in (given, saved):
-        del fields["name"]
+        del fields["name"], fields["workers"]
         fields["stages"] = fields["stages"][: state["stage"] + 1]
     for name, value in given.items():
         if saved.get(name) != value:

@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.serving --export build/export/NAME --photos DIR [--sweep]
 
-One client: some photos in process, then the same ones through the server, turn about, so that what
-else the machine does falls on both. Eight clients against batches of eight in process: rounds take
-turns. In process torch has as many threads as the server's workers have together. Every photo goes
-with the default options, as a raw body; the server's captions are compared with the library's. The
-server is one of its own, on free ports, with `handler/model-config.yaml` as it is but for what the
-options say.
+One client: some photos in process, then the same ones with a pause before each, which a processor
+comes out of slower, as a server's does between two requests, then through the server, turn about,
+so that what else the machine does falls on all of them. Eight clients against batches of eight in
+process: rounds take turns. In process torch has as many threads as the server's workers have
+together. Every photo goes with the default options, as a raw body; the server's captions are
+compared with the library's. The server is one of its own, on free ports, with
+`handler/model-config.yaml` as it is but for what the options say.
 
 `--sweep` then starts a server for each of several settings and shows what each gives: the table to
 set `handler/model-config.yaml` by. Give it a machine with nothing else running.
@@ -40,6 +41,8 @@ from tests.live import REPOSITORY, change_settings, client_of, configure, key, m
 CLIENTS, BATCH, PHOTOS, ROUNDS, TURN = 8, 8, 64, 3, 8
 # After its last parallel loop, OpenMP keeps a core busy for some milliseconds: not the server's.
 SPIN_SECONDS = 0.1
+# As long as a server's worker has nothing to do between two requests of one client.
+PAUSE_SECONDS = 0.004
 
 
 @dataclass(frozen=True)
@@ -134,27 +137,31 @@ class Connection:
 
 def one_client(
     captioner: Captioner, connection: Connection, photos: Sequence[bytes], seconds: float
-) -> tuple[list[float], list[float]]:
-    """Milliseconds of each photo, in process and through the server."""
+) -> tuple[list[float], list[float], list[float]]:
+    """Milliseconds of each photo: in process, one right after the other and each after a pause, and
+    through the server."""
     inside: list[float] = []
+    paused: list[float] = []
     outside: list[float] = []
     end = time.monotonic() + seconds
     first = 0
     while time.monotonic() < end:
         turn = [photos[(first + i) % len(photos)] for i in range(TURN)]
         texts, bodies = [], []
-        for photo in turn:
-            start = time.perf_counter()
-            texts.append(captioner.caption([photo])[0][0].text)
-            inside.append(1000 * (time.perf_counter() - start))
-        time.sleep(SPIN_SECONDS)
+        for taken, pause in ((inside, 0.0), (paused, PAUSE_SECONDS)):
+            for photo in turn:
+                time.sleep(pause)
+                start = time.perf_counter()
+                texts.append(captioner.caption([photo])[0][0].text)
+                taken.append(1000 * (time.perf_counter() - start))
+            time.sleep(SPIN_SECONDS)
         for photo in turn:
             start = time.perf_counter()
             bodies.append(connection.ask(photo))
             outside.append(1000 * (time.perf_counter() - start))
-        assert [json.loads(body)["caption"] for body in bodies] == texts
+        assert [json.loads(body)["caption"] for body in bodies] * 2 == texts
         first += TURN
-    return inside, outside
+    return inside, paused, outside
 
 
 def batches(captioner: Captioner, photos: Sequence[bytes], seconds: float) -> float:
@@ -198,7 +205,8 @@ def against_in_process(
     with serving(export, setting) as (server, folder):
         many_clients(server, folder, photos, seconds, CLIENTS)  # the first ones are slower
         batches(captioner, photos, seconds / 3)
-        alone, served = one_client(captioner, Connection(server, folder), photos, seconds)
+        connection = Connection(server, folder)
+        alone, paused, served = one_client(captioner, connection, photos, seconds)
         inside, outside, taken = [], [], []
         for _ in range(ROUNDS):
             inside.append(batches(captioner, photos, seconds / ROUNDS))
@@ -207,8 +215,10 @@ def against_in_process(
             taken += part
     return {
         "1 client, in process, p50 ms": statistics.median(alone),
+        "1 client, in process after a pause, p50 ms": statistics.median(paused),
         "1 client, server, p50 ms": statistics.median(served),
         "overhead, p50 ms": statistics.median(served) - statistics.median(alone),
+        "overhead over the pause's, p50 ms": statistics.median(served) - statistics.median(paused),
         "batches of 8, in process, photos/s": statistics.median(inside),
         "8 clients, server, photos/s": statistics.median(outside),
         "server / in process": statistics.median(outside) / statistics.median(inside),
