@@ -5,7 +5,7 @@ packed once, after loading.
 the blocks its kernel works on, which at the few rows of a decoding step makes the difference of
 three to five times. A packed weight cannot be saved, so an export holds the plain one, and
 `Captioner.load` calls `prepack()` on every layer here. Until then, on a GPU, or where oneDNN is
-missing, the plain product gives the same result.
+missing, the plain product gives the same result, in int8 but for the rounding of what comes in.
 
 Every layer treats each row alone: what a photo gets never depends on its neighbours in a batch.
 """

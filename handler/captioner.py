@@ -23,9 +23,9 @@ from handler.image_preprocess import PreprocessConfig, preprocess
 Photo = bytes | bytearray | memoryview | Image.Image
 # Photos encoded and searched at once when a caller hands over a long list.
 BATCH = 16
-# Photos that a CPU encodes at once: what larger batches write between two layers is so large that
-# the allocator gives it back to the system each time (a quarter of an int8 encoder's time).
-ENCODED = 4
+# The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
+# allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
+ENCODED_BYTES = 10_000_000
 # What the search asks of a scripted decoder.
 DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
 
@@ -75,8 +75,9 @@ class Captioner:
     ) -> "Captioner":
         """Loads an export (`encoder.pt`, `decoder.pt`, `config.json`, `tokenizer.json`).
 
-        `threads` sets torch's threads for the whole process; None leaves them alone. Raises
-        UserError naming the file that is missing or damaged.
+        `threads` sets torch's threads for the whole process; None leaves them alone. On a GPU it is
+        for one caller at a time (see `handler.cuda_graphs`). Raises UserError naming the file that
+        is missing or damaged.
         """
         directory = Path(export_dir)
         config = read_config(directory)
@@ -86,8 +87,9 @@ class Captioner:
         # Both are read before either is packed: until something large is freed, glibc gives each
         # weight pages of its own, which go back to the system once its packed copy is made. Holes
         # in the heap, which no packed copy fits, would add a tenth to the peak.
-        # A layer that is packed for FBGEMM, read straight onto a GPU, ends the process. The others
-        # are: moved one by one, an embedding and the head that shares it would be two.
+        # Exports with a part in fp16 are read on the CPU and moved: FBGEMM's packed weights, read
+        # straight onto a GPU, end the process. The others are read there: moved tensor by tensor,
+        # an embedding would part from the head that shares it.
         packed = "fp16" in config.get("parts", {}).values()
         scripts = [
             read_script(directory / name, "cpu" if packed else device).to(device)
@@ -151,9 +153,12 @@ class Captioner:
     def encode(self, images_B3SS: Tensor) -> Tensor:
         """Preprocessed photos -> memory (B, P, D)."""
         images_B3SS = images_B3SS.to(self.device)
-        if self.device.type != "cpu" or len(images_B3SS) <= ENCODED:
+        shape = self.config["model"]["encoder"]
+        patches = (shape["image_size"] // shape["patch_size"]) ** 2
+        photos = max(1, ENCODED_BYTES // (4 * patches * shape["mlp_width"]))
+        if self.device.type != "cpu" or len(images_B3SS) <= photos:
             return self.encoder(images_B3SS)
-        return torch.cat([self.encoder(part) for part in images_B3SS.split(ENCODED)])
+        return torch.cat([self.encoder(part) for part in images_B3SS.split(photos)])
 
     @torch.inference_mode()
     def caption_memory(
@@ -249,7 +254,7 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
 def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.ScriptModule:
     """Ready for inference: the linear layers packed for this processor (see
     `export.packed_linear`), then frozen."""
-    if device == "cpu" and torch.backends.mkldnn.is_available():
+    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
         for module in script.modules():
             if hasattr(module, "prepack"):
                 module.prepack()

@@ -1,18 +1,19 @@
-"""Steps replayed as CUDA graphs give what the steps themselves give, on a machine with a GPU."""
+"""Steps replayed as CUDA graphs give what the steps themselves give: with graphs on a machine that
+has a GPU, and everywhere with a stand-in that runs what a graph would replay."""
 
 import pytest
 import torch
 
-from export.precision import WAYS, in_precision
+from export.export import export_checkpoint
+from export.precision import WAYS
 from export.script_decoder import script_decoder
-from export.trace_encoder import trace_encoder
 from handler import cuda_graphs
 from handler.beam_search import DecodeOptions, search
-from handler.captioner import prepare_script, read_script
+from handler.captioner import Captioner, prepare_script
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
-from training.model import CaptioningModel, Decoder, DecoderConfig, EncoderConfig
+from training.model import Decoder, DecoderConfig, Encoder, EncoderConfig
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 END = 1
 # Photos that finish at different times, so that the batch shrinks; three kinds of search.
@@ -25,13 +26,34 @@ MIXED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def decoder():
+class StandIn:
+    """Of a graph: bound to the tensors that it was made with, as one that was captured is."""
+
+    def __init__(self, run, inputs, outputs, pool):
+        self.run, self.inputs = run, [given.clone() for given in inputs]
+        self.output = outputs.setdefault(tuple(inputs[0].shape), run(*self.inputs).clone())
+
+    def __call__(self, inputs):
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        return self.output.copy_(self.run(*self.inputs))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        monkeypatch.setattr(cuda_graphs, "_Graph", StandIn)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return request.param
+
+
+@pytest.fixture
+def decoder(device):
     torch.manual_seed(0)
     shape = DecoderConfig(
         vocab_size=50, max_positions=16, width=32, layers=2, heads=2, mlp_width=64, memory_width=24
     )
-    made = Decoder(shape).cuda().eval().requires_grad_(False)
+    made = Decoder(shape).to(device).eval().requires_grad_(False)
     for parameter in made.parameters():
         parameter.mul_(4)  # so that captions differ
     return made
@@ -45,46 +67,68 @@ def found(decoder, memory, options):
 
 
 @pytest.mark.parametrize("kind", ["eager", "scripted"])
-def test_captions_are_the_same_whatever_was_searched_before(decoder, kind):
-    plain = prepare_script(script_decoder(decoder), "cuda") if kind == "scripted" else decoder
+def test_captions_are_the_same_whatever_was_searched_before(decoder, device, kind):
+    plain = prepare_script(script_decoder(decoder), device) if kind == "scripted" else decoder
     graphed = GraphedDecoder(plain)
     for seed in range(4):
         torch.manual_seed(seed)
-        memory = torch.randn(len(MIXED), 7, 24, device="cuda")
+        memory = torch.randn(len(MIXED), 7, 24, device=device)
         chosen = MIXED[seed:] + MIXED[:seed]
         for photos in (len(chosen), 1, 3):
             expected = found(decoder, memory[:photos], chosen[:photos])
             assert found(graphed, memory[:photos], chosen[:photos]) == expected
+    assert graphed._steps
 
 
-@pytest.mark.parametrize("way", sorted({way for ways in WAYS.values() for way in ways}))
-def test_every_export_runs_on_a_gpu(way, tmp_path):
-    torch.manual_seed(0)
-    model = CaptioningModel(
-        EncoderConfig(width=24, layers=1, heads=2, mlp_width=48, image_size=32, patch_size=8),
-        DecoderConfig(50, 16, width=32, layers=1, heads=2, mlp_width=64, memory_width=24),
-    )
-    model = in_precision(model, *way)
-    trace_encoder(model.encoder, 32).save(tmp_path / "encoder.pt")
-    script_decoder(model.decoder).save(tmp_path / "decoder.pt")
-    place = "cpu" if "fp16" in way else "cuda"
-    encoder, decoder = (
-        prepare_script(read_script(tmp_path / f"{part}.pt", place).to("cuda"), "cuda")
-        for part in ("encoder", "decoder")
-    )
+@needs_gpu
+@pytest.mark.parametrize("precision", WAYS)
+def test_an_export_captions_on_a_gpu_as_on_a_cpu(precision, tiny_run, tmp_path, monkeypatch):
+    checkpoint = tiny_run / "build/checkpoints/tiny"
     images = torch.randn(3, 3, 32, 32)
-    with torch.inference_mode():
-        memory = GraphedEncoder(encoder)(images.cuda())
-        torch.testing.assert_close(memory.cpu(), model.encoder(images), atol=0.05, rtol=0)
-    options = [DecodeOptions(num_beams=3)] * 3
-    assert found(GraphedDecoder(decoder), memory, options) == found(decoder, memory, options)
+    for way in WAYS[precision]:
+        monkeypatch.setitem(WAYS, precision, (way,))
+        export_checkpoint(checkpoint, tmp_path / "export", precision)
+        cpu, gpu = (Captioner.load(tmp_path / "export", device) for device in ("cpu", "cuda"))
+        assert isinstance(gpu.decoder, GraphedDecoder)
+        within = 1e-4 if way[0] == "fp32" else 0.05
+        torch.testing.assert_close(
+            gpu.encode(images).cpu(), cpu.encode(images), atol=within, rtol=0
+        )
+        options = [gpu.options(num_beams=3)] * 3
+        assert all(best.text for best, *_ in gpu.caption_tensors(images, options))
 
 
-def test_old_graphs_make_room_for_new_ones(decoder, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "GRAPHS", 3)
+@pytest.mark.parametrize("limits", [{"STEPS": 3}, {"CACHES": 1}])
+def test_old_graphs_and_caches_make_room_for_new_ones(decoder, device, monkeypatch, limits):
+    for name, value in limits.items():
+        monkeypatch.setattr(cuda_graphs, name, value)
     graphed = GraphedDecoder(decoder)
-    memory = torch.randn(2, 7, 24, device="cuda")
-    for beams in (2, 3, 2):
+    memory = torch.randn(2, 7, 24, device=device)
+    for beams in (2, 5, 2, 3):
         options = [DecodeOptions(num_beams=beams)] * 2
         assert found(graphed, memory, options) == found(decoder, memory, options)
-    assert len(graphed._steps) == 3
+        assert len(graphed._steps) <= cuda_graphs.STEPS
+        assert len(graphed._caches) <= cuda_graphs.CACHES
+        kept = {keys[0].data_ptr() for keys in graphed._caches.values()}
+        assert {key[-2] for key in graphed._steps} <= kept
+
+
+@pytest.mark.parametrize("limit", ["MOST_PHOTOS", "MOST_SLOTS"])
+def test_large_searches_leave_nothing_behind(decoder, device, monkeypatch, limit):
+    monkeypatch.setattr(cuda_graphs, limit, 1)
+    graphed = GraphedDecoder(decoder)
+    memory = torch.randn(len(MIXED), 7, 24, device=device)
+    assert found(graphed, memory, MIXED) == found(decoder, memory, MIXED)
+    assert not graphed._steps and not graphed._caches
+
+
+def test_an_encoders_memory_stays_when_the_next_photo_comes(device):
+    torch.manual_seed(0)
+    shape = EncoderConfig(width=24, layers=1, heads=2, mlp_width=48, image_size=32, patch_size=8)
+    encoder = Encoder(shape).to(device).eval().requires_grad_(False)
+    graphed = GraphedEncoder(encoder)
+    with torch.inference_mode():
+        for images in torch.randn(3, 2, 3, 32, 32, device=device):
+            first, second = graphed(images), graphed(images.flip(0))
+            torch.testing.assert_close(first, encoder(images))
+            torch.testing.assert_close(second, first.flip(0))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, run_program
+from safetensors.torch import load_file
 from tiny_training import config_of
 
 from handler.beam_search import DecodeOptions, search
@@ -240,6 +241,26 @@ def test_a_smaller_student_learns_from_the_features_of_a_shared_encoder(
     log = [json.loads(line) for line in Path("student/metrics.jsonl").read_text().splitlines()]
     divergence = [line["divergence"] for line in log if "divergence" in line]
     assert divergence[-1] < 0.5 * divergence[0]
+
+
+def test_a_student_may_have_its_teachers_encoder_and_features(
+    tiny_run, tiny_data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    teacher = tiny_run / "build/checkpoints/tiny"
+    encoder = {"pretrained": f"checkpoint/{teacher}"}
+    tokenizer = {"checkpoint": str(teacher)}
+    stage = {**FROZEN, "epochs": 1, "distillation": {"teachers": [str(teacher)]}}
+    for name, width in (("first", 16), ("second", 8)):
+        small = {**TINY["decoder"], "width": width}
+        config = config_of(
+            Path("run.yaml"), encoder=encoder, tokenizer=tokenizer, decoder=small, stages=[stage]
+        )
+        train(config, read_manifest(tiny_data), Path(name), None, resume=False)
+        assert len(list(Path("build/features").iterdir())) == 1
+        theirs, ours = (load_file(f"{run}/model.safetensors") for run in (teacher, name))
+        for parameter in (p for p in theirs if p.startswith("encoder.")):
+            assert torch.equal(theirs[parameter], ours[parameter])
 
 
 @pytest.fixture

@@ -26,10 +26,11 @@ def _require(condition: bool, message: str) -> None:
 @dataclass(frozen=True)
 class EncoderSource:
     """Where the encoder comes from: `pretrained` (see `training.pretrained`), or the shape of one
-    that is trained from scratch. `image_size` applies to both."""
+    that is trained from scratch. `image_size` applies to both; left out, it is the pretrained one's
+    own, or 224."""
 
     pretrained: str | None = None
-    image_size: int = 224
+    image_size: int | None = None
     patch_size: int = 16
     width: int = 192
     layers: int = 12

@@ -301,7 +301,11 @@ class FeatureCache:
             folder.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
             with partial.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another run may be making the same ones
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"{self.path}: waiting for another run that makes them", flush=True)
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 if self.path.exists():
                     partial.unlink(missing_ok=True)
                 else:

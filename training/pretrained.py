@@ -96,10 +96,15 @@ def load_encoder(
 
 def _from_checkpoint(folder: Path, image_size: int | None) -> PretrainedEncoder:
     model, config, _ = load_model(folder)
+    seen = PreprocessConfig.from_dict(config["preprocessing"])
+    if seen.resize_to is not None:
+        raise UserError(
+            f"{folder}: its photos are resized to {seen.resize_to} and cut, which no training "
+            "here does; give the encoder by its timm name"
+        )
     shape, state = _at_size(model.encoder_config, model.encoder.state_dict(), image_size)
     encoder = Encoder(shape)
     encoder.load_state_dict(state)
-    seen = PreprocessConfig.from_dict(config["preprocessing"])
     return PretrainedEncoder(encoder, seen.mean, seen.std, seen.interpolation)
 
 

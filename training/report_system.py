@@ -124,7 +124,7 @@ def maps_of(system: System, manifest: Manifest, rows: Sequence[Row]) -> dict[str
     for start in tqdm(range(0, len(rows), BATCH), desc=f"maps of {system.name}", unit="batch"):
         part = rows[start : start + BATCH]
         photos = [captioner.preprocess(read_photo(manifest, row)) for row in part]
-        memory_BPD = captioner.encoder(torch.stack(photos).to(captioner.device))
+        memory_BPD = captioner.encode(torch.stack(photos))
         pairs = [(i, c) for i, row in enumerate(part) for c in system.captions[row.id]]
         photo_of = torch.tensor([i for i, _ in pairs], device=captioner.device)
         maps = captioner.attention_memory(memory_BPD[photo_of], [c.ids for _, c in pairs])

@@ -59,7 +59,8 @@ class Run:
         if config.validation.photos:
             self.val_rows = self.val_rows[: config.validation.photos]
         self.device, self.bf16 = pick_device(config)
-        workers = 1 if self.device.type == "cpu" else min(8, len(os.sched_getaffinity(0)))
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 1 if self.device.type == "cpu" else min(8, max(1, cores))
         self.workers = workers if config.workers is None else config.workers
         self.processes: Processes = join(self.device)
         self.stage = self.epoch = self.step = 0

@@ -91,7 +91,7 @@ def make_model(
             layers=source.layers,
             heads=source.heads,
             mlp_width=4 * source.width,
-            image_size=source.image_size,
+            image_size=source.image_size or 224,
             patch_size=source.patch_size,
             dropout=source.dropout,
         )
@@ -275,7 +275,7 @@ def run_stage(run: Run, captions: Captions, board: Any, state: dict[str, Any] | 
     seed = seed_of(config.seed, "stage", run.stage)
     augment = Augment(run.preprocessing, stage.augment, stage.flip)
     features = None
-    if frozen:
+    if frozen and epoch0 < stage.epochs:  # not where a finished run only gets a further stage
         features = processes.one_first(lambda: make_features(run, stage, augment))
     objective = processes.parallel(Objective(run.model, make_loss(run, stage, seed), frozen))
     photos, shard_of_N = len(run.train_rows), shard_numbers(run.train_rows)

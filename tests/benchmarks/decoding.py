@@ -54,7 +54,8 @@ def build_yardstick(folder: Path) -> None:
 
 
 def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, dict[str, Path]]:
-    """(Hugging Face's folder, the checkpoint, its exports by precision), made where missing."""
+    """(Hugging Face's folder and the checkpoint, made where missing; its exports by precision, made
+    anew, since they hold code as well)."""
     theirs = None
     checkpoint = Path(name)
     if name == "yardstick":
@@ -67,8 +68,7 @@ def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, di
             import_huggingface(str(theirs), checkpoint)
     exports = {p: ROOT / f"{checkpoint.name}-{p}" for p in precisions}
     for precision, folder in exports.items():
-        if not folder.exists():
-            export_checkpoint(checkpoint, folder, precision)
+        export_checkpoint(checkpoint, folder, precision)
     return theirs, checkpoint, exports
 
 

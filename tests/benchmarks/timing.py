@@ -30,8 +30,7 @@ def medians(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict
 
 
 def peak_megabytes(module: str, *arguments: str) -> float:
-    """Peak resident memory of a fresh Python that runs `module`, which prints it at its end with
-    `print_peak`."""
+    """Peak memory of a fresh Python that runs `module`, which prints it at its end."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *arguments],
         check=True,
