@@ -309,28 +309,25 @@ class FeatureCache:
                 if self.path.exists():
                     partial.unlink(missing_ok=True)
                 else:
-                    self._make(partial, size, manifest, rows, encode, plain, augment, seed, workers)
+                    photos = [
+                        PhotoDataset(manifest, rows, augment if view else plain, seed, view)
+                        for view in range(views)
+                    ]
+                    self._make(_mapped(partial, size), photos, encode, workers)
                     partial.replace(self.path)
         self.memory = _mapped(self.path, size)
 
     def _make(
         self,
-        path: Path,
-        size: tuple[int, ...],
-        manifest: Manifest,
-        rows: Sequence[Row],
+        memory: Tensor,
+        views: Sequence[PhotoDataset],
         encode: Callable[[Tensor], Tensor],
-        plain: Augment,
-        augment: Augment,
-        seed: int,
         workers: int,
     ) -> None:
-        memory = _mapped(path, size)
-        for view in range(size[1]):
-            dataset = PhotoDataset(manifest, rows, plain if view == 0 else augment, seed, view)
-            bar = tqdm(total=len(rows), desc=f"features, view {view + 1}/{size[1]}", unit="photo")
-            batches = [list(range(i, min(i + 32, len(rows)))) for i in range(0, len(rows), 32)]
-            loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
+        for view, photos in enumerate(views):
+            title = f"features, view {view + 1}/{len(views)}"
+            bar = tqdm(total=len(photos), desc=title, unit="photo")
+            loader = DataLoader(photos, batch_size=32, num_workers=workers)
             for indices, images, mirror in loaded(loader):
                 memory[indices, view] = encode(images).to("cpu", torch.bfloat16)
                 assert torch.equal(self.mirror[indices, view], mirror)

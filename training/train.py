@@ -91,7 +91,7 @@ def make_model(
             layers=source.layers,
             heads=source.heads,
             mlp_width=4 * source.width,
-            image_size=source.image_size or 224,
+            image_size=224 if source.image_size is None else source.image_size,
             patch_size=source.patch_size,
             dropout=source.dropout,
         )
