@@ -15,7 +15,8 @@ from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
 
-from handler.errors import UserError, write_atomic
+from handler.errors import UserError
+from handler.files import write_atomic
 from handler.image_preprocess import sniff
 
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from handler.errors import UserError, write_atomic
+from handler.errors import UserError
+from handler.files import write_atomic
 
 PAD, BEGIN, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<begin>", "<end>", "<unk>")
 KINDS = ("word", "bpe")

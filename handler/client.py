@@ -17,7 +17,8 @@ import requests
 from tqdm import tqdm
 
 from handler.alt_text import NoAltText, write_alt_text
-from handler.errors import ArgumentParser, UserError, run_command, write_atomic
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import write_atomic
 from handler.grpc_stubs import load
 from handler.image_preprocess import sniff
 from handler.request import OPTION_TYPES

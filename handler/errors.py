@@ -1,12 +1,17 @@
-"""What a person sees when input is bad: one line, and files that are whole or absent."""
+"""What a person sees when input is bad: one line and exit status 2, never a traceback."""
 
 import argparse
+import errno
 import os
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
+
+# Errors of the machine that the user can mend: no space, quota, read-only, permission, ...
+NOT_OURS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ELOOP),
+)
 
 
 class UserError(ValueError):
@@ -35,21 +40,10 @@ def run_command(main: Callable[[], None]) -> None:
         # The reader of our output (`| head`) went away; that is not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-
-
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file."""
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        # mkstemp makes files private; the umask is only readable by setting it.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        # A full disk, a folder without permission: nothing that a traceback would explain.
+        if error.errno not in NOT_OURS:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"error: {name}{error.strerror}; what existed before is unchanged", file=sys.stderr)
+        sys.exit(2)

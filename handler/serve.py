@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
-from handler.errors import ArgumentParser, UserError, run_command, write_atomic
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import write_atomic
 
 START_SECONDS = 180
 STOP_SECONDS = 30

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, read_config
-from handler.errors import UserError, write_atomic
+from handler.errors import UserError
+from handler.files import write_atomic
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
 WEIGHTS_FILE = "model.safetensors"

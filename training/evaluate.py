@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from handler.captioner import Captioner
-from handler.errors import ArgumentParser, UserError, run_command, write_atomic
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import write_atomic
 from handler.request import OPTION_TYPES, parse_option
 from training.caption_habits import agreement, describe
 from training.checkpoint import WEIGHTS_FILE, load_captioner

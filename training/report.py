@@ -5,7 +5,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from handler.errors import ArgumentParser, run_command, write_atomic
+from handler.errors import ArgumentParser, run_command
+from handler.files import write_atomic
 from handler.page import photo_html
 from training.data.manifest import Row
 from training.dataset import read_photo

@@ -17,7 +17,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from handler.errors import ArgumentParser, UserError, run_command, write_atomic
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import write_atomic
 from handler.page import page, photo_html
 from training.data.manifest import Manifest, Row, read_manifest
 from training.dataset import read_photo

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from handler.errors import ArgumentParser, UserError, run_command, write_atomic
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import write_atomic
 from training.agreement import kendall, krippendorff_alpha, spearman
 from training.intervals import interval, resampled
 from training.metrics import DEFAULT_METRICS, METRICS, has_spice, score_each

@@ -18,7 +18,8 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from handler.errors import UserError, write_atomic
+from handler.errors import UserError
+from handler.files import write_atomic
 from training.data.manifest import check_inside
 
 MIRROR = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"

@@ -1,0 +1,169 @@
+"""Files and folders that are written whole or not at all, and JSON that is read with an error that
+names its file."""
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from handler.errors import UserError
+
+# The number that every marker file carries as `"format"`. A change of what a folder holds that an
+# older reader would misread raises it.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What one command writes into its folder, so that it replaces nothing else.
+
+    `name` is what messages call it ("an export"); `marker` is the JSON file that tells the kind, by
+    the `fields` that no other kind's has; `files` are patterns (fnmatch, the names at the top of
+    the folder) of everything that the command ever writes there, the marker included.
+    """
+
+    name: str
+    marker: str
+    fields: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def check_replaceable(out: Path, kind: FolderKind, inputs: Iterable[Path | str] = ()) -> None:
+    """Refuses to replace `out` unless it is absent, empty, or a folder that the command of `kind`
+    wrote and nobody added to. It must not be one of the `inputs`, nor above or below one.
+
+    Raises UserError that names the folder and the way out.
+    """
+    real = Path(os.path.realpath(out))
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if real == source or real in source.parents or source in real.parents:
+            where = "is" if real == source else "is above" if real in source.parents else "is below"
+            raise UserError(f"{out}: the output {where} the input {given}; choose another folder")
+    if not real.exists():
+        return
+    if not real.is_dir():
+        raise UserError(f"{out}: this is a file; {kind.name} needs a folder")
+    names = sorted(entry.name for entry in real.iterdir())
+    if not names:
+        return
+    if not _is_marked(real / kind.marker, kind):
+        raise UserError(
+            f"{out}: the folder is not empty and is not {kind.name}; choose another folder"
+        )
+    foreign = [name for name in names if not any(fnmatch(name, p) for p in kind.files)]
+    if foreign:
+        raise UserError(
+            f"{out}: {foreign[0]!r} is not part of {kind.name}; move it elsewhere, or choose "
+            "another folder"
+        )
+
+
+def _is_marked(marker: Path, kind: FolderKind) -> bool:
+    try:
+        content = read_json(marker)
+    except UserError:
+        return False
+    return isinstance(content, dict) and all(field in content for field in kind.fields)
+
+
+@contextmanager
+def replace_folder(
+    out: Path, kind: FolderKind, inputs: Iterable[Path | str] = ()
+) -> Iterator[Path]:
+    """Yields an empty folder beside `out`; when the block ends without an exception, that folder
+    takes the place of `out`. Otherwise it is removed and `out` stays as it was.
+
+    Raises UserError where `out` must not be replaced (see `check_replaceable`) or where another
+    process is writing it.
+    """
+    inputs = list(inputs)
+    real = Path(os.path.realpath(out))
+    check_replaceable(out, kind, inputs)
+    with locked(out):
+        new, old = (real.with_name(f".{real.name}.{state}") for state in ("new", "old"))
+        # What a killed process left: the lock says that nobody is at work on it.
+        if old.exists() and not real.exists():
+            old.rename(real)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+            check_replaceable(out, kind, inputs)
+            if real.exists():
+                real.rename(old)
+            try:
+                new.rename(real)
+            except BaseException:
+                if old.exists():
+                    old.rename(real)
+                raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            if real.exists():
+                shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds `path` (a file or folder, there or not) for this process, by a lock file beside it that
+    ends with the process. Raises UserError where another process holds it."""
+    real = Path(os.path.realpath(path))
+    lock = real.with_name(f".{real.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"{path}: another process is writing it; wait until it has ended"
+            ) from None
+        # The holder before us may have removed the file between our open and our lock.
+        if lock.exists() and os.path.samestat(os.stat(lock), os.fstat(handle)):
+            break
+        os.close(handle)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes beside `path` and renames, so that a reader never sees half a file."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp makes files private; the umask is only readable by setting it.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The JSON content of a file. Raises UserError that names the file: missing, unreadable, not
+    UTF-8, not JSON, or nested too deeply."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not readable as JSON ({reason})") from error
