@@ -18,7 +18,7 @@ import copy
 import torch
 from torch import nn
 
-from export.packed_linear import GELUS, HalfLinear, Int8Linear, PackedLinear
+from export.layers import GELUS, HalfLinear, Int8Linear, PackedLinear
 from export.rescored_head import RescoredHead
 from training.model import CaptioningModel, Mlp
 
@@ -31,7 +31,7 @@ WAYS = {
 
 
 def in_precision(model: CaptioningModel, encoder: str, decoder: str) -> CaptioningModel:
-    """A copy of `model` for inference whose linear layers are those of `export.packed_linear`."""
+    """A copy of `model` for inference whose linear layers are those of `export.layers`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     _replace(model.encoder, encoder)
     head = model.decoder.head

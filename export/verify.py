@@ -10,7 +10,7 @@ from torch import Tensor
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from training.metrics import score
+from training.scores.metrics import score
 
 # The largest difference of any number, relative to the largest number of its kind. fp32 only sums
 # in another order (observed below 1e-5); the others are there to catch a layer that is wrong.

@@ -253,7 +253,7 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
 
 def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.ScriptModule:
     """Ready for inference: the linear layers packed for this processor (see
-    `export.packed_linear`), then frozen."""
+    `export.layers`), then frozen."""
     if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
         for module in script.modules():
             if hasattr(module, "prepack"):

@@ -24,9 +24,9 @@ from training.data.manifest import Row, read_manifest, write_manifest
 from training.data.scenes import make_rows
 from training.dataset import Captions
 from training.distil_captions import main, with_captions
-from training.distillation import DistillationLoss
-from training.ensemble import Ensemble, ensemble_captioner
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.objectives.distillation import DistillationLoss
+from training.objectives.ensemble import Ensemble, ensemble_captioner
 from training.train import Objective, train
 
 ROWS = [

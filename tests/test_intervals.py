@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from training.intervals import (
+from training.scores.intervals import (
     bleu,
     bleu_counts,
     bootstrap_scores,
@@ -13,7 +13,7 @@ from training.intervals import (
     resampled,
     score_with_intervals,
 )
-from training.metrics import score, score_tokens, tokenize
+from training.scores.metrics import score, score_tokens, tokenize
 
 CAPTIONS = {
     "1": "a dog runs across the green grass",
@@ -70,7 +70,7 @@ def test_draws_are_the_same_for_every_system():
 def test_corpus_bleu_is_scored_again_on_resampled_photos(monkeypatch):
     """As wide as the spread of pycocoevalcap's scores of some resamples (on plain words: Java would
     be started for each)."""
-    monkeypatch.setattr("training.metrics.find_java", lambda: None)
+    monkeypatch.setattr("training.scores.metrics.find_java", lambda: None)
     chooser = random.Random(2)
     words = ("a", "dog", "cat", "man", "runs", "sits", "on", "the", "grass")
     texts = [" ".join(chooser.choices(words, k=chooser.randrange(3, 12))) for _ in range(120)]

@@ -9,9 +9,9 @@ import pycocoevalcap.eval
 import pytest
 from pycocotools.coco import COCO
 
-import training.metrics
 from handler.errors import UserError
-from training.metrics import score, score_each
+from training.scores import metrics
+from training.scores.metrics import score, score_each
 
 REFERENCES = {
     "1": ["A dog runs through the tall grass.", "The brown dog is running outside."],
@@ -47,7 +47,7 @@ def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         path = tmp_path / "java"
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setattr(training.metrics, "find_java", lambda: str(path))
+        monkeypatch.setattr(metrics, "find_java", lambda: str(path))
 
     return install
 
@@ -114,7 +114,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 
 def test_without_java_the_rest_is_scored_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(training.metrics, "find_java", lambda: None)
+    monkeypatch.setattr(metrics, "find_java", lambda: None)
     with caplog.at_level(logging.WARNING):
         result = score(PREDICTIONS, REFERENCES)
     assert result["tokenizer"] == "python"
@@ -133,7 +133,7 @@ def test_a_java_that_fails_is_one_clear_error(fake_java):
 def test_a_meteor_that_dies_is_an_error_and_not_a_hang(fake_java):
     fake_java("read line; echo 'out of memory' >&2; exit 3")
     with pytest.raises(UserError, match="METEOR failed"):
-        training.metrics._meteor(training.metrics.find_java() or "", [["a b"]] * 3, [["a b"]] * 3)
+        metrics._meteor(metrics.find_java() or "", [["a b"]] * 3, [["a b"]] * 3)
 
 
 def test_spice_runs_only_where_it_is_installed(monkeypatch):
@@ -147,7 +147,7 @@ def test_spice_runs_only_where_it_is_installed(monkeypatch):
             values = [{"All": {"f": float(len(predictions[key][0]))}} for key in keys]
             return 0.5, values
 
-    monkeypatch.setattr(training.metrics, "has_spice", lambda: True)
+    monkeypatch.setattr(metrics, "has_spice", lambda: True)
     monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", Sorting)
     unsorted = {key: PREDICTIONS[key] for key in ("5", "1", "3")}
     result, each = score_each(unsorted, REFERENCES, ("spice",))

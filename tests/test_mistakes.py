@@ -3,7 +3,7 @@
 import pytest
 
 from training.data.manifest import Row
-from training.mistakes import find_mistakes, word_mistakes
+from training.scores.mistakes import find_mistakes, word_mistakes
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import re
 import xml.etree.ElementTree as ET
 
-from training.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, bar_chart, line_chart
+from training.pages.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, bar_chart, line_chart
 
 
 def test_a_line_goes_from_corner_to_corner():

@@ -10,7 +10,7 @@ from conftest import run_program
 from torch import nn
 
 from export.export import export_checkpoint
-from export.packed_linear import HalfLinear, Int8Linear, PackedLinear
+from export.layers import HalfLinear, Int8Linear, PackedLinear
 from export.precision import WAYS, in_precision, ways
 from export.rescored_head import RescoredHead
 from export.script_decoder import script_decoder

@@ -10,7 +10,7 @@ from conftest import run_program
 
 from training.checkpoint import load_captioner
 from training.data.manifest import read_manifest
-from training.report_system import N_BEST, caption_split, load_system, maps_of, read_log
+from training.pages.system import N_BEST, caption_split, load_system, maps_of, read_log
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from browser import Browser, needs_chromium
 from conftest import run_program
 
 from handler.errors import UserError, run_command
-from training.agreement import kendall, krippendorff_alpha, spearman
 from training.data.manifest import Row, read_manifest
 from training.evaluate import write_predictions
 from training.review import HUMAN, key_of, make_items, plain, render
@@ -23,6 +22,7 @@ from training.review_score import (
     preference,
     read_ratings,
 )
+from training.scores.agreement import kendall, krippendorff_alpha, spearman
 
 # Krippendorff 2011, section C and following: 4 observers, 12 units, missing ratings.
 OBSERVERS = [

@@ -16,7 +16,7 @@ from training.config import SelfCritical, Stage, TrainConfig
 from training.data.manifest import Row
 from training.dataset import Captions
 from training.model import Decoder, DecoderConfig
-from training.self_critical import END_WORD, CiderD, SelfCriticalLoss, reward_words
+from training.objectives.self_critical import END_WORD, CiderD, SelfCriticalLoss, reward_words
 
 WORDS = ("a", "dog", "cat", "man", "runs", "sits", "on", "in", "the", "grass", "with", "ball")
 

@@ -25,7 +25,7 @@ from training.data import ranged
 from training.data.manifest import Manifest, Row, read_manifest, write_manifest
 from training.data.shards import find_shards
 from training.dataset import epoch_order, read_bytes, read_photo, shard_numbers, stamp
-from training.distributed import Processes
+from training.loop.distributed import Processes
 from training.shards import write_shards
 from training.train import train
 

@@ -11,7 +11,7 @@ from conftest import TINY
 import training.train
 from training.config import TrainConfig, load_config
 from training.data.manifest import Manifest
-from training.run import Run
+from training.loop.run import Run
 
 
 def config_of(path: Path, **fields: Any) -> TrainConfig:

@@ -70,9 +70,9 @@ class TokenizerChoice:
 
 @dataclass(frozen=True)
 class SelfCritical:
-    """Self-critical training on CIDEr-D (see `training.self_critical`): `samples` captions a photo
-    at a `temperature`, against a `baseline`, the `greedy` caption's reward or the `mean` of the
-    other samples'."""
+    """Self-critical training on CIDEr-D (see `training.objectives.self_critical`): `samples`
+    captions a photo at a `temperature`, against a `baseline`, the `greedy` caption's reward or the
+    `mean` of the other samples'."""
 
     samples: int = 5
     temperature: float = 0.5
@@ -92,8 +92,8 @@ class SelfCritical:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Word-level distillation (see `training.distillation`) from the checkpoints in the folders
-    `teachers`: `weight` is the share of their term in the loss, the rest is cross-entropy;
+    """Word-level distillation (see `training.objectives.distillation`) from the checkpoints in the
+    folders `teachers`: `weight` is the share of their term in the loss, the rest is cross-entropy;
     `temperature` softens their distributions and the student's."""
 
     teachers: tuple[str, ...]

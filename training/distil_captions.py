@@ -16,8 +16,8 @@ from pathlib import Path
 
 from handler.errors import ArgumentParser, UserError, run_command
 from training.data.manifest import Row, write_manifest
-from training.ensemble import ensemble_captioner
 from training.evaluate import add_decoding_options, caption_rows, dataset_of, decoding_options
+from training.objectives.ensemble import ensemble_captioner
 from training.prepare import DATASETS, summary
 
 

@@ -17,13 +17,13 @@ from handler.captioner import Captioner
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import write_atomic
 from handler.request import OPTION_TYPES, parse_option
-from training.caption_habits import agreement, describe
 from training.checkpoint import WEIGHTS_FILE, load_captioner
 from training.data.manifest import Manifest, Row, read_manifest
 from training.data.scenes import check
 from training.dataset import read_photo
-from training.intervals import score_with_intervals
-from training.metrics import DEFAULT_METRICS, METRICS, has_spice
+from training.scores.habits import agreement, describe
+from training.scores.intervals import score_with_intervals
+from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice
 from training.train import data_folder
 
 BATCH = 50
@@ -73,7 +73,7 @@ def score_rows(
     training: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Scores of one caption for each of `rows`, on drawn scenes what is true of them, and habits
-    (see `training.caption_habits`); `training` holds the captions of the training split."""
+    (see `training.scores.habits`); `training` holds the captions of the training split."""
     if missing := [row.id for row in rows if row.id not in predictions]:
         raise UserError(
             f"predictions: no caption for photo {missing[0]!r} ({len(missing)} of {len(rows)}); "

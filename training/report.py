@@ -16,8 +16,8 @@ from training.evaluate import (
     decoding_options,
     write_predictions,
 )
-from training.report_page import Shown, render
-from training.report_system import System, caption_split, load_system, maps_of, score_system
+from training.pages.report import Shown, render
+from training.pages.system import System, caption_split, load_system, maps_of, score_system
 
 # Photos shown in each group; no side of one is longer than PHOTO_SIDE pixels.
 GROUP, GROUP_OF_MISTAKES, PHOTO_SIDE = 12, 6, 340

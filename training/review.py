@@ -25,7 +25,7 @@ from training.dataset import read_photo
 from training.evaluate import read_predictions
 from training.train import data_folder
 
-HERE = Path(__file__).parent
+PAGES = Path(__file__).parent / "pages"
 HUMAN = "human"
 PHOTO_SIDE = 400
 # Five points, as in most published caption ratings.
@@ -137,7 +137,7 @@ def render(items: Sequence[Item], manifest: Manifest) -> str:
         '<button class="action" type="button" id="save">Save the ratings</button></p>'
         '<p id="status" role="status" aria-live="polite"></p></main>'
     )
-    return page("Captions to judge", body, [HERE / "review.css"], [HERE / "review.js"])
+    return page("Captions to judge", body, [PAGES / "review.css"], [PAGES / "review.js"])
 
 
 def read_systems(paths: Sequence[Path]) -> dict[str, dict[str, str]]:

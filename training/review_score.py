@@ -19,10 +19,10 @@ import numpy as np
 
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import write_atomic
-from training.agreement import kendall, krippendorff_alpha, spearman
-from training.intervals import interval, resampled
-from training.metrics import DEFAULT_METRICS, METRICS, has_spice, score_each
 from training.review import HUMAN, SCALE
+from training.scores.agreement import kendall, krippendorff_alpha, spearman
+from training.scores.intervals import interval, resampled
+from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice, score_each
 
 REVIEWS = Path("build/review")
 

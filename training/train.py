@@ -4,7 +4,7 @@ One or more stages (see `training.config.Stage`) of teacher-forced cross-entropy
 of self-critical training, validated by generated captions; the best by CIDEr is kept, and each
 stage goes on from it. A run that was killed goes on with `--resume` and ends with the very same
 weights as one that was not. Several processes that torchrun started train as one (see
-`training.distributed`).
+`training.loop.distributed`).
 """
 
 import copy
@@ -25,7 +25,6 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import read_config
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.image_preprocess import PreprocessConfig
-from training.allocator import keep_freed_memory
 from training.checkpoint import load_tokenizer
 from training.config import Stage, TokenizerChoice, TrainConfig, load_config
 from training.data.manifest import Manifest, Row, read_manifest
@@ -41,13 +40,14 @@ from training.dataset import (
     seed_of,
     shard_numbers,
 )
-from training.distillation import DistillationLoss, check_teachers, load_teachers
-from training.distributed import leave, without_exchange
+from training.loop.allocator import keep_freed_memory
+from training.loop.distributed import leave, without_exchange
+from training.loop.run import LOG_FILE, Run, read_state, restore_parts, set_aside
 from training.model import CaptioningModel, Decoder, DecoderConfig, Encoder, EncoderConfig
+from training.objectives.cross_entropy import summed_cross_entropy
+from training.objectives.distillation import DistillationLoss, check_teachers, load_teachers
+from training.objectives.self_critical import SelfCriticalLoss
 from training.pretrained import load_encoder
-from training.run import LOG_FILE, Run, read_state, restore_parts, set_aside
-from training.self_critical import SelfCriticalLoss
-from training.token_loss import summed_cross_entropy
 
 BUILD = Path("build")
 # A killed run loses at most this much (an epoch's end always saves).

@@ -17,9 +17,9 @@ from handler.captioner import Captioner
 from tests.benchmarks.timing import machine, medians, report, table
 from training.checkpoint import load_captioner
 from training.dataset import read_bytes
-from training.ensemble import ensemble_captioner
 from training.evaluate import caption_rows, dataset_of, model_size
-from training.metrics import score
+from training.objectives.ensemble import ensemble_captioner
+from training.scores.metrics import score
 
 TIMED_PHOTOS = 4
 

@@ -90,7 +90,7 @@ def run_ours(manifest: Manifest, frozen: bool) -> dict[str, float]:
     the frozen encoder's features, which stands in none, is timed."""
     # Imported here, so that theirs need not hold it in memory.
     from training import train as training_loop
-    from training.allocator import keep_freed_memory
+    from training.loop.allocator import keep_freed_memory
 
     stage = Stage("whole", 1, batch_photos=BATCH)
     if frozen:

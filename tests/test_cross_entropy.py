@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training import token_loss
-from training.token_loss import summed_cross_entropy
+from training.objectives import cross_entropy
+from training.objectives.cross_entropy import summed_cross_entropy
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("slice_size", [1, 300, 2**17])
 def test_it_is_the_cross_entropy_of_torch(smoothing, slice_size, monkeypatch):
-    monkeypatch.setattr(token_loss, "SLICE", slice_size)
+    monkeypatch.setattr(cross_entropy, "SLICE", slice_size)
     torch.manual_seed(0)
     logits = (5 * torch.randn(37, 90)).requires_grad_()
     targets = torch.randint(90, (37,))

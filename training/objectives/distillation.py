@@ -27,9 +27,9 @@ from handler.errors import UserError
 from training.checkpoint import WEIGHTS_FILE
 from training.config import Distillation, Stage
 from training.dataset import IGNORED, Batch
-from training.ensemble import Ensemble, Interface, encoder_difference, load_ensemble
+from training.loop.run import Run, previous
 from training.model import Decoder, Encoder
-from training.run import Run, previous
+from training.objectives.ensemble import Ensemble, Interface, encoder_difference, load_ensemble
 
 
 class DistillationLoss:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from training.metrics import DEFAULT_METRICS, Tokens, check_metrics, score_tokens, tokenize
+from training.scores.metrics import DEFAULT_METRICS, Tokens, check_metrics, score_tokens, tokenize
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
@@ -35,7 +35,7 @@ def score_with_intervals(
     references: Mapping[str, Sequence[str]],
     metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> dict[str, Any]:
-    """As `training.metrics.score`, and under "intervals" [low, high] of each score."""
+    """As `training.scores.metrics.score`, and under "intervals" [low, high] of each score."""
     check_metrics(metrics)
     tokens = tokenize(predictions, references)
     scores, each = score_tokens(tokens, metrics)

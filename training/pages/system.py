@@ -20,9 +20,9 @@ from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.dataset import read_photo
 from training.evaluate import score_claims
-from training.intervals import Floats, bootstrap_scores, resampled
-from training.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize
-from training.mistakes import Mistakes, find_mistakes
+from training.scores.intervals import Floats, bootstrap_scores, resampled
+from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize
+from training.scores.mistakes import Mistakes, find_mistakes
 from training.train import LOG_FILE
 
 BATCH = 50

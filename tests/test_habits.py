@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.caption_habits import agreement, describe
+from training.scores.habits import agreement, describe
 
 PREDICTIONS = {
     "1": "A dog runs on the grass.",

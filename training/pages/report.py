@@ -11,11 +11,11 @@ from handler.page import HEAT, HEAT_LEGEND, page, words_html
 from handler.word_maps import FUNCTION_WORDS, Word
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
-from training.intervals import CONFIDENCE, interval
-from training.metrics import plain_words
-from training.mistakes import Mistakes
-from training.plots import bar_chart, line_chart
-from training.report_system import System
+from training.pages.plots import bar_chart, line_chart
+from training.pages.system import System
+from training.scores.intervals import CONFIDENCE, interval
+from training.scores.metrics import plain_words
+from training.scores.mistakes import Mistakes
 
 STYLE = Path(__file__).with_name("report.css")
 # Points of a loss curve: each is the mean of as many steps as it takes.

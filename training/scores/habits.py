@@ -1,7 +1,7 @@
 """What BLEU and CIDEr hide: which words are never said, and how captions repeat and break off.
 
-Words are those of `training.metrics.plain_words`, compared as they are written: "dogs" is another
-word than "dog".
+Words are those of `training.scores.metrics.plain_words`, compared as they are written: "dogs" is
+another word than "dog".
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Any
 
-from training.metrics import plain_words
+from training.scores.metrics import plain_words
 
 
 def _words(text: str) -> frozenset[str]:

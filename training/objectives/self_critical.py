@@ -38,8 +38,8 @@ from handler.caption_tokenizer import CaptionTokenizer
 from training.config import SelfCritical
 from training.data.manifest import Row
 from training.dataset import IGNORED, Batch, mirrored, pack_captions, seed_of
-from training.metrics import plain_words
 from training.model import Decoder
+from training.scores.metrics import plain_words
 
 # No word of `plain_words` has angle brackets.
 END_WORD = "<end>"

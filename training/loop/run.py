@@ -22,9 +22,9 @@ from training.checkpoint import WEIGHTS_FILE, load_model, save_checkpoint, updat
 from training.config import TrainConfig
 from training.data.manifest import Manifest
 from training.dataset import read_photo
-from training.distributed import Processes, join
-from training.metrics import score
+from training.loop.distributed import Processes, join
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.scores.metrics import score
 
 STATE_FILE, LOG_FILE = "train_state.pt", "metrics.jsonl"
 # What `Run` counts, and keeps in its state.
