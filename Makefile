@@ -8,10 +8,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH_STAMP := .venv-bench/.installed
-IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
-# The first that runs and is 3.11: a name that is found need not be either (pyenv's shims).
-PYTHON ?= $(shell for name in python3.11 python3 python; do \
-	"$$name" -c '$(IS_311)' 2>/dev/null && echo "$$name" && break; done)
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first that runs in a supported version: a name on PATH need not do either (pyenv's shims).
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
+	"$$name" -c '$(IS_SUPPORTED)' 2>/dev/null && echo "$$name" && break; done)
 # What runs sees this repository's own tools first, and no one else's modules.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
@@ -47,9 +47,12 @@ help: ## list the targets
 setup: $(STAMP) ## .venv from the pinned requirements, Java where it is missing, gRPC stubs
 
 $(STAMP): requirements.txt requirements-dev.txt requirements-java.txt
-	@$(BIN)/python -c 'import pip; $(IS_311)' 2>/dev/null || { \
-		$(call quote,$(PYTHON)) -c '$(IS_311)' 2>/dev/null || { \
-			echo "error: Python 3.11 is needed; install it, or name it with PYTHON=FILE" >&2; exit 2; }; \
+	@$(BIN)/python -c 'import pip; $(IS_SUPPORTED)' 2>/dev/null || { \
+		$(call quote,$(PYTHON)) -c '$(IS_SUPPORTED)' 2>/dev/null || { \
+			version=$$($(call quote,$(or $(PYTHON),python3)) --version 2>&1 | head -n 1); \
+			echo "error: Python 3.11, 3.12 or 3.13 is needed, but" \
+				$(call quote,$(or $(PYTHON),python3)) "is: $${version:-not a Python};" \
+				"install one of them, or set PYTHON=FILE" >&2; exit 2; }; \
 		$(call quote,$(PYTHON)) -m venv --clear .venv; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@java -version 2>&1 | grep -qE 'version "(1[1-9]|[2-9][0-9])' || { \

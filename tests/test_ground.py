@@ -139,12 +139,22 @@ def test_another_python_is_refused_in_one_line(tmp_path):
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     for name in REQUIREMENTS:
         (tmp_path / name).touch()
-    command = ["make", "setup", "PYTHON=/bin/false"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    [line] = [line for line in done.stderr.splitlines() if not line.startswith("make")]
-    assert line == "error: Python 3.11 is needed; install it, or name it with PYTHON=FILE"
-    assert not (tmp_path / ".venv").exists()
+    old = tmp_path / "old python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.10.2"\nexit 1\n')
+    old.chmod(0o755)
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexit 1\n")
+    silent.chmod(0o755)
+    for python, version in ((str(old), "Python 3.10.2"), (str(silent), "not a Python")):
+        command = ["make", "setup", f"PYTHON={python}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        [line] = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+        assert line == (
+            f"error: Python 3.11, 3.12 or 3.13 is needed, but {python} is: {version}; "
+            "install one of them, or set PYTHON=FILE"
+        )
+        assert not (tmp_path / ".venv").exists()
 
 
 def test_the_demo_stops_its_server_when_a_caption_fails(tmp_path):
