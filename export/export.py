@@ -23,7 +23,7 @@ from handler.captioner import Captioner
 from handler.errors import ArgumentParser, UserError, run_command
 from training.checkpoint import WEIGHTS_FILE, load_captioner, load_model
 from training.data.manifest import read_manifest
-from training.dataset import read_photo
+from training.data.photos import read_photo
 from training.model import CaptioningModel
 from training.train import data_folder
 

@@ -21,8 +21,8 @@ from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner, load_model, save_checkpoint
 from training.config import Distillation, SelfCritical, Stage, TokenizerChoice
 from training.data.manifest import Row, read_manifest, write_manifest
+from training.data.photos import Captions
 from training.data.scenes import make_rows
-from training.dataset import Captions
 from training.distil_captions import main, with_captions
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.objectives.distillation import DistillationLoss

@@ -18,7 +18,7 @@ from handler.caption_tokenizer import CaptionTokenizer
 from training.checkpoint import load_captioner
 from training.config import CONFIGS, TrainConfig, load_config
 from training.data.manifest import Row, read_manifest
-from training.dataset import Captions
+from training.data.photos import Captions
 from training.model import CaptioningModel
 from training.train import (
     Objective,

@@ -14,8 +14,8 @@ from handler.errors import UserError
 from training.data import scene_language as language
 from training.data import scenes
 from training.data.manifest import read_manifest
+from training.data.photos import mirrored
 from training.data.scenes import Preset, check, generate
-from training.dataset import mirrored
 
 
 @pytest.fixture(scope="module")

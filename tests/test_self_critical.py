@@ -14,7 +14,7 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
 from training.config import SelfCritical, Stage, TrainConfig
 from training.data.manifest import Row
-from training.dataset import Captions
+from training.data.photos import Captions
 from training.model import Decoder, DecoderConfig
 from training.objectives.self_critical import END_WORD, CiderD, SelfCriticalLoss, reward_words
 

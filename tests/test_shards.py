@@ -17,14 +17,14 @@ from PIL import Image
 from shard_server import ShardServer, serving
 from tiny_training import config_of, train_killed
 
-import training.dataset
+import training.data.photos
 import training.shards
 from handler.errors import UserError, run_command
 from training import prepare
 from training.data import ranged
 from training.data.manifest import Manifest, Row, read_manifest, write_manifest
+from training.data.photos import epoch_order, read_bytes, read_photo, shard_numbers, stamp
 from training.data.shards import find_shards
-from training.dataset import epoch_order, read_bytes, read_photo, shard_numbers, stamp
 from training.loop.distributed import Processes
 from training.shards import write_shards
 from training.train import train
@@ -312,7 +312,7 @@ def test_a_shard_that_changed_is_never_read_as_if_it_had_not(shards: Path, tmp_p
 
 
 def test_an_epoch_goes_through_windows_of_shards(monkeypatch):
-    monkeypatch.setattr(training.dataset, "SHARDS_AT_ONCE", 2)
+    monkeypatch.setattr(training.data.photos, "SHARDS_AT_ONCE", 2)
     rows = [Row(str(n), f"{n % 6}.tar/{n}.jpg", ("x",), "train", span=(512, 1)) for n in range(60)]
     shard_of = shard_numbers(rows)
     orders = [epoch_order(shard_of, 8, seed=1, epoch=epoch) for epoch in (0, 1)]
@@ -357,7 +357,7 @@ def test_a_killed_run_on_streamed_shards_resumes_exactly(
     shards: Path, server: ShardServer, tmp_path: Path, monkeypatch
 ):
     """Killed after every third saved state, in the middle of epochs too, in windows of shards."""
-    monkeypatch.setattr(training.dataset, "SHARDS_AT_ONCE", 2)
+    monkeypatch.setattr(training.data.photos, "SHARDS_AT_ONCE", 2)
     monkeypatch.chdir(tmp_path)
     config, manifest = (
         config_of(tmp_path / "tiny.yaml", stages=TINY["stages"][:1]),

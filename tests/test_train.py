@@ -24,7 +24,7 @@ from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_captioner, load_model
 from training.config import Stage, load_config
 from training.data.manifest import read_manifest
-from training.dataset import Augment, FeatureCache, epoch_order, mirrored, pack_captions
+from training.data.photos import Augment, FeatureCache, epoch_order, mirrored, pack_captions
 from training.loop.distributed import Processes
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.train import learning_rate, set_checkpointing, train

@@ -19,8 +19,8 @@ from handler.files import write_atomic
 from handler.request import OPTION_TYPES, parse_option
 from training.checkpoint import WEIGHTS_FILE, load_captioner
 from training.data.manifest import Manifest, Row, read_manifest
+from training.data.photos import read_photo
 from training.data.scenes import check
-from training.dataset import read_photo
 from training.scores.habits import agreement, describe
 from training.scores.intervals import score_with_intervals
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice

@@ -27,8 +27,8 @@ from handler.errors import ArgumentParser, UserError, run_command
 from handler.word_maps import box, peak, words_of
 from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row, read_manifest
+from training.data.photos import read_photo
 from training.data.scene_language import SceneObject, caption_words, referents
-from training.dataset import read_photo
 from training.model import Encoder, split_heads
 from training.train import data_folder
 

@@ -9,7 +9,7 @@ from handler.errors import ArgumentParser, run_command
 from handler.files import write_atomic
 from handler.page import photo_html
 from training.data.manifest import Row
-from training.dataset import read_photo
+from training.data.photos import read_photo
 from training.evaluate import (
     add_decoding_options,
     dataset_of,

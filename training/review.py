@@ -21,7 +21,7 @@ from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import write_atomic
 from handler.page import page, photo_html
 from training.data.manifest import Manifest, Row, read_manifest
-from training.dataset import read_photo
+from training.data.photos import read_photo
 from training.evaluate import read_predictions
 from training.train import data_folder
 

@@ -29,7 +29,7 @@ from training.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from training.dataset import read_bytes
+from training.data.photos import read_bytes
 from training.train import data_folder
 
 SHARD_MB = 256

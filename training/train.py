@@ -28,7 +28,7 @@ from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_tokenizer
 from training.config import Stage, TokenizerChoice, TrainConfig, load_config
 from training.data.manifest import Manifest, Row, read_manifest
-from training.dataset import (
+from training.data.photos import (
     IGNORED,
     Augment,
     Batch,

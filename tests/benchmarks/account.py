@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from handler.captioner import Captioner
 from tests.benchmarks.timing import machine, report, table
 from training.data.manifest import read_manifest
-from training.dataset import read_bytes
+from training.data.photos import read_bytes
 from training.train import data_folder
 
 # Parts of the names of kernels that multiply matrices.

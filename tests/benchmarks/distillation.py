@@ -16,7 +16,7 @@ import torch
 from handler.captioner import Captioner
 from tests.benchmarks.timing import machine, medians, report, table
 from training.checkpoint import load_captioner
-from training.dataset import read_bytes
+from training.data.photos import read_bytes
 from training.evaluate import caption_rows, dataset_of, model_size
 from training.objectives.ensemble import ensemble_captioner
 from training.scores.metrics import score

@@ -15,7 +15,7 @@ from handler.image_preprocess import PreprocessConfig
 from tests.benchmarks.timing import machine, medians, report, table
 from tests.shard_server import serving
 from training.data.manifest import Manifest, read_manifest
-from training.dataset import Augment, PhotoDataset, epoch_order, read_bytes, shard_numbers
+from training.data.photos import Augment, PhotoDataset, epoch_order, read_bytes, shard_numbers
 from training.shards import write_shards
 from training.train import data_folder
 

@@ -21,7 +21,7 @@ from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import WEIGHTS_FILE, load_model, save_checkpoint, update_training
 from training.config import TrainConfig
 from training.data.manifest import Manifest
-from training.dataset import read_photo
+from training.data.photos import read_photo
 from training.loop.distributed import Processes, join
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.scores.metrics import score

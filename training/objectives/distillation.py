@@ -26,7 +26,7 @@ from torch import Tensor
 from handler.errors import UserError
 from training.checkpoint import WEIGHTS_FILE
 from training.config import Distillation, Stage
-from training.dataset import IGNORED, Batch
+from training.data.photos import IGNORED, Batch
 from training.loop.run import Run, previous
 from training.model import Decoder, Encoder
 from training.objectives.ensemble import Ensemble, Interface, encoder_difference, load_ensemble

@@ -37,7 +37,7 @@ from handler.beam_search import DecodeOptions, Hypothesis, search
 from handler.caption_tokenizer import CaptionTokenizer
 from training.config import SelfCritical
 from training.data.manifest import Row
-from training.dataset import IGNORED, Batch, mirrored, pack_captions, seed_of
+from training.data.photos import IGNORED, Batch, mirrored, pack_captions, seed_of
 from training.model import Decoder
 from training.scores.metrics import plain_words
 

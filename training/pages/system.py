@@ -17,8 +17,8 @@ from handler.errors import UserError
 from handler.word_maps import Word, words_of
 from training.checkpoint import WEIGHTS_FILE, load_captioner
 from training.data.manifest import Manifest, Row
+from training.data.photos import read_photo
 from training.data.scenes import check
-from training.dataset import read_photo
 from training.evaluate import score_claims
 from training.scores.intervals import Floats, bootstrap_scores, resampled
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize
