@@ -22,10 +22,9 @@ from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import Captioner
 from handler.errors import ArgumentParser, UserError, run_command
 from training.checkpoint import WEIGHTS_FILE, load_captioner, load_model
-from training.data.manifest import read_manifest
+from training.data.manifest import data_folder, read_manifest
 from training.data.photos import read_photo
 from training.model import CaptioningModel
-from training.train import data_folder
 
 # The most that are compared: all of Flickr8k's, and no more than a minute or two of COCO's.
 VERIFIED_PHOTOS = 1000

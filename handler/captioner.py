@@ -195,7 +195,7 @@ class Captioner:
 
         One parallel pass over the finished caption; the mean over layers and heads of the
         cross-attention, over the image patches alone (class and other prefix tokens left out). Of
-        the ways that training.grounding compares, this one points best.
+        the ways that training.scores.grounding compares, this one points best.
         """
         memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
         return self.attention_memory(memory_1PD, [ids])[0]

@@ -167,3 +167,11 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not readable as JSON ({reason})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError as `read_json` does, and for any other value."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return content

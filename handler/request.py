@@ -1,6 +1,7 @@
 """A request's fields -> a photo and options, or a typed error. All that is decided about one
 request, without a server."""
 
+import argparse
 import base64
 import json
 import re
@@ -185,6 +186,20 @@ def from_json(value: Any) -> bytes:
 def printable(name: str) -> str:
     """A field's name as it can be repeated to the client who sent it."""
     return "".join(c if c.isprintable() else "?" for c in name[:50])
+
+
+def add_decoding_options(parser: argparse.ArgumentParser, defaults: str = "checkpoint") -> None:
+    """Every decoding option as a flag; `defaults` names whose defaults apply without it."""
+    group = parser.add_argument_group(f"decoding options (the {defaults}'s defaults otherwise)")
+    for name in OPTION_TYPES:
+        # A bare flag is true (`--do-sample`).
+        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+
+
+def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The decoding options that were given, as `Captioner.options` takes them."""
+    given = {name: getattr(arguments, name) for name in OPTION_TYPES}
+    return {k: parse_option(k, v) for k, v in given.items() if v is not None}
 
 
 def to_json(answer: dict[str, Any]) -> str:

@@ -20,14 +20,15 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner, load_model, save_checkpoint
 from training.config import Distillation, SelfCritical, Stage, TokenizerChoice
+from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest, write_manifest
-from training.data.photos import Captions
 from training.data.scenes import make_rows
 from training.distil_captions import main, with_captions
+from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.objectives.distillation import DistillationLoss
 from training.objectives.ensemble import Ensemble, ensemble_captioner
-from training.train import Objective, train
+from training.objectives.objective import Objective
 
 ROWS = [
     Row("0", "0.png", ("a red ball", "grass on the left of a ball"), "train"),

@@ -12,14 +12,9 @@ from handler.captioner import Captioner
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner
 from training.data.manifest import Row, read_manifest
-from training.evaluate import (
-    main,
-    model_size,
-    read_predictions,
-    score_claims,
-    score_rows,
-    write_predictions,
-)
+from training.evaluate import main, model_size
+from training.scores.captions import read_predictions, score_rows, write_predictions
+from training.scores.claims import score_claims
 
 
 @pytest.fixture(scope="module")

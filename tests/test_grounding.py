@@ -9,8 +9,8 @@ from conftest import run_program
 from handler.word_maps import peak
 from training.data.manifest import read_manifest, write_manifest
 from training.data.scene_language import referents
-from training.grounding import judge, overlap, rollout, ways
 from training.model import Encoder, EncoderConfig
+from training.scores.grounding import judge, overlap, rollout, ways
 
 CIRCLE = {"shape": "circle", "colour": "red", "size": "large", "texture": "plain",
           "box": [0, 0, 48, 48]}  # fmt: skip

@@ -17,16 +17,13 @@ from timm.models import get_pretrained_cfg
 from handler.caption_tokenizer import CaptionTokenizer
 from training.checkpoint import load_captioner
 from training.config import CONFIGS, TrainConfig, load_config
+from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest
-from training.data.photos import Captions
+from training.loop.optimizer import parameter_groups, set_checkpointing
+from training.loop.start import make_model
 from training.model import CaptioningModel
-from training.train import (
-    Objective,
-    cross_entropy,
-    make_model,
-    parameter_groups,
-    set_checkpointing,
-)
+from training.objectives.cross_entropy import CrossEntropyLoss
+from training.objectives.objective import Objective
 
 PRESETS = {  # encoder's parameters in millions, patches
     "coco": (85.8, 14**2),
@@ -50,7 +47,7 @@ def one_step(model: CaptioningModel, config: TrainConfig, tokenizer: CaptionToke
     batch = Captions([row], tokenizer, config.decoder.max_tokens).batch(
         torch.randn(1, 3, size, size), [0], [False]
     )
-    objective = Objective(model, lambda d, m, b, _: cross_entropy(d, m, b, stage.smoothing), False)
+    objective = Objective(model, CrossEntropyLoss(stage.smoothing), False)
     total, _, _ = objective(batch.to(torch.device(device)), 0)
     total.backward()
     parameters = list(model.parameters())

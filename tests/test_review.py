@@ -11,18 +11,19 @@ from conftest import run_program
 
 from handler.errors import UserError, run_command
 from training.data.manifest import Row, read_manifest
-from training.evaluate import write_predictions
-from training.review import HUMAN, key_of, make_items, plain, render
-from training.review_score import (
+from training.pages.review import key_of, make_items, plain, render
+from training.review_score import main
+from training.scores.agreement import kendall, krippendorff_alpha, spearman
+from training.scores.captions import write_predictions
+from training.scores.ratings import (
+    HUMAN,
     Ratings,
     by_system,
     correlations,
-    main,
     mean_of,
     preference,
     read_ratings,
 )
-from training.scores.agreement import kendall, krippendorff_alpha, spearman
 
 # Krippendorff 2011, section C and following: 4 observers, 12 units, missing ratings.
 OBSERVERS = [

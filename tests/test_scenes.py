@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from handler.errors import UserError
 from training.data import scene_language as language
 from training.data import scenes
+from training.data.captions import mirrored
 from training.data.manifest import read_manifest
-from training.data.photos import mirrored
 from training.data.scenes import Preset, check, generate
 
 

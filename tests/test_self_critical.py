@@ -13,8 +13,8 @@ from pycocoevalcap.cider.cider import Cider
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
 from training.config import SelfCritical, Stage, TrainConfig
+from training.data.captions import Captions
 from training.data.manifest import Row
-from training.data.photos import Captions
 from training.model import Decoder, DecoderConfig
 from training.objectives.self_critical import END_WORD, CiderD, SelfCriticalLoss, reward_words
 

@@ -26,8 +26,8 @@ from training.data.manifest import Manifest, Row, read_manifest, write_manifest
 from training.data.photos import epoch_order, read_bytes, read_photo, shard_numbers, stamp
 from training.data.shards import find_shards
 from training.loop.distributed import Processes
+from training.loop.train import train
 from training.shards import write_shards
-from training.train import train
 
 SHARD_BYTES = 10_000  # five photos of the tiny data
 

@@ -23,11 +23,14 @@ from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_captioner, load_model
 from training.config import Stage, load_config
+from training.data.captions import mirrored, pack_captions
+from training.data.features import FeatureCache
 from training.data.manifest import read_manifest
-from training.data.photos import Augment, FeatureCache, epoch_order, mirrored, pack_captions
+from training.data.photos import Augment, epoch_order
 from training.loop.distributed import Processes
+from training.loop.optimizer import learning_rate, set_checkpointing
+from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
-from training.train import learning_rate, set_checkpointing, train
 
 
 def test_a_run_leaves_a_whole_checkpoint(tiny_run, tiny_data):

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from conftest import TINY
 
-import training.train
+import training.loop.stage
+import training.loop.train
 from training.config import TrainConfig, load_config
 from training.data.manifest import Manifest
 from training.loop.run import Run
@@ -29,7 +30,7 @@ def train_killed(
 ) -> int:
     """Trains into `folder` to the end, killed after each `every`th saved state and resumed. A state
     is saved after every step. Returns the number of kills."""
-    monkeypatch.setattr(training.train, "SAVE_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr(training.loop.stage, "SAVE_EVERY_SECONDS", -1.0)
     saves, save = itertools.count(1), Run.save_state
 
     def save_and_die(*arguments: Any) -> None:
@@ -40,7 +41,7 @@ def train_killed(
     monkeypatch.setattr(Run, "save_state", save_and_die)
     for kills in itertools.count():
         try:
-            training.train.train(config, manifest, folder, None, resume=kills > 0)
+            training.loop.train.train(config, manifest, folder, None, resume=kills > 0)
         except KeyboardInterrupt:
             continue
         return kills

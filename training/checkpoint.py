@@ -16,7 +16,10 @@ from handler.errors import UserError
 from handler.files import write_atomic
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
+CHECKPOINTS = Path("build/checkpoints")
 WEIGHTS_FILE = "model.safetensors"
+# What training keeps there for `--resume`, and what it logs.
+STATE_FILE, LOG_FILE = "train_state.pt", "metrics.jsonl"
 # The output head is the token embedding (tied), so only one of the two is stored.
 TIED = "decoder.head.weight"
 

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from handler.errors import ArgumentParser, UserError, run_command
-from training.data.manifest import Row, write_manifest
-from training.evaluate import add_decoding_options, caption_rows, dataset_of, decoding_options
+from handler.request import add_decoding_options, decoding_options
+from training.data.manifest import DATASETS, Row, summary, write_manifest
 from training.objectives.ensemble import ensemble_captioner
-from training.prepare import DATASETS, summary
+from training.scores.captions import caption_rows, dataset_of
 
 
 def with_captions(

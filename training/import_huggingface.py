@@ -18,7 +18,7 @@ from torch import Tensor
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import ArgumentParser, UserError, run_command
-from training.checkpoint import save_checkpoint
+from training.checkpoint import CHECKPOINTS, save_checkpoint
 from training.huggingface_model import import_model, model_configs
 from training.huggingface_settings import (
     TOKENIZER_FILES,
@@ -28,9 +28,9 @@ from training.huggingface_settings import (
     import_tokenizer,
     legacy_generation,
 )
+from training.loop.run import set_aside
 from training.model import CaptioningModel
 from training.pretrained import read_weights
-from training.train import BUILD, set_aside
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 PROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default build/checkpoints/NAME")
     arguments = parser.parse_args()
     name = Path(arguments.model).resolve().name
-    out = arguments.out or BUILD / "checkpoints" / name
+    out = arguments.out or CHECKPOINTS / name
     model = import_huggingface(arguments.model, out)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{out}: {millions:.1f} M parameters from {arguments.model}")

@@ -25,9 +25,9 @@ from training.data.folder import read_folder
 from training.data.manifest import (
     CAPTIONS_FILE,
     DATASET_FILE,
+    DATASETS,
     Row,
-    count_splits,
-    read_manifest,
+    summary,
     write_manifest,
 )
 from training.data.shards import ShardPhoto, find_shards, read_shard, split_of_shards
@@ -41,7 +41,6 @@ READERS: dict[str, Callable[[Path], Source]] = {
 }
 DRAWN = ("scenes", "scenes_full")
 SHARDS = "shards"
-DATASETS = Path("build/data")
 DOWNLOADS = Path("build/downloads")
 FAULTS_SHOWN = 20
 FAULTS_IN_ERROR = 5
@@ -268,13 +267,6 @@ def draw(preset: str, out: Path) -> None:
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; name a folder that can be written") from None
     print(summary(out))
-
-
-def summary(out: Path) -> str:
-    """Where a dataset lies, its photos a split, and its captions."""
-    rows = read_manifest(out).rows
-    counts = ", ".join(f"{count} {split}" for split, count in count_splits(rows).items())
-    return f"{out}: {counts}; {sum(len(row.captions) for row in rows)} captions"
 
 
 def limit(text: str) -> int | float:

@@ -8,16 +8,12 @@ from pathlib import Path
 from handler.errors import ArgumentParser, run_command
 from handler.files import write_atomic
 from handler.page import photo_html
+from handler.request import add_decoding_options, decoding_options
 from training.data.manifest import Row
 from training.data.photos import read_photo
-from training.evaluate import (
-    add_decoding_options,
-    dataset_of,
-    decoding_options,
-    write_predictions,
-)
 from training.pages.report import Shown, render
 from training.pages.system import System, caption_split, load_system, maps_of, score_system
+from training.scores.captions import dataset_of, write_predictions
 
 # Photos shown in each group; no side of one is longer than PHOTO_SIDE pixels.
 GROUP, GROUP_OF_MISTAKES, PHOTO_SIDE = 12, 6, 340

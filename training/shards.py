@@ -26,11 +26,11 @@ from training.data.manifest import (
     Manifest,
     Row,
     count_splits,
+    data_folder,
     read_manifest,
     write_manifest,
 )
 from training.data.photos import read_bytes
-from training.train import data_folder
 
 SHARD_MB = 256
 SUFFIXES = {"JPEG": "jpg"}  # other formats are called by their names

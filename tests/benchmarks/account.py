@@ -20,9 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from handler.captioner import Captioner
 from tests.benchmarks.timing import machine, report, table
-from training.data.manifest import read_manifest
+from training.data.manifest import data_folder, read_manifest
 from training.data.photos import read_bytes
-from training.train import data_folder
 
 # Parts of the names of kernels that multiply matrices.
 PRODUCTS = ("linear_pointwise", "linear_dynamic_fp16", "convolution", "addmm", "::mm", "::bmm")

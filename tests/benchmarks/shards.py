@@ -14,10 +14,9 @@ import torch
 from handler.image_preprocess import PreprocessConfig
 from tests.benchmarks.timing import machine, medians, report, table
 from tests.shard_server import serving
-from training.data.manifest import Manifest, read_manifest
+from training.data.manifest import Manifest, data_folder, read_manifest
 from training.data.photos import Augment, PhotoDataset, epoch_order, read_bytes, shard_numbers
 from training.shards import write_shards
-from training.train import data_folder
 
 
 def serve(folder: Path, urls: "multiprocessing.Queue[str]") -> None:

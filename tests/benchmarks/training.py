@@ -3,7 +3,7 @@
 
     python -m tests.benchmarks.training
 
-The dimensions are those of the flickr8k preset. Ours is `training.train.train`, as `make train`
+The dimensions are those of the flickr8k preset. Ours is `training.loop.train.train`, as make train
 runs it, over one epoch without augmentation; what counts is its own log. Theirs is what the
 examples write: a row for each pair of photo and caption, padded to the longest of its batch, AdamW
 as it stands; in float32, and under bfloat16's autocast, which ours takes where the processor has
@@ -89,8 +89,9 @@ def run_ours(manifest: Manifest, frozen: bool) -> dict[str, float]:
     """One epoch of `train` in the current folder. The figures are those of its log; the making of
     the frozen encoder's features, which stands in none, is timed."""
     # Imported here, so that theirs need not hold it in memory.
-    from training import train as training_loop
+    from training.loop import stage as stage_loop
     from training.loop.allocator import keep_freed_memory
+    from training.loop.train import train
 
     stage = Stage("whole", 1, batch_photos=BATCH)
     if frozen:
@@ -103,7 +104,7 @@ def run_ours(manifest: Manifest, frozen: bool) -> dict[str, float]:
         tokenizer=dataclasses.replace(PRESET.tokenizer, min_count=1),
         validation=Validation(num_beams=1),
     )
-    features, make_features = 0.0, training_loop.make_features
+    features, make_features = 0.0, stage_loop.make_features
 
     def timed(*arguments):
         nonlocal features
@@ -113,8 +114,8 @@ def run_ours(manifest: Manifest, frozen: bool) -> dict[str, float]:
         return made
 
     keep_freed_memory()
-    with mock.patch.object(training_loop, "make_features", timed):
-        training_loop.train(config, manifest, Path("run"), None, resume=False)
+    with mock.patch.object(stage_loop, "make_features", timed):
+        train(config, manifest, Path("run"), None, resume=False)
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     speeds = [line["photos_per_second"] for line in lines if "loss" in line]
     assert len(speeds) == STEPS_OURS

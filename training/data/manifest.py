@@ -25,6 +25,7 @@ from typing import Any
 from handler.errors import UserError
 
 SPLITS = ("train", "val", "test")
+DATASETS = Path("build/data")
 CAPTIONS_FILE = "captions.jsonl"
 DATASET_FILE = "dataset.json"
 
@@ -176,6 +177,12 @@ def write_manifest(
         ) from None
 
 
+def data_folder(name_or_folder: str) -> Path:
+    """A dataset by name (under build/data) or by folder."""
+    named = DATASETS / name_or_folder
+    return named if named.exists() else Path(name_or_folder)
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Reads a dataset's folder (or its `captions.jsonl`).
 
@@ -226,6 +233,13 @@ def read_manifest(directory: Path) -> Manifest:
             captions_file, count_splits(rows), dataset_file.name, dataset["counts"],
         )  # fmt: skip
     return Manifest(name, tuple(rows), root, directory)
+
+
+def summary(out: Path) -> str:
+    """Where a dataset lies, its photos a split, and its captions."""
+    rows = read_manifest(out).rows
+    counts = ", ".join(f"{count} {split}" for split, count in count_splits(rows).items())
+    return f"{out}: {counts}; {sum(len(row.captions) for row in rows)} captions"
 
 
 def is_url(place: str) -> bool:

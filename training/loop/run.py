@@ -18,15 +18,23 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import WEIGHTS_FILE, load_model, save_checkpoint, update_training
+from training.checkpoint import (
+    LOG_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    load_model,
+    save_checkpoint,
+    update_training,
+)
 from training.config import TrainConfig
 from training.data.manifest import Manifest
 from training.data.photos import read_photo
 from training.loop.distributed import Processes, join
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.objectives.distillation import Student
+from training.scores.claims import score_claims
 from training.scores.metrics import score
 
-STATE_FILE, LOG_FILE = "train_state.pt", "metrics.jsonl"
 # What `Run` counts, and keeps in its state.
 PROGRESS = (
     *("stage", "step", "seconds", "seconds_before"),
@@ -90,6 +98,17 @@ class Run:
             "decoding": self.decoding(),
         }
         return Captioner(model.encoder, model.decoder, self.tokenizer, config, self.device)
+
+    def student(self) -> Student:
+        """The model as its teachers see it."""
+        return Student(
+            self.model,
+            self.tokenizer,
+            self.preprocessing,
+            self.config.decoder.max_tokens,
+            self.device,
+            (self.folder, previous(self.folder)),
+        )
 
     def log(self, entry: dict[str, Any]) -> None:
         entry = {"stage": self.config.stages[self.stage].name, "epoch": self.epoch, **entry}
@@ -174,15 +193,9 @@ class Run:
         references = {row.id: row.captions for row in rows}
         scores = score(predictions, references, metrics=("bleu", "cider"))
         result = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
-        if rows[0].scene is not None:
-            from training.data.scenes import check
-
-            claims = [check(predictions[row.id], row.scene) for row in rows if row.scene]
-            flat = [claim.true for photo in claims for claim in photo]
-            result["claims_true"] = sum(flat) / max(1, len(flat))
-            result["captions_true"] = sum(
-                bool(photo) and all(claim.true for claim in photo) for photo in claims
-            ) / len(claims)
+        if all(row.scene is not None for row in rows):
+            claims = score_claims(predictions, rows)
+            result |= {name: claims[name] for name in ("claims_true", "captions_true")}
         self.log({"step": self.step, "seconds": self.seconds, "val": result})
         figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
         samples = "; ".join(predictions[row.id] for row in rows[:3])

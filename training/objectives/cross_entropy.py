@@ -1,10 +1,12 @@
-"""Cross-entropy with label smoothing, summed over tokens, a slice of the logits at a time.
+"""Teacher-forced cross-entropy with label smoothing, summed over tokens, a slice of the logits at
+a time.
 
 The logits are the largest tensor of a decoder's step: some thousand tokens by the vocabulary.
 `torch.nn.functional.cross_entropy` goes over all of them about ten times, in float32, and keeps
 several copies; slices stay in the processor's cache, and only the logits themselves are kept.
 
-Dimension key: N tokens, n those of a slice, V vocabulary.
+Dimension key: B photos, P memory tokens, D width, Q packed tokens of a photo, N tokens that are no
+padding, n those of a slice, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -14,8 +16,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from training.data.captions import IGNORED, Batch
+from training.model import Decoder
+
 # Numbers in a slice: half a megabyte of float32.
 SLICE = 2**17
+
+
+class CrossEntropyLoss:
+    """The objective of an ordinary stage: the next token of each caption of a photo."""
+
+    dropout = True
+
+    def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
+
+    def __call__(
+        self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Cross-entropy summed over the caption tokens of a batch, and their number; padding is
+        left out."""
+        real_BQ = batch.targets != IGNORED
+        hidden_ND = decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, real_BQ)
+        total = summed_cross_entropy(
+            decoder.head(hidden_ND), batch.targets[real_BQ], self.smoothing
+        )
+        return total, real_BQ.sum(), {}
 
 
 def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:

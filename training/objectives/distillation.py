@@ -18,18 +18,32 @@ memory tokens, D width, S image side, V vocabulary.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import WEIGHTS_FILE
-from training.config import Distillation, Stage
-from training.data.photos import IGNORED, Batch
-from training.loop.run import Run, previous
-from training.model import Decoder, Encoder
+from training.config import Distillation, Stage, TrainConfig
+from training.data.captions import IGNORED, Batch
+from training.model import CaptioningModel, Decoder
 from training.objectives.ensemble import Ensemble, Interface, encoder_difference, load_ensemble
+
+
+class Student(NamedTuple):
+    """The model that a run trains, and what its teachers must share with it. `folders` are those
+    that the run writes."""
+
+    model: CaptioningModel
+    tokenizer: CaptionTokenizer
+    preprocessing: PreprocessConfig
+    max_tokens: int
+    device: torch.device
+    folders: tuple[Path, ...]
 
 
 class DistillationLoss:
@@ -39,6 +53,8 @@ class DistillationLoss:
     No module, so that the teachers are no parameters of the model that is trained.
     """
 
+    dropout = True
+
     def __init__(
         self, choice: Distillation, teachers: Ensemble, smoothing: float, frozen: bool
     ) -> None:
@@ -47,7 +63,7 @@ class DistillationLoss:
 
     def __call__(
         self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The loss summed over the caption tokens of a batch, their number, and the mean of both
         of its terms, in nats a token."""
         weight, temperature = self.choice.weight, self.choice.temperature
@@ -70,41 +86,40 @@ class DistillationLoss:
         )
         tokens = said_BQ.sum()
         figures = {
-            "cross_entropy": (truth / tokens).item(),
-            "divergence": (divergence / tokens).item(),
+            "cross_entropy": truth.detach() / tokens,
+            "divergence": divergence.detach() / tokens,
         }
         return (1 - weight) * truth + weight * divergence, tokens, figures
 
 
-def check_teachers(run: Run) -> None:
+def check_teachers(config: TrainConfig, student: Student) -> None:
     """Refuses at the start of a run what one of its stages would refuse hours later."""
-    for number, stage in enumerate(run.config.stages):
+    for number, stage in enumerate(config.stages):
         if stage.distillation is not None:
-            as_it_is = all(s.encoder == "frozen" for s in run.config.stages[: number + 1])
-            load_teachers(run, stage, run.model.encoder if as_it_is else None)
+            as_it_is = all(s.encoder == "frozen" for s in config.stages[: number + 1])
+            load_teachers(stage, student, as_it_is)
 
 
-def load_teachers(run: Run, stage: Stage, encoder: Encoder | None) -> Ensemble:
+def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensemble:
     """The teachers of a stage.
 
-    `encoder` is the student's where it is frozen, which all teachers must then have too, for there
-    are no images, only its features. Raises UserError naming the teacher's file and field that do
-    not fit the student, and for a teacher that the run itself would overwrite.
+    With `shared_encoder` all teachers must have the student's encoder, which is frozen, because
+    its features are all that they see. Raises UserError naming the teacher's file and field that
+    do not fit the student, and for a teacher that the run itself would overwrite.
     """
     assert stage.distillation is not None
     folders = [Path(folder) for folder in stage.distillation.teachers]
-    written = [folder.resolve() for folder in (run.folder, previous(run.folder))]
+    written = [folder.resolve() for folder in student.folders]
     for folder in folders:
         if folder.resolve() in written:
             raise UserError(
                 f"{folder}: teacher of stage {stage.name!r}, but this run would overwrite it; give "
                 "the run another name"
             )
-    student = Interface(
-        "the student", run.tokenizer, run.model.decoder_config.vocab_size, run.preprocessing
-    )
-    ensemble, _, _ = load_ensemble(folders, student)
-    longest = run.config.decoder.max_tokens
+    vocab_size = student.model.decoder_config.vocab_size
+    shared = Interface("the student", student.tokenizer, vocab_size, student.preprocessing)
+    ensemble, _, _ = load_ensemble(folders, shared)
+    longest = student.max_tokens
     for folder, decoder, number in zip(
         folders, ensemble.decoders, ensemble.encoder_of, strict=True
     ):
@@ -114,9 +129,9 @@ def load_teachers(run: Run, stage: Stage, encoder: Encoder | None) -> Ensemble:
                 f"{decoder.max_positions}, and the student's captions have up to {longest} tokens; "
                 "lower decoder.max_tokens"
             )
-        if encoder is None:
+        if not shared_encoder:
             continue
-        difference = encoder_difference(ensemble.encoders[number], encoder)
+        difference = encoder_difference(ensemble.encoders[number], student.model.encoder)
         if difference is not None:
             what = (
                 f"{folder / WEIGHTS_FILE}: the encoder's weights are"
@@ -127,4 +142,4 @@ def load_teachers(run: Run, stage: Stage, encoder: Encoder | None) -> Ensemble:
                 f"{what} not the student's, whose features are all that there is with a frozen "
                 f"encoder; set encoder: trained in stage {stage.name!r}"
             )
-    return ensemble.to(run.device)
+    return ensemble.to(student.device)

@@ -15,15 +15,14 @@ from handler.beam_search import DecodeOptions
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
 from handler.word_maps import Word, words_of
-from training.checkpoint import WEIGHTS_FILE, load_captioner
+from training.checkpoint import LOG_FILE, WEIGHTS_FILE, load_captioner
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.data.scenes import check
-from training.evaluate import score_claims
+from training.scores.claims import score_claims
 from training.scores.intervals import Floats, bootstrap_scores, resampled
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize
 from training.scores.mistakes import Mistakes, find_mistakes
-from training.train import LOG_FILE
 
 BATCH = 50
 # Captions shown of each photo.

@@ -1,0 +1,74 @@
+"""Rates, parameter groups, the average of the weights, gradient checkpointing."""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from training.config import Stage
+from training.model import CaptioningModel
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of the steps, then half a cosine to zero."""
+    ramp = max(1, round(warmup * steps))
+    if step < ramp:
+        return (step + 1) / ramp
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def learning_rate(name: str, stage: Stage, encoder_layers: int) -> float:
+    """A parameter's highest rate. In the encoder it falls by `encoder_layer_decay` from layer to
+    layer, down from its last norm (Clark et al. 2020, as in BEiT's fine-tuning)."""
+    part, *rest = name.split(".")
+    if part == "decoder":
+        return stage.decoder_lr
+    if rest[0] == "blocks":
+        below = encoder_layers - int(rest[1])
+    else:
+        below = 0 if rest[0] == "norm" else encoder_layers + 1
+    return stage.encoder_lr * stage.encoder_layer_decay**below
+
+
+def parameter_groups(model: CaptioningModel, stage: Stage) -> list[dict[str, Any]]:
+    """AdamW's groups, by their rates; vectors (biases, norms) and embeddings of positions are
+    without weight decay."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("encoder.") and stage.encoder == "frozen":
+            continue
+        rate = learning_rate(name, stage, len(model.encoder.blocks))
+        decay = parameter.ndim > 1 and "position" not in name
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "base_lr": rate,
+            "weight_decay": stage.weight_decay if decay else 0.0,
+        }
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def set_checkpointing(model: CaptioningModel, on: bool) -> None:
+    """Gradient checkpointing (Chen et al. 2016): each block's inside is computed again in the
+    backward pass instead of being kept."""
+    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+        vars(block).pop("forward", None)
+        if on:
+            vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@torch.no_grad()
+def update_average(
+    average: CaptioningModel, model: CaptioningModel, decay: float, step: int
+) -> None:
+    """Exponential moving average of the weights; short-sighted at first, so that the random
+    beginning is soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    ours = [p.data for p in average.parameters()]
+    theirs = [p.data for p in model.parameters()]
+    torch._foreach_lerp_(ours, theirs, 1 - decay)

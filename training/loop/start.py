@@ -1,0 +1,74 @@
+"""What a new run starts from: its tokenizer, its model and the preprocessing of its encoder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from handler.caption_tokenizer import CaptionTokenizer
+from handler.captioner import read_config
+from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
+from training.checkpoint import load_tokenizer
+from training.config import TokenizerChoice, TrainConfig
+from training.data.manifest import Row
+from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
+from training.pretrained import load_encoder
+
+
+def make_tokenizer(choice: TokenizerChoice, rows: Sequence[Row]) -> CaptionTokenizer:
+    """The tokenizer of a new run, whose training photos are `rows`."""
+    if choice.checkpoint is not None:
+        folder = Path(choice.checkpoint)
+        return load_tokenizer(folder, read_config(folder))
+    captions = [caption for row in rows for caption in row.captions]
+    return CaptionTokenizer.train(captions, choice.kind, choice.vocab_size, choice.min_count)
+
+
+def make_model(
+    config: TrainConfig, tokenizer: CaptionTokenizer, weights: Path | None
+) -> tuple[CaptioningModel, PreprocessConfig]:
+    """A new model with the preprocessing that its encoder wants."""
+    source, shape = config.encoder, config.decoder
+    mean = std = (0.5, 0.5, 0.5)
+    interpolation = "bicubic"
+    encoder: Encoder | None = None
+    if source.pretrained is not None:
+        pretrained = load_encoder(source.pretrained, weights, source.image_size)
+        encoder = pretrained.encoder
+        encoder_config = encoder.config
+        mean, std, interpolation = pretrained.mean, pretrained.std, pretrained.interpolation
+    elif weights is not None:
+        raise UserError(
+            f"{weights}: config {config.name!r} trains its encoder from scratch; "
+            "set encoder.pretrained to the name of these weights"
+        )
+    else:
+        encoder_config = EncoderConfig(
+            width=source.width,
+            layers=source.layers,
+            heads=source.heads,
+            mlp_width=4 * source.width,
+            image_size=224 if source.image_size is None else source.image_size,
+            patch_size=source.patch_size,
+            dropout=source.dropout,
+        )
+    decoder_config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        max_positions=shape.max_tokens,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        mlp_width=4 * shape.width,
+        memory_width=encoder_config.width,
+        dropout=shape.dropout,
+    )
+    model = CaptioningModel(encoder_config, decoder_config)
+    if encoder is not None:
+        model.encoder.load_state_dict(encoder.state_dict())
+    preprocessing = PreprocessConfig(
+        image_size=encoder_config.image_size,
+        mean=mean,
+        std=std,
+        resize=config.resize,  # type: ignore[arg-type]  # refused there when it is none of the two
+        interpolation=interpolation,  # type: ignore[arg-type]
+    )
+    return model, preprocessing

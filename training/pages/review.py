@@ -1,0 +1,142 @@
+"""A blind sheet on which people judge captions.
+
+The captions of several systems (files in COCO's result format, as `make evaluate` writes them) and
+of a person stand under each photo in random order, without their names. The page works offline and
+saves a JSON file of ratings; the key to it lies in a file beside it, and nothing in the page tells
+which caption is whose: captions are written alike (lower case, no full stop), equal ones stand
+there once, and neither the seed nor an order that could be undone is in it.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from handler.errors import UserError
+from handler.page import page, photo_html
+from training.data.manifest import Manifest, Row
+from training.data.photos import read_photo
+from training.scores.captions import read_predictions
+from training.scores.ratings import HUMAN, SCALE
+
+HERE = Path(__file__).parent
+PHOTO_SIDE = 400
+
+
+@dataclass(frozen=True)
+class Item:
+    """A photo of the sheet: its captions in the order in which they stand, each with the systems
+    that wrote it, and which of the row's references was the person's."""
+
+    row: Row
+    captions: list[tuple[str, list[str]]]
+    human: int
+
+
+def plain(caption: str) -> str:
+    """A caption as the sheet shows it, so that its spelling does not tell whose it is."""
+    return re.sub(r"\s+", " ", caption).strip().rstrip(" .").lower()
+
+
+def make_items(
+    systems: Mapping[str, Mapping[str, str]], rows: Sequence[Row], photos: int, seed: int
+) -> list[Item]:
+    """Chooses `photos` rows and orders their captions; the same seed, the same sheet. Raises
+    UserError naming the system and the photo that it has no caption for."""
+    rng = random.Random(seed)
+    chosen = rng.sample(list(rows), min(photos, len(rows)))
+    items = []
+    for row in chosen:
+        human = rng.randrange(len(row.captions))
+        written = {HUMAN: row.captions[human]}
+        for name, predictions in systems.items():
+            if row.id not in predictions:
+                raise UserError(f"system {name!r}: no caption for photo {row.id!r} of the split")
+            written[name] = predictions[row.id]
+        by_text: dict[str, list[str]] = {}
+        for name, caption in written.items():
+            by_text.setdefault(plain(caption), []).append(name)
+        captions = list(by_text.items())
+        rng.shuffle(captions)
+        items.append(Item(row, captions, human))
+    return items
+
+
+def sheet_id(items: Sequence[Item]) -> str:
+    """The sheet's name: what its pages show, hashed."""
+    shown = [(item.row.id, [text for text, _ in item.captions]) for item in items]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def key_of(items: Sequence[Item], manifest: Manifest, split: str) -> dict[str, Any]:
+    """What the scores need to know, and the raters must not."""
+    return {
+        "sheet": sheet_id(items),
+        "data": manifest.name,
+        "split": split,
+        "items": [
+            {
+                "photo": item.row.id,
+                "captions": [{"text": text, "systems": names} for text, names in item.captions],
+                # The automatic metrics compare with what the person did not write.
+                "references": [
+                    caption for n, caption in enumerate(item.row.captions) if n != item.human
+                ],
+            }
+            for item in items
+        ],
+    }
+
+
+def render(items: Sequence[Item], manifest: Manifest) -> str:
+    """The sheet as HTML: one photo at a time, a five-point scale for each caption."""
+    articles = []
+    for number, item in enumerate(items):
+        fields = []
+        for place, (text, _) in enumerate(item.captions):
+            name = f"{number}-{place}"
+            choices = "".join(
+                f'<label><input type="radio" name="{name}" value="{value}">'
+                f'<span>{value}</span><span class="out-of-sight">{escape(said)}</span></label>'
+                for value, said in SCALE.items()
+            )
+            fields.append(
+                f"<fieldset><legend>{escape(text)}</legend>"
+                f'<div class="choices">{choices}</div></fieldset>'
+            )
+        photo = photo_html(read_photo(manifest, item.row), PHOTO_SIDE, f"Photo {number + 1}")
+        articles.append(
+            f'<article class="card item" id="item-{number}" hidden>{photo}'
+            f'<div class="text">{"".join(fields)}</div></article>'
+        )
+    scale = "".join(f"<li>{escape(said)}</li>" for said in SCALE.values())
+    body = (
+        "<header><h1>How well do these captions describe the photo?</h1>"
+        "<p>People and programs wrote them; judge each by the photo alone.</p>"
+        f'<ol class="quiet">{scale}</ol>'
+        '<p><label>Your name or initials <input id="rater" autocomplete="off" maxlength="60">'
+        "</label></p></header>"
+        f'<main data-sheet="{sheet_id(items)}" data-photos="{len(items)}">{"".join(articles)}'
+        '<p class="turn"><button class="action" type="button" id="back">Back</button> '
+        '<button class="action main" type="button" id="next">Next</button> '
+        '<button class="action" type="button" id="save">Save the ratings</button></p>'
+        '<p id="status" role="status" aria-live="polite"></p></main>'
+    )
+    return page("Captions to judge", body, [HERE / "review.css"], [HERE / "review.js"])
+
+
+def read_systems(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """Predictions by the name of their folder (build/evaluate/NAME/predictions.json) or, for any
+    other file, its own."""
+    systems: dict[str, dict[str, str]] = {}
+    for path in paths:
+        name = path.resolve().parent.name if path.name == "predictions.json" else path.stem
+        if name in systems or name == HUMAN:
+            raise UserError(f"{path}: a second system named {name!r}; rename the file")
+        systems[name] = read_predictions(path)
+    return systems

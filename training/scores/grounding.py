@@ -1,0 +1,146 @@
+"""How well a word's map finds what the word names, for each way of
+making maps, on drawn scenes, whose truth is known.
+
+Counted are the words of the model's own captions that name a shape which is there. Pointing game
+(Zhang et al. 2016, arXiv:1608.00507): the share whose map peaks inside the box of such an object.
+Overlap: the mean intersection over union of the map's box with the nearest such object's.
+
+Ways: the cross-attention of each layer and head, the mean of a layer's heads, the mean of all; read
+where the word was written (the query that predicts it) or where it was read (the query that has it
+as input); each as it is, over the memory, or rolled out through the encoder to the patches of the
+photo (Abnar and Zuidema 2020, arXiv:2005.00928: the product of its layers' attention, averaged over
+heads, half of it the residual path).
+
+Dimension key, beside training.model's: L layers, T tokens, g cells along one side of a map.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from handler.captioner import Caption, Captioner
+from handler.errors import UserError
+from handler.word_maps import box, peak, words_of
+from training.data.manifest import Manifest, Row
+from training.data.photos import read_photo
+from training.data.scene_language import SceneObject, caption_words, referents
+from training.model import Encoder, split_heads
+
+BATCH = 50
+
+
+def rollout(encoder: Encoder, images_B3SS: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory (B, P, D), and how much of each of its tokens comes from each input token,
+    (B, P, P), rows summing to 1."""
+    inputs: list[Tensor] = []
+    handles = [
+        block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for block in encoder.blocks
+    ]
+    try:
+        memory_BPD = encoder(images_B3SS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    mixed_BPP = torch.eye(memory_BPD.size(1)).expand(memory_BPD.size(0), -1, -1)
+    for block, x_BPD in zip(encoder.blocks, inputs, strict=True):
+        q, k, _ = block.attention.qkv(block.norm1(x_BPD)).chunk(3, dim=-1)
+        q, k = (split_heads(x, encoder.config.heads) for x in (q, k))
+        weights_BPP = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).softmax(-1).mean(1)
+        mixed_BPP = (weights_BPP + torch.eye(weights_BPP.size(-1))) / 2 @ mixed_BPP
+    return memory_BPD, mixed_BPP
+
+
+def ways(weights_LHQP: Tensor, mixed_PP: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Every way of making maps, by name: weights (Q, P) over all memory tokens."""
+    layers = weights_LHQP.mean(1)
+    chosen = {"mean of all": layers.mean(0)}
+    for layer, heads_HQP in enumerate(weights_LHQP, start=1):
+        chosen[f"layer {layer}"] = heads_HQP.mean(0)
+        for head, weights_QP in enumerate(heads_HQP, start=1):
+            chosen[f"layer {layer} head {head}"] = weights_QP
+    for name, weights_QP in chosen.items():
+        yield name, weights_QP
+        yield f"{name}, rolled out", weights_QP @ mixed_PP
+
+
+def overlap(found: Sequence[float], truth: Sequence[float]) -> float:
+    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    width = min(found[2], truth[2]) - max(found[0], truth[0])
+    height = min(found[3], truth[3]) - max(found[1], truth[1])
+    both = max(0.0, width) * max(0.0, height)
+    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (found, truth))
+    return both / (areas - both)
+
+
+def judge(
+    map_gg: Tensor, objects: Sequence[SceneObject], size: Sequence[int]
+) -> tuple[bool, float]:
+    """Whether a map peaks in one of the objects, and its box's overlap with the nearest."""
+    x, y = peak(map_gg)
+    width, height = size
+    boxes = [(x0 / width, y0 / height, x1 / width, y1 / height)
+             for x0, y0, x1, y1 in (item["box"] for item in objects)]  # fmt: skip
+    inside = any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in boxes)
+    return inside, max(overlap(box(map_gg), truth) for truth in boxes)
+
+
+@torch.inference_mode()
+def all_maps(
+    captioner: Captioner, image_3SS: Tensor, caption: Caption
+) -> Iterator[tuple[str, Tensor]]:
+    """Every way's maps of a caption's tokens, (T, g, g)."""
+    grid = captioner.encoder.config.grid
+    prefix = captioner.encoder.config.prefix_tokens
+    memory_1PD, mixed_1PP = rollout(captioner.encoder, image_3SS.unsqueeze(0))
+    tokens_1Q = torch.tensor([[captioner.tokenizer.begin_id, *caption.ids]])
+    # The last token is read by nobody where the model has no position for it.
+    tokens_1Q = tokens_1Q[:, : captioner.decoder.max_positions]
+    queries = tokens_1Q.size(1)
+    positions_1Q = torch.arange(queries).unsqueeze(0)
+    mask_1QQ = torch.ones(1, queries, queries, dtype=torch.bool).tril()
+    weights = captioner.decoder.attention(tokens_1Q, positions_1Q, mask_1QQ, memory_1PD)
+    for name, weights_QP in ways(weights[:, 0], mixed_1PP[0]):
+        maps_Qgg = weights_QP[:, prefix:].unflatten(1, (grid, grid))
+        maps_Qgg = maps_Qgg / maps_Qgg.sum((1, 2), keepdim=True)
+        count = len(caption.ids)
+        yield f"{name}, written", maps_Qgg[:count]
+        yield f"{name}, read", maps_Qgg[[*range(1, queries), *([queries - 1] * count)][:count]]
+
+
+def measure(
+    captioner: Captioner, manifest: Manifest, rows: Sequence[Row]
+) -> tuple[dict[str, tuple[float, float]], int, int]:
+    """Pointing accuracy and mean overlap of each way; how many words were counted, and how many
+    were not because the model named what is not there."""
+    results: dict[str, list[tuple[bool, float]]] = defaultdict(list)
+    counted = absent = 0
+    options = captioner.options()
+    for start in tqdm(range(0, len(rows), BATCH), desc="grounding", unit="batch"):
+        part = rows[start : start + BATCH]
+        images = torch.stack([captioner.preprocess(read_photo(manifest, row)) for row in part])
+        found = captioner.caption_tensors(images, [options] * len(part))
+        for row, image_3SS, [caption, *_] in zip(part, images, found, strict=True):
+            scene = row.scene or {}
+            named = referents(caption.text, scene)
+            absent += sum(not objects for _, objects in named)
+            named = [(place, objects) for place, objects in named if objects]
+            counted += len(named)
+            if not named:
+                continue
+            for way, maps_Tgg in all_maps(captioner, image_3SS, caption):
+                words = words_of(caption.tokens, caption.token_log_probs, maps_Tgg)
+                owner = [word for word in words for _ in caption_words(word.text)]
+                results[way] += [
+                    judge(owner[place].map_gg, objects, scene["size"]) for place, objects in named
+                ]
+    if not counted:
+        raise UserError("no caption names anything that is there: train the model further first")
+    table = {
+        way: (sum(i for i, _ in judged) / counted, sum(o for _, o in judged) / counted)
+        for way, judged in results.items()
+    }
+    return table, counted, absent
