@@ -7,7 +7,6 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-BENCH_STAMP := .venv-bench/.installed
 IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # The first that runs in a supported version: a name on PATH need not do either (pyenv's shims).
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
@@ -132,16 +131,8 @@ demo: setup ## the whole road on drawn scenes (build/*/scenes and captioner.mar 
 	printf '%s\nREST: %s\ngRPC: %s\n' "$$photo" "$$rest" "$$grpc"; \
 	test "$$rest" = "$$grpc" || { echo "error: REST and gRPC answer differently" >&2; exit 1; }
 
-$(BENCH_STAMP): $(STAMP) requirements-bench.txt
-	python -m venv --clear .venv-bench
-	python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
-		"$$(.venv-bench/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		-r requirements-bench.txt
-	@touch $@
-
-bench: setup $(BENCH_STAMP) ## speed tables: a ViT-B + GPT-2, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
-	python -W ignore -m tests.benchmarks.decoding yardstick --optimum .venv-bench/bin/python $(ARGS)
+bench: setup ## speed tables: a ViT-B + GPT-2, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
+	python -W ignore -m tests.benchmarks.decoding yardstick $(ARGS)
 	$(if $(wildcard $(CHECKPOINT)/model.safetensors),python -W ignore \
 		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS))
 	$(if $(wildcard $(EXPORT)/decoder.pt),python -W ignore \
