@@ -23,7 +23,7 @@ from training.scores.captions import (
     training_captions,
     write_predictions,
 )
-from training.scores.habits import agreement, describe
+from training.scores.habits import describe, little_learnt
 from training.scores.intervals import score_with_intervals
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice
 
@@ -43,6 +43,8 @@ def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | N
             print(f"{name:24} {value:.4f}  95 % from {low:.4f} to {high:.4f}")
         elif not isinstance(value, dict):
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+    if reason := little_learnt(**scores):
+        print(f"warning: {reason}")
     if out:
         print(f"{out}: {', '.join(sorted(path.name for path in out.glob('*.json')))}")
 
@@ -101,9 +103,6 @@ def main() -> None:
     out = arguments.out or Path("build/evaluate") / folder.resolve().name
     write_predictions(out / "predictions.json", predictions)
     scores = score_rows(predictions, rows, metrics, training_captions(manifest))
-    alike = [value for best in captions.values() if (value := agreement(best)) is not None]
-    if alike:
-        scores["n_best_agreement"] = sum(alike) / len(alike)
     scores |= model_size(captioner, folder)
     scores |= {"model": folder.as_posix(), "data": manifest.name, "split": arguments.split}
     scores["decoding"] = dataclasses.asdict(captioner.options(**options))

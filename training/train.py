@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--device", help="auto, cpu, cuda")
     parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run of this name")
     arguments = parser.parse_args()
+    if arguments.resume and arguments.overwrite:
+        parser.error("--resume continues a run and --overwrite replaces it; give one of them")
     config = load_config(
         arguments.config,
         data=arguments.data,
