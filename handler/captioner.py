@@ -18,6 +18,7 @@ from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, sea
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
+from handler.files import FORMAT
 from handler.image_preprocess import PreprocessConfig, preprocess
 
 Photo = bytes | bytearray | memoryview | Image.Image
@@ -26,6 +27,8 @@ BATCH = 16
 # The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
 # allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
 ENCODED_BYTES = 10_000_000
+# An export is a folder of these.
+EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # What the search asks of a scripted decoder.
 DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
 
@@ -237,6 +240,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     for field in ("model", "preprocessing", "tokenizer"):
         if not isinstance(config, dict) or not isinstance(config.get(field), dict):
             raise UserError(f"{path}: field {field!r} is missing; write the folder again")
+    # Checkpoints of version 1.0 have no number and are as today's; its exports are not.
+    number = config.get("format", 0 if "precision" in config else FORMAT)
+    if number != FORMAT:
+        again = "export the checkpoint" if "precision" in config else "train or import"
+        raise UserError(f"{path}: format {number!r}, this version reads {FORMAT}; {again} again")
     return config
 
 

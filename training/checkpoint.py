@@ -129,6 +129,12 @@ def load_captioner(
     """The eager captioner of a checkpoint: same object, same calls, same answers as an export's."""
     if threads is not None:
         torch.set_num_threads(threads)
-    model, config, tokenizer = load_model(Path(directory))
+    return captioner_of(*load_model(Path(directory)), device)
+
+
+def captioner_of(
+    model: CaptioningModel, config: dict[str, Any], tokenizer: CaptionTokenizer, device: str = "cpu"
+) -> Captioner:
+    """The captioner of what `load_model` returned."""
     model = model.to(device).requires_grad_(False)
     return Captioner(model.encoder, model.decoder, tokenizer, config, device)
