@@ -123,8 +123,10 @@ class Captioner:
     def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
         """Captions each photo: a list (photos) of lists (best first) of `Caption`.
 
-        Raises InvalidImage for a photo that cannot be read and InvalidParameter for a bad option.
+        Raises InvalidImage for a photo that cannot be read, InvalidParameter for a bad option and
+        TypeError where `photos` is not a sequence of photos.
         """
+        check_photos(photos)
         return self.caption_each(photos, [self.options(**options)] * len(photos))
 
     def caption_each(
@@ -267,6 +269,17 @@ def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.Scr
             if hasattr(module, "prepack"):
                 module.prepack()
     return torch.jit.freeze(script, [name for name in DECODER_METHODS if hasattr(script, name)])
+
+
+def check_photos(photos: object) -> None:
+    """Raises TypeError for one photo, a path or an array in place of a sequence of photos."""
+    # These are sequences too: of letters and of numbers.
+    single = isinstance(photos, (str, bytes, bytearray, memoryview))
+    if single or not isinstance(photos, Sequence):
+        raise TypeError(
+            f"photos is of type {type(photos).__name__}; give a list of photos, each the bytes of a"
+            " file or a PIL image, as in caption([Path('photo.jpg').read_bytes()])"
+        )
 
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:
