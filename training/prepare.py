@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from handler.errors import ArgumentParser, UserError, run_command
-from handler.image_preprocess import InvalidImage, decode
+from handler.image_preprocess import PHOTO_SUFFIXES, InvalidImage, decode
 from training.data import download
 from training.data.coco import read_coco
 from training.data.flickr import read_flickr8k, read_flickr30k
@@ -31,7 +31,7 @@ from training.data.manifest import (
     write_manifest,
 )
 from training.data.shards import ShardPhoto, find_shards, read_shard, split_of_shards
-from training.data.source import HASHED, PHOTO_SUFFIXES, Photo, Source, split_by_hash
+from training.data.source import HASHED, Photo, Source, split_by_hash
 
 READERS: dict[str, Callable[[Path], Source]] = {
     "flickr8k": read_flickr8k,

@@ -20,12 +20,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from handler.errors import UserError
-from handler.image_preprocess import InvalidImage, decode
+from handler.image_preprocess import PHOTO_SUFFIXES, InvalidImage, decode
 from training.data.folder import captions_of
 from training.data.manifest import is_url
 from training.data.ranged import RangedFile, read_range
 from training.data.source import (
-    PHOTO_SUFFIXES,
     SPLIT_NAMES,
     Photo,
     check_unicode,

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from handler.errors import UserError
+from handler.image_preprocess import PHOTO_SUFFIXES
 from training.data.manifest import SPLITS, check_inside
 
 # How people call the three splits; Karpathy's `restval` are COCO photos that he adds to training.
@@ -23,7 +24,6 @@ SPLIT_NAMES = {
     "valid": "val",
     "validation": "val",
 }
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HELD_OUT = {"val": 0.1, "test": 0.1}
 HASHED = "by a hash of the id: 80 % train, 10 % val, 10 % test"
 
