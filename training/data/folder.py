@@ -107,6 +107,12 @@ def captions_of(record: dict[str, Any], where: str) -> list[str]:
     return ["" if value is None else _text({field: value}, field, where) for value in values]
 
 
+def has_caption(record: dict[str, Any]) -> bool:
+    """Whether a caption field holds more than null, blanks or an empty list."""
+    values = [record[name] for name in CAPTION_FIELDS if name in record]
+    return any(value.strip() if isinstance(value, str) else value for value in values)
+
+
 def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in record:

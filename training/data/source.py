@@ -23,7 +23,10 @@ SPLIT_NAMES = {
     "valid": "val",
     "validation": "val",
 }
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif"),
+    *(".bmp", ".gif", ".tif", ".tiff"),
+)
 HELD_OUT = {"val": 0.1, "test": 0.1}
 HASHED = "by a hash of the id: 80 % train, 10 % val, 10 % test"
 
