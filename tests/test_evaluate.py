@@ -1,6 +1,7 @@
 """`make evaluate`: what it writes, that scores can be taken again, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def evaluated(tiny_run: Path, tiny_data: Path) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "BLEU-4" in done.stdout and "4/4" in done.stderr
-    return tiny_run / "build/evaluate/tiny"
+    [folder] = (tiny_run / "build/evaluate/tiny").iterdir()
+    assert re.fullmatch(r"tiny-val-[0-9a-f]{8}", folder.name)  # the options are not the defaults
+    return folder
 
 
 def test_captions_are_the_checkpoints_and_scores_are_kept(evaluated, tiny_run, tiny_data):

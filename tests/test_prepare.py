@@ -215,14 +215,14 @@ def test_wrong_folders_are_one_line_and_change_nothing(
     (tmp_path / "empty").mkdir()
     shutil.copyfile(photos / "captions.csv", tmp_path / "empty" / "captions.csv")
     for source, out, said in (
-        (photos, photos, "--out must not be the source"),
-        (photos, tmp_path / "file", "name a folder that can be written"),
+        (photos, photos, "the output is the input"),
+        (photos, tmp_path / "file", "this is a file; a prepared dataset needs a folder"),
         (tmp_path / "empty", tmp_path / "out", "none of the 3 photos"),
     ):
         assert run(monkeypatch, "--data", "folder", "--source", source, "--out", out) == 2
         assert said in capsys.readouterr().err
     assert run(monkeypatch, "--data", "scenes", "--out", tmp_path / "file") == 2
-    assert "name a folder that can be written" in capsys.readouterr().err
+    assert "this is a file; a drawn dataset needs a folder" in capsys.readouterr().err
     assert sorted(path.name for path in photos.iterdir()) == before
 
 

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from handler.errors import UserError
+from handler.files import FORMAT
 
 SPLITS = ("train", "val", "test")
 DATASETS = Path("build/data")
@@ -156,6 +157,7 @@ def write_manifest(
             record["span"] = row.span
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     dataset = {
+        "format": FORMAT,
         "name": name,
         "counts": count_splits(rows),
         **(notes or {}),
@@ -202,6 +204,11 @@ def read_manifest(directory: Path) -> Manifest:
     for field, value in texts.items():
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise UserError(f"{dataset_file}: field '{field}' must be a text that is not empty")
+    if dataset.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{dataset_file}: field 'format' is {dataset['format']!r}, but this version reads "
+            f"{FORMAT}; run `make data` again"
+        )
     name = texts["name"]
     root = texts["image_root"] if is_url(texts["image_root"]) else directory / texts["image_root"]
     if isinstance(root, Path) and not os.path.isdir(root):

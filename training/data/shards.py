@@ -53,8 +53,8 @@ class RepeatedKey(UserError):
 
     def __init__(self, key: str, entry: Entry) -> None:
         super().__init__(
-            f"key {key!r} occurs a second time, with {entry.name!r} at byte {entry.offset - BLOCK}; "
-            "a shard must hold every key once, its members side by side"
+            f"key {key!r} occurs a second time, with {entry.name!r} at byte "
+            f"{entry.offset - BLOCK}; a shard must hold every key once, its members side by side"
         )
 
 
@@ -139,7 +139,7 @@ def _size(file: Any) -> int:
     """Of the whole, in bytes."""
     if isinstance(file.raw, RangedFile):
         file.peek(1)
-        return file.raw.size
+        return file.raw.size or 0
     return os.fstat(file.fileno()).st_size
 
 

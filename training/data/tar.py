@@ -61,10 +61,10 @@ def read_entries(file: BinaryIO, size: int) -> Iterator[Entry]:
         header = _read(file, offset, BLOCK)
         if len(header) < BLOCK:
             raise DamagedTar(offset, "cut off: the end of the archive is missing")
-        info = _parse(header, offset)
-        if info is None:
+        if not header.strip(b"\0"):
             _check_end(file, offset)
             return
+        info = _parse(header, offset)
         content = offset + BLOCK
         length = 0 if info.type in BARE else info.size
         if info.isfile() and "size" in attributes:
@@ -97,12 +97,9 @@ def _read(file: BinaryIO, offset: int, length: int) -> bytes:
     return file.read(length)
 
 
-def _parse(header: bytes, offset: int) -> tarfile.TarInfo | None:
-    """The header; None at the end of the archive."""
+def _parse(header: bytes, offset: int) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.EOFHeaderError:
-        return None
     except (tarfile.HeaderError, ValueError, OverflowError) as error:
         kind = next((k for magic, k in COMPRESSED.items() if header.startswith(magic)), None)
         if kind and not offset:

@@ -231,6 +231,8 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"{path}: nothing to resume; train without --resume") from error
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise UserError(f"{path}: damaged; train without --resume") from error
+    if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
+        raise UserError(f"{path}: not a state that training saved; train without --resume")
     if missing := set(PROGRESS) - state.keys():
         raise UserError(f"{path}: field {min(missing)!r} is missing; train without --resume")
     given = json.loads(json.dumps(dataclasses.asdict(config)))
