@@ -298,9 +298,10 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
         tokenizer = CaptionTokenizer.load(directory / "tokenizer.json", **fields_of)
     except TypeError as error:
         raise UserError(f"{path}: field 'tokenizer': {error}") from error
-    if tokenizer.vocab_size > vocab_size:
+    largest = max(tokenizer.vocabulary.values(), default=-1)
+    if largest >= vocab_size:
         raise UserError(
-            f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size} entries, but config.json's "
+            f"{directory / 'tokenizer.json'}: an entry has the id {largest}, but config.json's "
             f"'model.decoder.vocab_size' is {vocab_size}; give the tokenizer of this model"
         )
     return tokenizer

@@ -22,6 +22,7 @@ from training.data.manifest import (
     DATASET_FILE,
     DATASETS,
     Row,
+    inputs_of,
     summary,
     write_manifest,
 )
@@ -52,8 +53,7 @@ def distil_captions(arguments: argparse.Namespace) -> None:
     manifest = dataset_of(captioner, folders[0], arguments.data)
     out = arguments.out or DATASETS / f"{manifest.name}-distilled"
     options = decoding_options(arguments)
-    inputs = [*folders, manifest.folder, manifest.image_root]
-    with replace_folder(out, DISTILLED, [i for i in inputs if isinstance(i, Path)]) as new:
+    with replace_folder(out, DISTILLED, [*folders, *inputs_of(manifest, out)]) as new:
         captions = caption_rows(captioner, manifest, manifest.split("train"), **options)
         rows = with_captions(manifest.rows, captions, arguments.replace)
         notes = {

@@ -16,7 +16,7 @@ from handler.errors import ArgumentParser, run_command
 from handler.files import FolderKind, replace_folder, write_atomic
 from handler.request import add_decoding_options, decoding_options
 from training.checkpoint import WEIGHTS_FILE, load_captioner
-from training.data.manifest import Manifest, data_folder, read_manifest
+from training.data.manifest import Manifest, data_folder, inputs_of, read_manifest
 from training.scores.captions import (
     caption_rows,
     dataset_of,
@@ -87,7 +87,7 @@ def evaluate_model(arguments: argparse.Namespace, metrics: Sequence[str]) -> Non
     rows = manifest.split(arguments.split)
     usual = location(folder, manifest, arguments.split, captioner, options)
     out: Path = arguments.out or usual
-    with replace_folder(out, EVALUATION, [folder, manifest.folder]) as new:
+    with replace_folder(out, EVALUATION, [folder, *inputs_of(manifest, out)]) as new:
         captions = caption_rows(captioner, manifest, rows, **options)
         predictions = {photo: best[0] for photo, best in captions.items()}
         write_predictions(new / "predictions.json", predictions)
@@ -122,7 +122,8 @@ def evaluate_predictions(arguments: argparse.Namespace, metrics: Sequence[str]) 
         scores |= describe(predictions, references)
     else:
         manifest = read_manifest(data_folder(arguments.data))
-        inputs.append(manifest.folder)
+        if arguments.out:
+            inputs += inputs_of(manifest, arguments.out)
         rows = manifest.split(arguments.split)
         scores = score_rows(predictions, rows, metrics, training_captions(manifest))
     scores["photos"] = len(predictions)

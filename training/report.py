@@ -10,7 +10,7 @@ from handler.errors import ArgumentParser, run_command
 from handler.files import FORMAT, FolderKind, replace_folder, write_atomic
 from handler.page import photo_html
 from handler.request import add_decoding_options, decoding_options
-from training.data.manifest import Manifest, Row
+from training.data.manifest import Manifest, Row, inputs_of
 from training.data.photos import read_photo
 from training.pages.report import Shown, render
 from training.pages.system import System, caption_split, load_system, maps_of, score_system
@@ -81,7 +81,7 @@ def main() -> None:
     manifest = dataset_of(systems[0].captioner, folders[0], arguments.data)
     rows = manifest.split(arguments.split)
     out = arguments.out or Path("build/report") / folders[0].resolve().name
-    with replace_folder(out, REPORT, [*folders, manifest.folder]) as new:
+    with replace_folder(out, REPORT, [*folders, *inputs_of(manifest, out)]) as new:
         for system in systems:
             caption_split(system, manifest, rows, options)
             score_system(system, rows)

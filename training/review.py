@@ -8,7 +8,7 @@ from pathlib import Path
 
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import FolderKind, check_replaceable, locked, read_object, write_atomic
-from training.data.manifest import data_folder, read_manifest
+from training.data.manifest import data_folder, inputs_of, read_manifest
 from training.pages.review import key_of, make_items, read_systems, render
 from training.scores.ratings import REVIEWS
 
@@ -33,7 +33,7 @@ def main() -> None:
     systems = read_systems(arguments.predictions)
     items = make_items(systems, manifest.split(arguments.split), arguments.photos, arguments.seed)
     out = arguments.out or REVIEWS / manifest.name
-    check_replaceable(out, REVIEW, [*arguments.predictions, manifest.folder])
+    check_replaceable(out, REVIEW, [*arguments.predictions, *inputs_of(manifest, out)])
     key = key_of(items, manifest, arguments.split)
     with locked(out):
         set_aside(out, key["sheet"])

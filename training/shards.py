@@ -28,6 +28,7 @@ from training.data.manifest import (
     Row,
     count_splits,
     data_folder,
+    inputs_of,
     read_manifest,
     write_manifest,
 )
@@ -49,9 +50,8 @@ def write_shards(manifest: Manifest, out: Path, most: int) -> None:
     cannot be read.
     """
     name = re.sub(r"[^\w-]+", "-", manifest.name)
-    inputs = [manifest.folder, manifest.image_root]
     try:
-        with replace_folder(out, SHARDED, [i for i in inputs if isinstance(i, Path)]) as folder:
+        with replace_folder(out, SHARDED, inputs_of(manifest, out)) as folder:
             rows: list[Row] = []
             bar = tqdm(total=len(manifest.rows), desc="shards", unit="photo", disable=None)
             for split in count_splits(manifest.rows):

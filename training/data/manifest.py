@@ -179,6 +179,19 @@ def write_manifest(
         ) from None
 
 
+def inputs_of(manifest: Manifest, out: Path) -> list[Path]:
+    """What a command that reads the dataset must not replace by its output `out`: the dataset's
+    folder and the photos'. `out` may lie within the latter, beside the photos."""
+    if isinstance(manifest.image_root, str):
+        return [manifest.folder]
+    root, real = (Path(os.path.realpath(path)) for path in (manifest.image_root, out))
+    if root not in real.parents:
+        return [manifest.folder, root]
+    within = real.relative_to(root).as_posix() + "/"
+    holds = any(row.image.startswith(within) for row in manifest.rows)
+    return [manifest.folder, real] if holds else [manifest.folder]
+
+
 def data_folder(name_or_folder: str) -> Path:
     """A dataset by name (under build/data) or by folder."""
     named = DATASETS / name_or_folder
