@@ -44,6 +44,8 @@ def location(
     the options are not the model's defaults, with a hash of them at its end."""
     name = re.sub(r"[^\w.-]+", "-", manifest.name) + f"-{split}"
     chosen, usual = (captioner.options(**given) for given in (options, {}))
+    # Beams that are not given are those of the default.
+    chosen, usual = (dataclasses.replace(each, num_beams=each.beams) for each in (chosen, usual))
     if chosen != usual:
         text = json.dumps(dataclasses.asdict(chosen), sort_keys=True)
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

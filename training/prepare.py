@@ -307,7 +307,7 @@ def main() -> None:
         draw(kind, out)
         return
     if source is None and kind == "flickr8k":
-        source = download.download_flickr8k(DOWNLOADS, arguments.mirror)
+        source = str(download.download_flickr8k(DOWNLOADS, arguments.mirror))
     if source is None:
         raise UserError(f"{kind} cannot be downloaded automatically; set SOURCE=DIR (--source DIR)")
     if not is_url(source):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from handler.errors import UserError
 from handler.files import write_atomic
 from training.data.manifest import check_inside
-from training.data.server import answer, body, length_of
+from training.data.server import Session, answer, body, length_of
 
 MIRROR = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 MD5 = {
@@ -103,7 +103,7 @@ def _continue(url: str, part: Path) -> bool:
     """Loads what is missing of `part`; whether it is complete now."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
-    with requests.Session() as session, answer(session, url, headers) as response:
+    with Session() as session, answer(session, url, headers) as response:
         if response.status_code == 416:  # nothing beyond what we have, or a file that shrank
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
             if size == str(have):

@@ -10,7 +10,7 @@ from pathlib import Path
 import requests
 
 from handler.errors import UserError
-from training.data.server import answer, body
+from training.data.server import Session, answer, body
 
 # A server that is away is waited for: 1 s, 2 s, 4 s ..., two minutes in all.
 ATTEMPTS = 8
@@ -65,9 +65,9 @@ class RangedFile(io.RawIOBase):
 
 
 @functools.cache
-def _session() -> requests.Session:
+def _session() -> Session:
     """Keeps the connection between two photos."""
-    return requests.Session()
+    return Session()
 
 
 # A forked worker must not talk through its parent's sockets.

@@ -20,10 +20,15 @@ REDIRECTS = 5
 CHUNK = 2**18
 
 
+class Session(requests.Session):
+    """Leaves redirects to `answer`: requests would read their bodies, endless or not."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        return None
+
+
 @contextmanager
-def answer(
-    session: requests.Session, url: str, headers: Mapping[str, str]
-) -> Iterator[requests.Response]:
+def answer(session: Session, url: str, headers: Mapping[str, str]) -> Iterator[requests.Response]:
     """The answer to a GET of `url`, its body unread, after up to `REDIRECTS` redirects.
 
     Raises UserError for redirects in a circle, a compressed body and headers that do not end;
@@ -35,7 +40,6 @@ def answer(
     for _ in range(REDIRECTS + 1):
         with _ask(session, url, target, headers) as response:
             if response.is_redirect:
-                # Not by requests, which would read the redirect's body, endless or not.
                 target = _joined(url, target, response.headers["Location"])
                 continue
             coding = response.headers.get("Content-Encoding", "identity")
@@ -56,19 +60,13 @@ def _joined(url: str, target: str, location: str) -> str:
         raise UserError(f"{url}: the server redirects to {location[:80]!r}, no URL") from None
 
 
-def _ask(
-    session: requests.Session, url: str, target: str, headers: Mapping[str, str]
-) -> requests.Response:
+def _ask(session: Session, url: str, target: str, headers: Mapping[str, str]) -> requests.Response:
     """Waits for the headers in a thread: a read's timeout begins anew with every byte."""
     outcome: Future[requests.Response] = Future()
 
     def ask() -> None:
         try:
-            outcome.set_result(
-                session.get(
-                    target, headers=headers, stream=True, timeout=TIMEOUT, allow_redirects=False
-                )
-            )
+            outcome.set_result(session.get(target, headers=headers, stream=True, timeout=TIMEOUT))
         except BaseException as error:
             outcome.set_exception(error)
 
