@@ -5,6 +5,7 @@ Two kinds are trained here: `word` (lower-cased words; an unseen word becomes <u
 nothing is ever unseen). Any other `tokenizer.json`, such as GPT-2's own, is read as it is.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from handler.files import write_atomic
 
 PAD, BEGIN, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<begin>", "<end>", "<unk>")
 KINDS = ("word", "bpe")
+# Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese put no spaces between words.
+SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 class CaptionTokenizer:
@@ -33,9 +39,11 @@ class CaptionTokenizer:
         self._tokenizer = tokenizer
         self.begin_id, self.end_id, self.pad_id = begin_id, end_id, pad_id
         self._special = {begin_id, end_id, pad_id}
+        # None where every text can be spelled.
+        self.unknown_id: int | None = tokenizer.token_to_id(UNKNOWN)
         if suppressed_ids is None:
-            unknown = tokenizer.token_to_id(UNKNOWN)
-            suppressed_ids = [pad_id, begin_id] + ([unknown] if unknown is not None else [])
+            unknown = [] if self.unknown_id is None else [self.unknown_id]
+            suppressed_ids = [pad_id, begin_id, *unknown]
             suppressed_ids = sorted(set(suppressed_ids) - {end_id})
         self.suppressed_ids = list(suppressed_ids)
         # A word-level vocabulary has no decoder: its words are joined by spaces.
@@ -138,3 +146,9 @@ class CaptionTokenizer:
             pieces.append(text[len(done) :])
             done = text
         return pieces
+
+
+def is_written_without_spaces(caption: str) -> bool:
+    """Whether most letters of a caption are of scripts that do not separate words."""
+    letters = sum(character.isalpha() for character in caption)
+    return len(SPACELESS.findall(caption)) > letters / 2

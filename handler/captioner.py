@@ -4,7 +4,6 @@ Evaluation, the TorchServe handler and library users all come through `Captioner
 decoder in it are either the eager ones of a checkpoint or the TorchScript ones of an export.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, sea
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
+from handler.files import FORMAT, read_object
 from handler.image_preprocess import PreprocessConfig, preprocess
 
 Photo = bytes | bytearray | memoryview | Image.Image
@@ -26,6 +26,8 @@ BATCH = 16
 # The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
 # allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
 ENCODED_BYTES = 10_000_000
+# An export is a folder of these.
+EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # What the search asks of a scripted decoder.
 DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
 
@@ -122,8 +124,10 @@ class Captioner:
     def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
         """Captions each photo: a list (photos) of lists (best first) of `Caption`.
 
-        Raises InvalidImage for a photo that cannot be read and InvalidParameter for a bad option.
+        Raises InvalidImage for a photo that cannot be read, InvalidParameter for a bad option and
+        TypeError where `photos` is not a sequence of photos.
         """
+        check_photos(photos)
         return self.caption_each(photos, [self.options(**options)] * len(photos))
 
     def caption_each(
@@ -228,17 +232,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint or export. Raises UserError naming the file, and the field
     that is missing."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise UserError(
             f"{directory}: no config.json there; give the folder of a checkpoint or an export"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); write it again") from error
+        )
+    config = read_object(path)
     for field in ("model", "preprocessing", "tokenizer"):
-        if not isinstance(config, dict) or not isinstance(config.get(field), dict):
+        if not isinstance(config.get(field), dict):
             raise UserError(f"{path}: field {field!r} is missing; write the folder again")
+    # Checkpoints of version 1.0 have no number and are as today's; its exports are not.
+    number = config.get("format", 0 if "precision" in config else FORMAT)
+    if number != FORMAT:
+        again = "export the checkpoint" if "precision" in config else "train or import"
+        raise UserError(f"{path}: format {number!r}, this version reads {FORMAT}; {again} again")
     return config
 
 
@@ -356,6 +362,17 @@ def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.Scr
             if hasattr(module, "prepack"):
                 module.prepack()
     return torch.jit.freeze(script, [name for name in DECODER_METHODS if hasattr(script, name)])
+
+
+def check_photos(photos: object) -> None:
+    """Raises TypeError for one photo, a path or an array in place of a sequence of photos."""
+    # These are sequences too: of letters and of numbers.
+    single = isinstance(photos, (str, bytes, bytearray, memoryview))
+    if single or not isinstance(photos, Sequence):
+        raise TypeError(
+            f"photos is of type {type(photos).__name__}; give a list of photos, each the bytes of a"
+            " file or a PIL image, as in caption([Path('photo.jpg').read_bytes()])"
+        )
 
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:

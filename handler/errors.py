@@ -33,8 +33,8 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"error: {error}" if str(error) else "error: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; that is not an error of ours.

@@ -26,13 +26,25 @@ class FolderKind:
 
     `name` is what messages call it ("an export"); `marker` is the JSON file that tells the kind, by
     the `fields` that no other kind's has; `files` are patterns (fnmatch, the names at the top of
-    the folder) of everything that the command ever writes there, the marker included.
+    the folder) of everything that the command ever writes there, the marker included. A file of
+    `sure` tells the kind by its name alone.
     """
 
     name: str
     marker: str
     fields: tuple[str, ...]
     files: tuple[str, ...]
+    sure: tuple[str, ...] = ()
+
+
+def check_apart(out: Path, inputs: Iterable[Path | str]) -> None:
+    """Raises UserError where `out` is one of the `inputs`, or above or below one."""
+    real = Path(os.path.realpath(out))
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if real == source or real in source.parents or source in real.parents:
+            where = "is" if real == source else "is above" if real in source.parents else "is below"
+            raise UserError(f"{out}: the output {where} the input {given}; choose another folder")
 
 
 def check_replaceable(out: Path, kind: FolderKind, inputs: Iterable[Path | str] = ()) -> None:
@@ -41,12 +53,8 @@ def check_replaceable(out: Path, kind: FolderKind, inputs: Iterable[Path | str] 
 
     Raises UserError that names the folder and the way out.
     """
+    check_apart(out, inputs)
     real = Path(os.path.realpath(out))
-    for given in inputs:
-        source = Path(os.path.realpath(given))
-        if real == source or real in source.parents or source in real.parents:
-            where = "is" if real == source else "is above" if real in source.parents else "is below"
-            raise UserError(f"{out}: the output {where} the input {given}; choose another folder")
     if not real.exists():
         return
     if not real.is_dir():
@@ -54,7 +62,7 @@ def check_replaceable(out: Path, kind: FolderKind, inputs: Iterable[Path | str] 
     names = sorted(entry.name for entry in real.iterdir())
     if not names:
         return
-    if not _is_marked(real / kind.marker, kind):
+    if not any(name in kind.sure for name in names) and not _is_marked(real / kind.marker, kind):
         raise UserError(
             f"{out}: the folder is not empty and is not {kind.name}; choose another folder"
         )
@@ -142,18 +150,27 @@ def locked(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes beside `path` and renames, so that a reader never sees half a file."""
     data = content.encode() if isinstance(content, str) else content
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields the path of an empty file beside `path`; when the block ends without an exception,
+    that file takes the place of `path`. Otherwise it is removed and `path` stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        yield temporary
         # mkstemp makes files private; the umask is only readable by setting it.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

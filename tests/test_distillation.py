@@ -282,13 +282,13 @@ def refusal(tiny_data: Path, stage: dict[str, object], **fields: object) -> str:
     """The line with which a run refuses its teacher; an earlier run of its name is still there."""
     run = Path("run")
     run.mkdir(exist_ok=True)
-    (run / "kept").touch()
+    (run / "train_state.pt").write_bytes(b"kept")
     choice = {"teachers": ["teacher"]}
     stage = {"name": "taught", "epochs": 1, "batch_photos": 8, "distillation": choice, **stage}
     config = config_of(Path("run.yaml"), **{"stages": [TINY["stages"][0], stage], **fields})
     with pytest.raises(UserError) as refused:
-        train(config, read_manifest(tiny_data), run, None, resume=False)
-    assert (run / "kept").exists()
+        train(config, read_manifest(tiny_data), run, None, overwrite=True)
+    assert (run / "train_state.pt").read_bytes() == b"kept"
     return str(refused.value)
 
 

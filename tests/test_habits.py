@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.scores.habits import agreement, describe
+from training.scores.habits import describe, little_learnt
 
 PREDICTIONS = {
     "1": "A dog runs on the grass.",
@@ -49,14 +49,17 @@ def test_without_training_captions_the_rest_is_said():
 
 
 @pytest.mark.parametrize(
-    ("captions", "expected"),
+    ("distinct", "photos", "cider", "reason"),
     [
-        (["a dog", "a dog"], 1.0),
-        (["a dog", "a cat", "a dog"], (1 / 3 + 1 + 1 / 3) / 3),
-        (["a dog", "two cats"], 0.0),
-        (["", ""], 1.0),
-        (["a dog"], None),
+        (1, 4, 0.5, "the same caption for all 4 photos"),
+        (99, 1000, 0.5, "99 captions for all 1000 photos"),
+        (100, 1000, 0.5, None),
+        (4, 4, 0.0, "CIDEr is 0 on 4 photos"),
+        (4, 4, None, None),
+        (1, 1, 0.0, None),
     ],
 )
-def test_agreement_of_the_n_best(captions, expected):
-    assert agreement(captions) == (None if expected is None else pytest.approx(expected))
+def test_a_model_that_has_learnt_little_is_recognised(distinct, photos, cider, reason):
+    """One caption for every photo went through training, evaluation and export in silence."""
+    found = little_learnt(distinct_captions=distinct, photos=photos, CIDEr=cider, METEOR=0.1)
+    assert found is None if reason is None else reason in found

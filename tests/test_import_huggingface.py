@@ -603,19 +603,20 @@ def test_an_index_may_not_lead_elsewhere(copy, tmp_path):
 
 
 def test_what_lies_at_out_is_kept(saved, copy, tmp_path):
-    with pytest.raises(UserError, match="--out"):
+    with pytest.raises(UserError, match="the output is the input"):
         import_huggingface(str(copy), copy)
     other = tmp_path / "photos"
     other.mkdir()
     (other / "photo.jpg").touch()
-    with pytest.raises(UserError, match="--out"):
+    with pytest.raises(UserError, match="photos: the folder is not empty and is not an imported"):
         import_huggingface(str(copy), other)
     import_huggingface(str(copy), tmp_path / "ours")
-    first = (tmp_path / "ours/config.json").read_bytes()
     edit(copy / "generation_config.json", num_beams=7)
     import_huggingface(str(copy), tmp_path / "ours")
-    assert (tmp_path / "ours.previous/config.json").read_bytes() == first
     assert load_captioner(tmp_path / "ours").decoding["num_beams"] == 7
+    (tmp_path / "ours/metrics.jsonl").touch()  # trained since
+    with pytest.raises(UserError, match="'metrics.jsonl' is not part of an imported checkpoint"):
+        import_huggingface(str(copy), tmp_path / "ours")
 
 
 def test_the_command(copy, tmp_path):

@@ -32,8 +32,8 @@ def test_scores_captions_and_references_stand_in_it(report, tiny_run, tiny_data)
         assert name in html
     for row in read_manifest(tiny_data).split("val"):
         assert all(caption in html for caption in row.captions)
-    # The checkpoint's loss, BLEU-4, CIDEr and rate; the export has no log.
-    assert html.count("<polyline") == 4
+    # The checkpoint's two losses, BLEU-4, CIDEr and rate; the export has no log.
+    assert html.count("<polyline") == 5
 
 
 def test_nothing_is_loaded_from_elsewhere(report):

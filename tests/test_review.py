@@ -36,9 +36,7 @@ OBSERVERS = [
 UNITS = [[v for v in unit if v is not None] for unit in zip(*OBSERVERS, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("level", "alpha"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)]
-)
+@pytest.mark.parametrize(("level", "alpha"), [("ordinal", 0.815), ("interval", 0.849)])
 def test_krippendorffs_worked_example(level, alpha):
     assert krippendorff_alpha(UNITS, level) == pytest.approx(alpha, abs=0.0005)
 

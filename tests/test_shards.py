@@ -367,7 +367,7 @@ def test_a_killed_run_on_streamed_shards_resumes_exactly(
         behind(server, shards),
     )
     train(config, manifest, Path("left-alone"), None, resume=False)
-    assert train_killed(config, manifest, Path("killed"), 3, monkeypatch) == 3
+    assert train_killed(config, manifest, Path("killed"), 3, monkeypatch) == 4
     expected = weights("left-alone")
     assert all(torch.equal(expected[key], tensor) for key, tensor in weights("killed").items())
 

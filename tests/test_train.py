@@ -109,7 +109,7 @@ def test_every_kind_of_stage_resumes_exactly(tiny_run, tiny_data, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     train(config, manifest, Path("left-alone"), None, resume=False)
 
-    assert train_killed(config, manifest, Path("killed"), 4, monkeypatch) == 4
+    assert train_killed(config, manifest, Path("killed"), 4, monkeypatch) == 6
     whole, killed = (
         torch.load(f"{name}/train_state.pt", weights_only=True) for name in ("left-alone", "killed")
     )
@@ -156,7 +156,9 @@ def test_a_finished_run_may_get_further_stages(tiny_run, tiny_data, tmp_path, mo
     state = torch.load("longer/train_state.pt", weights_only=True)
     del state["best_before"]  # as an earlier version wrote it
     torch.save(state, "longer/train_state.pt")
-    with pytest.raises(UserError, match="field 'best_before' is missing; train without --resume"):
+    with pytest.raises(
+        UserError, match="field 'best_before' is missing; train again with --overwrite"
+    ):
         train(config, read_manifest(tiny_data), Path("longer"), None, resume=True)
 
 
@@ -186,7 +188,7 @@ def test_several_processes_make_the_steps_of_one(tiny_run, tiny_data, tmp_path):
     ]
     for mine, theirs in zip(*logs, strict=True):
         assert mine.get("loss") == pytest.approx(theirs.get("loss"), abs=2e-4)
-    assert two.stdout.count("best validation CIDEr") == 1
+    assert two.stdout.count("best validation loss") == 1
     states = [torch.load(folder / "train_state.pt", weights_only=True) for folder in folders]
     for name, tensor in states[0]["model"].items():
         other = states[1]["model"][name]

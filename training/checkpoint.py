@@ -13,13 +13,28 @@ from safetensors.torch import load_file, save
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, check_config, load_tokenizer, read_config
 from handler.errors import UserError
-from handler.files import write_atomic
+from handler.files import FORMAT, FolderKind, write_atomic
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
 CHECKPOINTS = Path("build/checkpoints")
 WEIGHTS_FILE = "model.safetensors"
 # What training keeps there for `--resume`, and what it logs.
 STATE_FILE, LOG_FILE = "train_state.pt", "metrics.jsonl"
+# All that training and import ever write, or wrote in version 1.0, into a run's folder.
+CHECKPOINT = FolderKind(
+    "a checkpoint",
+    "config.json",
+    ("model", "preprocessing", "tokenizer", "training"),
+    (WEIGHTS_FILE, "config.json", "tokenizer.json", STATE_FILE, LOG_FILE, "tensorboard"),
+    sure=(STATE_FILE,),  # a run that was interrupted before its first validation
+)
+# What an import writes: a run that was trained from it is never replaced by another import.
+IMPORTED = dataclasses.replace(
+    CHECKPOINT,
+    name="an imported checkpoint",
+    files=(WEIGHTS_FILE, "config.json", "tokenizer.json"),
+    sure=(),
+)
 # The output head is the token embedding (tied), so only one of the two is stored.
 TIED = "decoder.head.weight"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -36,6 +51,7 @@ def save_checkpoint(
 ) -> None:
     """Writes the folder. The weights come last: where they are new, the rest is too."""
     config = {
+        "format": FORMAT,
         "model": {
             "encoder": dataclasses.asdict(model.encoder_config),
             "decoder": dataclasses.asdict(model.decoder_config),
@@ -164,6 +180,12 @@ def load_captioner(
     """The eager captioner of a checkpoint: same object, same calls, same answers as an export's."""
     if threads is not None:
         torch.set_num_threads(threads)
-    model, config, tokenizer = load_model(Path(directory))
+    return captioner_of(*load_model(Path(directory)), device)
+
+
+def captioner_of(
+    model: CaptioningModel, config: dict[str, Any], tokenizer: CaptionTokenizer, device: str = "cpu"
+) -> Captioner:
+    """The captioner of what `load_model` returned."""
     model = model.to(device).requires_grad_(False)
     return Captioner(model.encoder, model.decoder, tokenizer, config, device)

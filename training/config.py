@@ -52,15 +52,16 @@ class DecoderShape:
 @dataclass(frozen=True)
 class TokenizerChoice:
     """A vocabulary fitted on the training captions, or the one of `checkpoint` (a folder), as a
-    student needs it whose captions are not those that its teacher was fitted on."""
+    student needs it whose captions are not those that its teacher was fitted on. Without a `kind`
+    the vocabulary is of words, or of byte pairs for captions in scripts without spaces."""
 
-    kind: str = "word"
+    kind: str | None = None
     vocab_size: int = 10_000
     min_count: int = 2
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.kind in KINDS, f"tokenizer.kind must be one of {', '.join(KINDS)}")
+        _require(self.kind in (None, *KINDS), f"tokenizer.kind must be one of {', '.join(KINDS)}")
         for other in dataclasses.fields(self)[:3]:
             _require(
                 self.checkpoint is None or getattr(self, other.name) == other.default,

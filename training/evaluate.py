@@ -26,7 +26,7 @@ from training.scores.captions import (
     training_captions,
     write_predictions,
 )
-from training.scores.habits import agreement, describe
+from training.scores.habits import describe, little_learnt
 from training.scores.intervals import score_with_intervals
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice
 
@@ -68,6 +68,8 @@ def print_scores(scores: Mapping[str, Any]) -> None:
             print(f"{name:24} {value:.4f}  95 % from {low:.4f} to {high:.4f}")
         elif not isinstance(value, dict):
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+    if reason := little_learnt(**scores):
+        print(f"warning: {reason}")
 
 
 def model_size(captioner: Captioner, folder: Path) -> dict[str, float]:
@@ -101,9 +103,6 @@ def evaluate_model(arguments: argparse.Namespace, metrics: Sequence[str]) -> Non
             write_predictions(unscored, predictions)
             print(f"the captions are kept: score them with --predictions {unscored}")
             raise
-        alike = [value for best in captions.values() if (value := agreement(best)) is not None]
-        if alike:
-            scores["n_best_agreement"] = sum(alike) / len(alike)
         scores |= model_size(captioner, folder)
         scores |= {"model": folder.as_posix(), "data": manifest.name, "split": arguments.split}
         scores["decoding"] = dataclasses.asdict(captioner.options(**options))

@@ -7,8 +7,6 @@ model's own generation config. Files are read as data: no code that comes with a
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,8 @@ from torch import Tensor
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import ArgumentParser, UserError, run_command
-from training.checkpoint import CHECKPOINTS, save_checkpoint
+from handler.files import check_replaceable, replace_folder
+from training.checkpoint import CHECKPOINTS, IMPORTED, save_checkpoint
 from training.huggingface_model import import_model, model_configs
 from training.huggingface_settings import (
     TOKENIZER_FILES,
@@ -28,7 +27,6 @@ from training.huggingface_settings import (
     import_tokenizer,
     legacy_generation,
 )
-from training.loop.run import set_aside
 from training.model import CaptioningModel
 from training.pretrained import read_weights
 
@@ -42,11 +40,11 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
-    """Writes the model as the checkpoint `out`; a checkpoint that was there is kept as
-    NAME.previous. Raises UserError naming the file and the field or parameter that does not fit,
-    and then writes nothing."""
+    """Writes the model as the checkpoint `out`, where an earlier import may be, but no run that was
+    trained. Raises UserError naming the file and the field or parameter that does not fit, and then
+    writes nothing."""
     folder = fetch(name_or_folder)
-    check_out(out, folder)
+    check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
         encoder, decoder = model_configs(config)
@@ -75,27 +73,15 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
 
     weights, state = read_state(folder)
     model = import_model(config, state, str(weights))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            save_checkpoint(
-                stage,
-                model,
-                CaptionTokenizer(tokenizer, **ids),
-                preprocessing.to_dict(),
-                decoding,
-                {"imported_from": name_or_folder},
-            )
-            stage.chmod(0o755)
-            set_aside(out)
-            stage.rename(out)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror}); give another --out"
-        ) from error
+    with replace_folder(out, IMPORTED, [folder]) as new:
+        save_checkpoint(
+            new,
+            model,
+            CaptionTokenizer(tokenizer, **ids),
+            preprocessing.to_dict(),
+            decoding,
+            {"imported_from": name_or_folder},
+        )
     return model
 
 
@@ -124,18 +110,6 @@ def fetch(name_or_folder: str) -> Path:
             f"({reason}); give the folder of a model"
         ) from error
     return folder
-
-
-def check_out(out: Path, folder: Path) -> None:
-    """Refuses to put the checkpoint where something else lies."""
-    if out.resolve() == folder.resolve():
-        raise UserError(f"{out}: --out is the model that is imported; give another folder")
-    if (
-        out.exists()
-        and not (out / CONFIG).exists()
-        and not (out.is_dir() and not any(out.iterdir()))
-    ):
-        raise UserError(f"{out}: --out exists and is no checkpoint; give another folder")
 
 
 def read_json(path: Path) -> dict[str, Any]:

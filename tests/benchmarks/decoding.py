@@ -8,13 +8,11 @@ The yardstick is built with transformers, imported by `training.import_huggingfa
 `export.export`, so that what is timed is what a user runs. Its fp32 sequences are compared with
 those of `generate` before anything is timed. Every caption has exactly --tokens tokens. Where an
 export left its encoder in float32 to keep the captions, its decoder behind an encoder in bfloat16
-is timed as well. With --optimum PYTHON, the interpreter of an environment with Optimum, ONNX
-Runtime and OpenVINO run the same model too. With --device cuda all but these run on a GPU, where
-int8, which is a processor's, is left out and `generate` runs in bfloat16 as well.
+is timed as well. With --device cuda everything runs on a GPU; int8, which is for processors, is
+left out there, and `generate` runs in bfloat16 as well.
 """
 
 import argparse
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import torch
 
 from export.export import described, export_checkpoint
 from export.precision import in_precision
-from export.trace_encoder import trace_encoder
+from export.torchscript import trace_encoder
 from handler.captioner import Captioner, prepare_script
 from handler.cuda_graphs import GraphedEncoder
 from tests.benchmarks.contenders import generate, images_of, load_theirs, ours
@@ -82,38 +80,11 @@ def bf16_encoder(checkpoint: Path, device: str) -> Callable[[torch.Tensor], torc
     return script if device == "cpu" else GraphedEncoder(script)
 
 
-class Optimum:
-    """A runtime in a process of its own, as `optimum_runtimes.py` runs it."""
-
-    def __init__(self, python: str, runtime: str, folder: Path, precision: str) -> None:
-        command = [python, "-W", "ignore", str(Path(__file__).with_name("optimum_runtimes.py"))]
-        command += [runtime, str(folder), precision]
-        subprocess.run([*command, "--export"], check=True, stdout=subprocess.DEVNULL)
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._wait("ready")
-
-    def __call__(self, photos: int, beams: int, tokens: int) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{photos} {beams} {tokens}\n")
-        self.process.stdin.flush()
-        self._wait("done")
-
-    def _wait(self, word: str) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.strip() == word:
-                return
-        raise RuntimeError("the runtime ended; its reason stands above")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="yardstick", help="yardstick or a checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--optimum", metavar="PYTHON", help="of an environment with Optimum")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
     device, tokens = arguments.device, arguments.tokens
@@ -141,13 +112,6 @@ def main() -> None:
     if theirs and device == "cuda":
         models["generate, bf16"] = load_theirs(theirs, device, torch.bfloat16)
 
-    optimum = {}
-    if theirs and arguments.optimum:
-        optimum = {
-            f"{name} {precision}": Optimum(arguments.optimum, name, theirs, precision)
-            for name in ("ONNX Runtime", "OpenVINO")
-            for precision in ("fp32", "int8")
-        }
     rows, figures = [], []
     for photos, beams in ((1, 1), (1, 5), (8, 1), (8, 5)):
         images = images_of(photos, size)
@@ -158,9 +122,6 @@ def main() -> None:
         contenders |= {
             name: lambda c=captioner, i=images, b=beams: ours(c, i, b, tokens)
             for name, captioner in captioners.items()
-        }
-        contenders |= {
-            name: lambda r=run, p=photos, b=beams: r(p, b, tokens) for name, run in optimum.items()
         }
         seconds = medians(contenders, arguments.rounds)
         first = next(iter(seconds.values()))

@@ -81,12 +81,34 @@ def mirrored(caption: str) -> str:
 
 
 class Captions:
-    """Token ids of every caption of a split, as they are and mirrored."""
+    """Token ids of every caption of a split, as they are and mirrored. `longest` is the length of
+    the longest, `cut` how many are longer than `max_tokens`; both count the end token. `unknown` is
+    how many captions have a word that the vocabulary lacks."""
 
     def __init__(self, rows: Sequence[Row], tokenizer: CaptionTokenizer, max_tokens: int) -> None:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self.plain = [[tokenizer.encode(c) for c in row.captions] for row in rows]
         self.mirrored = [[tokenizer.encode(mirrored(c)) for c in row.captions] for row in rows]
+        every = [ids for photo in self.plain for ids in photo]
+        self.total = len(every)
+        self.longest = max(len(ids) + 1 for ids in every)
+        self.cut = sum(len(ids) + 1 > max_tokens for ids in every)
+        self.unknown = sum(tokenizer.unknown_id in ids for ids in every)
+
+    def notes(self) -> list[str]:
+        """What is lost of the captions, a line each."""
+        notes = []
+        if self.cut:
+            notes.append(
+                f"{self.cut} of {self.total} captions are longer than decoder.max_tokens "
+                f"({self.max_tokens}) and are cut; the longest has {self.longest} tokens"
+            )
+        if self.unknown:
+            notes.append(
+                f"{self.unknown} of {self.total} captions have words that the vocabulary lacks; "
+                "lower tokenizer.min_count, raise tokenizer.vocab_size, or set tokenizer.kind: bpe"
+            )
+        return notes
 
     def batch(self, photos: Tensor, indices: Sequence[int], mirror: Sequence[bool]) -> Batch:
         chosen = [

@@ -5,18 +5,18 @@ the place in the run, so that no random state is kept: a resumed run draws what 
 """
 
 import dataclasses
+import errno
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner
 from handler.errors import UserError
+from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import (
     LOG_FILE,
@@ -28,12 +28,11 @@ from training.checkpoint import (
 )
 from training.config import TrainConfig
 from training.data.manifest import Manifest
-from training.data.photos import read_photo
 from training.loop.distributed import Processes, join
+from training.loop.folder import RunFolder
+from training.loop.log import Log, NullLog
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.objectives.distillation import Student
-from training.scores.claims import score_claims
-from training.scores.metrics import score
 
 # What `Run` counts, and keeps in its state.
 PROGRESS = (
@@ -61,7 +60,7 @@ def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
 class Run:
     """Where a run stands: everything that a resumed run needs, and its folder."""
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, config: TrainConfig, manifest: Manifest, folder: RunFolder) -> None:
         self.config, self.manifest, self.folder = config, manifest, folder
         self.train_rows, self.val_rows = manifest.split("train"), manifest.split("val")
         if config.validation.photos:
@@ -71,11 +70,12 @@ class Run:
         workers = 1 if self.device.type == "cpu" else min(8, max(1, cores))
         self.workers = workers if config.workers is None else config.workers
         self.processes: Processes = join(self.device)
+        self.log = (Log if self.processes.first else NullLog)(folder)
         self.stage = self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one
-        self.best: float | None = None  # CIDEr of the checkpoint
-        self.best_before: float | None = None  # the same when the stage began
-        self.since_best = 0
+        self.best: dict[str, Any] | None = None  # validation figures of the checkpoint
+        self.best_before: dict[str, Any] | None = None  # the same when the stage began
+        self.since_best = 0  # validations without a better figure
         # What each finished stage gained.
         self.stages: list[dict[str, Any]] = []
         self.model: CaptioningModel
@@ -107,18 +107,24 @@ class Run:
             self.preprocessing,
             self.config.decoder.max_tokens,
             self.device,
-            (self.folder, previous(self.folder)),
+            (self.folder.final, self.folder.previous),
         )
 
-    def log(self, entry: dict[str, Any]) -> None:
-        entry = {"stage": self.config.stages[self.stage].name, "epoch": self.epoch, **entry}
-        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+    def write(self, entry: dict[str, Any]) -> None:
+        """Adds a line to the log."""
+        stage = self.config.stages[self.stage].name
+        self.log.write({"stage": stage, "epoch": self.epoch, **entry})
+
+    def log_step(self, entry: dict[str, Any], shown: dict[str, float], photos: int) -> None:
+        """Logs a step over so many photos; `shown` stands beside the bar."""
+        self.write(entry)
+        self.log.step(shown, photos)
 
     def save_state(self, optimizer: torch.optim.Optimizer, epoch: int, step_in_epoch: int) -> None:
         """Everything for `--resume`, replaced at once. A resumed run starts `step_in_epoch` batches
         into `epoch`."""
         state = {
+            "format": FORMAT,
             "config": dataclasses.asdict(self.config),
             "encoder": dataclasses.asdict(self.model.encoder_config),
             "decoder": dataclasses.asdict(self.model.decoder_config),
@@ -133,11 +139,15 @@ class Run:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "log_bytes": (self.folder / LOG_FILE).stat().st_size,
+            "log_bytes": (self.folder.path / LOG_FILE).stat().st_size,
         }
-        partial = self.folder / f".{STATE_FILE}"
-        torch.save(state, partial)
-        os.replace(partial, self.folder / STATE_FILE)
+        path = self.folder.path / STATE_FILE
+        with atomic_path(path) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # all that torch says of a disk that is full
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        self.folder.publish()
 
     def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         """Goes back to where `save_state` was called; what was logged since is cut off."""
@@ -147,78 +157,62 @@ class Run:
         for name in PROGRESS:
             setattr(self, name, state[name])
         if self.processes.first:
-            with (self.folder / LOG_FILE).open("r+b") as file:
+            with (self.folder.final / LOG_FILE).open("r+b") as file:
                 file.truncate(state["log_bytes"])
 
     def begin_stage(self) -> None:
         """Each stage goes on from the best weights so far."""
         self.step = self.since_best = 0
         self.seconds_before, self.best_before = self.seconds, self.best
-        if self.stage and (self.folder / WEIGHTS_FILE).exists():
-            best, _, _ = load_model(self.folder)
+        if self.stage and (self.folder.final / WEIGHTS_FILE).exists():
+            best, _, _ = load_model(self.folder.final)
             self.model.load_state_dict(best.state_dict())
             self.average.load_state_dict(best.state_dict())
 
     def finish_stage(self) -> None:
         """Says what the stage gained, in print and in the checkpoint's `config.json`."""
+        assert self.best is not None, "the last epoch of a stage is validated"
         name = self.config.stages[self.stage].name
         minutes = (self.seconds - self.seconds_before) / 60
-        self.stages.append(
-            {
-                "name": name,
-                "CIDEr_before": self.best_before,
-                "CIDEr_after": self.best,
-                "minutes": round(minutes, 1),
-            }
+        before = None if self.best_before is None else self.best_before["CIDEr"]
+        gain = {"name": name, "CIDEr_before": before, "CIDEr_after": self.best["CIDEr"]}
+        self.stages.append({**gain, "minutes": round(minutes, 1)})
+        self.log.say(
+            f"{name}: validation CIDEr {'none' if before is None else f'{before:.3f}'} -> "
+            f"{self.best['CIDEr']:.3f} in {minutes:.1f} minutes"
         )
-        before = "none" if self.best_before is None else f"{self.best_before:.3f}"
-        print(f"{name}: validation CIDEr {before} -> {self.best:.3f} in {minutes:.1f} minutes")
-        update_training(self.folder, {"stages": self.stages})
+        update_training(self.folder.final, {"stages": self.stages})
 
-    def validate(self) -> dict[str, float]:
-        """Captions the validation photos with the averaged weights and scores them; the best by
-        CIDEr becomes the checkpoint."""
-        captioner = self.captioner()
-        options = captioner.options(num_beams=self.config.validation.num_beams)
-        predictions: dict[str, str] = {}
-        batch = 50
-        rows = self.val_rows
-        for start in tqdm(range(0, len(rows), batch), desc="validate", leave=False, delay=5):
-            part = rows[start : start + batch]
-            images = torch.stack(
-                [captioner.preprocess(read_photo(self.manifest, row)) for row in part]
-            )
-            found = captioner.caption_tensors(images, [options] * len(part))
-            predictions |= {row.id: best[0].text for row, best in zip(part, found, strict=True)}
-        references = {row.id: row.captions for row in rows}
-        scores = score(predictions, references, metrics=("bleu", "cider"))
-        result = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
-        if all(row.scene is not None for row in rows):
-            claims = score_claims(predictions, rows)
-            result |= {name: claims[name] for name in ("claims_true", "captions_true")}
-        self.log({"step": self.step, "seconds": self.seconds, "val": result})
-        figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
-        samples = "; ".join(predictions[row.id] for row in rows[:3])
-        tqdm.write(f"epoch {self.epoch} of {self.config.stages[self.stage].name}: {figures}")
-        tqdm.write(f"  e.g. {samples}")
+    def consider(self, result: dict[str, Any]) -> None:
+        """Makes the averaged weights the checkpoint where no earlier ones were better, by the
+        figure that `result["chosen_by"]` names. Equal figures are no reason to stay with weights
+        that have seen less, and none to train on for long."""
         self.since_best += 1
-        if self.best is None or result["CIDEr"] > self.best:
-            self.best, self.since_best = result["CIDEr"], 0
-            save_checkpoint(
-                self.folder,
-                self.average,
-                self.tokenizer,
-                self.preprocessing.to_dict(),
-                self.decoding(),
-                {
-                    "config": dataclasses.asdict(self.config),
-                    "validation": {**result, "photos": len(rows), "split": "val"},
-                    "stages": self.stages,
-                    "step": self.step,
-                    "minutes": round(self.seconds / 60, 1),
-                },
-            )
-        return result
+        if self.best is not None and goodness(result) < goodness(self.best):
+            return
+        if self.best is None or goodness(result) > goodness(self.best):
+            self.since_best = 0
+        self.best = result
+        save_checkpoint(
+            self.folder.path,
+            self.average,
+            self.tokenizer,
+            self.preprocessing.to_dict(),
+            self.decoding(),
+            {
+                "config": dataclasses.asdict(self.config),
+                "validation": result,
+                "stages": self.stages,
+                "step": self.step,
+                "minutes": round(self.seconds / 60, 1),
+            },
+        )
+        self.folder.publish()
+
+
+def goodness(result: dict[str, Any]) -> float:
+    """The figure that chooses a checkpoint, higher for a better one."""
+    return float(result["CIDEr"] if result["chosen_by"] == "CIDEr" else -result["loss"])
 
 
 def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
@@ -230,11 +224,13 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: nothing to resume; train without --resume") from error
     except Exception as error:  # torch.load raises whatever the damage leads to
-        raise UserError(f"{path}: damaged; train without --resume") from error
-    if not isinstance(state, dict) or not isinstance(state.get("config", {}), dict):
-        raise UserError(f"{path}: not a state that training saved; train without --resume")
+        raise UserError(f"{path}: damaged; train again with --overwrite") from error
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise UserError(f"{path}: not a state of training; train again with --overwrite")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}: written by another version; train again with --overwrite")
     if missing := set(PROGRESS) - state.keys():
-        raise UserError(f"{path}: field {min(missing)!r} is missing; train without --resume")
+        raise UserError(f"{path}: field {min(missing)!r} is missing; train again with --overwrite")
     given = json.loads(json.dumps(dataclasses.asdict(config)))
     saved = json.loads(json.dumps(state["config"]))
     for fields in (given, saved):
@@ -253,15 +249,3 @@ def restore_parts(
     model = CaptioningModel(EncoderConfig(**state["encoder"]), DecoderConfig(**state["decoder"]))
     tokenizer = CaptionTokenizer.load(folder / "tokenizer.json", *state["tokenizer"])
     return model, PreprocessConfig.from_dict(state["preprocessing"]), tokenizer
-
-
-def previous(folder: Path) -> Path:
-    """Where an earlier run of the same name is kept."""
-    return folder.with_name(f"{folder.name}.previous")
-
-
-def set_aside(folder: Path) -> None:
-    """Keeps an earlier run of the same name, the last one."""
-    if folder.exists():
-        shutil.rmtree(previous(folder), ignore_errors=True)
-        folder.rename(previous(folder))

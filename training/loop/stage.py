@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from handler.errors import UserError
 from training.config import Stage
@@ -31,6 +30,7 @@ from training.loop.optimizer import (
     update_average,
 )
 from training.loop.run import Run
+from training.loop.validation import validate
 from training.objectives.objective import Objective, make_loss
 
 FEATURES = Path("build/features")
@@ -38,119 +38,153 @@ FEATURES = Path("build/features")
 SAVE_EVERY_SECONDS = 120.0
 
 
+class Work:
+    """What a stage works with: its optimizer, its objective and its photos."""
+
+    def __init__(self, run: Run, captions: Captions, features: FeatureCache | None) -> None:
+        stage = run.config.stages[run.stage]
+        self.run, self.stage, self.captions, self.features = run, stage, captions, features
+        self.seed = stage_seed(run)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(run.model, stage), betas=(0.9, 0.98), lr=0.0
+        )
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        loss = make_loss(stage, run.student(), run.train_rows, self.seed)
+        self.whole = Objective(run.model, loss, stage.encoder == "frozen")
+        self.objective = run.processes.parallel(self.whole)
+        self.shard_of_N = shard_numbers(run.train_rows)
+        self.steps = stage.epochs * math.ceil(len(self._order(0)) / stage.accumulate)
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        return epoch_order(self.shard_of_N, self.stage.batch_photos, self.seed, epoch)
+
+    def epoch(self, epoch: int, skip: int) -> tuple[list[int], Iterator[Batch]]:
+        """How many batches each remaining step of an epoch has, and these batches; the first `skip`
+        batches are left out. The last step takes what is left over."""
+        run, most = self.run, self.stage.accumulate
+        order = run.processes.share(self._order(epoch))[skip:]
+        sizes = [min(most, len(order) - start) for start in range(0, len(order), most)]
+        if self.features is not None:
+            return sizes, self.features.batches(self.captions, order, self.seed, epoch)
+        augment = Augment(run.preprocessing, self.stage.augment, self.stage.flip)
+        dataset = PhotoDataset(run.manifest, run.train_rows, augment, self.seed, epoch)
+        return sizes, photo_batches(dataset, self.captions, order, run.workers)
+
+    def set_rates(self) -> float:
+        """Sets the rates of the next step; returns the decoder's."""
+        factor = learning_rate_factor(self.run.step, self.steps, self.stage.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return self.stage.decoder_lr * factor
+
+
 def run_stage(run: Run, captions: Captions, state: dict[str, Any] | None) -> None:
-    """One stage: steps, logs, validates, saves. `state` is where a resumed run goes on."""
-    stage, config, processes = run.config.stages[run.stage], run.config, run.processes
-    frozen = stage.encoder == "frozen"
+    """One stage: batch, loss, step, log, save, validate. `state` is where a resumed run goes on."""
+    stage = run.config.stages[run.stage]
+    run.model.encoder.requires_grad_(stage.encoder == "trained")
+    set_checkpointing(run.model, stage.gradient_checkpointing)
     if state is None:
         run.begin_stage()
-    run.model.encoder.requires_grad_(not frozen)
-    set_checkpointing(run.model, stage.gradient_checkpointing)
-    optimizer = torch.optim.AdamW(parameter_groups(run.model, stage), betas=(0.9, 0.98), lr=0.0)
-    epoch0 = skip = 0
+    first, skip = (0, 0) if state is None else (state["epoch"], state["step_in_epoch"])
     if state is not None:
-        run.restore(state, optimizer)
-        epoch0, skip = state["epoch"], state["step_in_epoch"]
-    seed = seed_of(config.seed, "stage", run.stage)
-    augment = Augment(run.preprocessing, stage.augment, stage.flip)
-    features = None
-    if frozen and epoch0 < stage.epochs:  # not where a finished run only gets a further stage
-        features = processes.one_first(lambda: make_features(run, stage, augment))
-    loss_of = make_loss(stage, run.student(), run.train_rows, seed)
-    whole = Objective(run.model, loss_of, frozen)
-    objective = processes.parallel(whole)
-    photos, shard_of_N = len(run.train_rows), shard_numbers(run.train_rows)
-    steps_per_epoch = len(epoch_order(shard_of_N, stage.batch_photos, seed, 0)) // stage.accumulate
-    steps = max(1, stage.epochs * steps_per_epoch)
-    bar = tqdm(
-        total=stage.epochs * photos,
-        initial=epoch0 * photos + skip * stage.batch_photos,
-        desc=stage.name,
-        unit="photo",
-        smoothing=0.05,
-        disable=not processes.first,
+        run.model.load_state_dict(state["model"])  # whose features are cached next
+    work = Work(run, captions, features_of(run, stage, first))
+    if state is not None:
+        run.restore(state, work.optimizer)
+    photos = len(run.train_rows)
+    run.log.begin(
+        stage.name, stage.epochs * photos, first * photos + min(photos, skip * stage.batch_photos)
     )
-    for run.epoch in range(epoch0, stage.epochs):
-        patience = config.validation.patience
+    for epoch in range(first, stage.epochs):
+        run.epoch = epoch
+        patience = run.config.validation.patience
         if patience and run.since_best >= patience:
-            bar.write(f"{stage.name}: no better CIDEr in {patience} validations, stopped early")
+            run.log.say(f"{stage.name}: no better in {patience} validations, stopped early")
             break
-        order = processes.share(epoch_order(shard_of_N, stage.batch_photos, seed, run.epoch))[skip:]
-        batches: Iterator[Batch]
-        if features is not None:
-            batches = features.batches(captions, order, seed, run.epoch)
-        else:
-            dataset = PhotoDataset(run.manifest, run.train_rows, augment, seed, run.epoch)
-            batches = photo_batches(dataset, captions, order, run.workers)
-        whole.set_mode()
-        started, saved = time.perf_counter(), time.perf_counter()
-        for number, batch in enumerate(batches, start=skip):
-            batch = batch.to(run.device)
-            factor = learning_rate_factor(run.step, steps, stage.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            # Dropout's own seed for each batch, so that a resumed run drops what it would have.
-            torch.manual_seed(seed_of(seed, "dropout", run.epoch, number, processes.rank))
-            pending = (number + 1) % stage.accumulate != 0
-            with without_exchange(objective, pending):
-                with run.autocast():
-                    total, tokens, figures = objective(batch, run.epoch)
-                loss = processes.mean(total, tokens)
-                (loss / stage.accumulate).backward()
-            loss_value = processes.sum(loss).item() / processes.world
-            if not math.isfinite(loss_value):
-                raise UserError(
-                    f"{run.folder}: the loss is {loss_value} at step {run.step} of stage "
-                    f"{stage.name!r}; lower its learning rates or set precision: fp32"
-                )
-            seen = len(batch.indices) * processes.world
-            bar.update(seen)
-            if pending:
-                continue
-            norm = nn.utils.clip_grad_norm_(
-                [p for group in optimizer.param_groups for p in group["params"]], stage.clip
-            )
-            optimizer.step()
-            optimizer.zero_grad()
-            run.step += 1
-            update_average(run.average, run.model, stage.ema, run.step)
-            now = time.perf_counter()
-            run.seconds += now - started
-            entry = {
-                "step": run.step,
-                "loss": round(loss_value, 5),
-                **{name: round(float(value), 5) for name, value in figures.items()},
-                "lr": stage.decoder_lr * factor,
-                "gradient_norm": round(norm.item(), 4),
-                "photos_per_second": round(seen / max(now - started, 1e-9), 2),
-            }
-            started = now
-            if not processes.first:
-                continue
-            run.log(entry)
-            bar.set_postfix({name: f"{entry[name]:.3f}" for name in ("loss", *figures)}, False)
-            if now - saved > SAVE_EVERY_SECONDS:
-                run.save_state(optimizer, run.epoch, number + 1)
-                saved = now
-        optimizer.zero_grad()
+        done = train_epoch(work, skip)
         skip = 0
-        last = run.epoch + 1 == stage.epochs
-        if processes.first:
-            if last or (run.epoch + 1) % config.validation.every == 0:
-                run.validate()
-            run.save_state(optimizer, run.epoch + 1, 0)
-        run.best, run.since_best = processes.tell((run.best, run.since_best))
-    bar.close()
-    if processes.first:
+        if run.processes.first:
+            if run.epoch + 1 == stage.epochs or (run.epoch + 1) % run.config.validation.every == 0:
+                run.save_state(work.optimizer, run.epoch, done)  # validation may fail
+                validate(run)
+            run.save_state(work.optimizer, run.epoch + 1, 0)
+        run.best, run.since_best = run.processes.tell((run.best, run.since_best))
+    run.log.end()
+    if run.processes.first:
         run.finish_stage()
-    processes.wait()
+    run.processes.wait()
 
 
-def make_features(run: Run, stage: Stage, augment: Augment) -> FeatureCache:
+def train_epoch(work: Work, skip: int) -> int:
+    """The steps of an epoch behind its first `skip` batches; returns how many batches it has."""
+    run, stage, processes = work.run, work.stage, work.run.processes
+    sizes, batches = work.epoch(run.epoch, skip)
+    work.whole.set_mode()
+    started = saved = time.perf_counter()
+    number = skip
+    for size in sizes:
+        rate, loss, figures, photos = work.set_rates(), torch.zeros((), device=run.device), {}, 0
+        for pending in range(size - 1, -1, -1):
+            batch = next(batches).to(run.device)
+            # Dropout's own seed for each batch, so that a resumed run drops what it would have.
+            torch.manual_seed(seed_of(work.seed, "dropout", run.epoch, number, processes.rank))
+            with without_exchange(work.objective, pending > 0):
+                with run.autocast():
+                    total, tokens, figures = work.objective(batch, run.epoch)
+                part = processes.mean(total, tokens) / size
+                part.backward()
+            loss += part.detach()
+            photos += len(batch.indices) * processes.world
+            number += 1
+        norm = nn.utils.clip_grad_norm_(work.trained, stage.clip)
+        # The one wait for the device in a step.
+        loss_value, norm_value = torch.stack([processes.sum(loss) / processes.world, norm]).tolist()
+        check_finite(run, stage, loss_value)
+        work.optimizer.step()
+        work.optimizer.zero_grad()
+        run.step += 1
+        update_average(run.average, run.model, stage.ema, run.step)
+        now = time.perf_counter()
+        run.seconds += now - started
+        shown = {
+            "loss": round(loss_value, 5),
+            **{n: round(float(v), 5) for n, v in figures.items()},
+        }
+        entry = {"step": run.step, **shown, "lr": rate, "gradient_norm": round(norm_value, 4)}
+        speed = round(photos / max(now - started, 1e-9), 2)
+        run.log_step({**entry, "photos_per_second": speed}, shown, photos)
+        started = now
+        if processes.first and now - saved > SAVE_EVERY_SECONDS:
+            run.save_state(work.optimizer, run.epoch, number)
+            saved = now
+    return number
+
+
+def check_finite(run: Run, stage: Stage, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{run.folder.final}: the loss is {loss} at step {run.step} of stage {stage.name!r}; "
+            "lower its learning rates or set precision: fp32"
+        )
+
+
+def stage_seed(run: Run) -> int:
+    return seed_of(run.config.seed, "stage", run.stage)
+
+
+def features_of(run: Run, stage: Stage, first_epoch: int) -> FeatureCache | None:
+    """The frozen encoder's outputs; None where the encoder is trained, and where a finished run
+    only gets a further stage."""
+    if stage.encoder == "trained" or first_epoch >= stage.epochs:
+        return None
+    return run.processes.one_first(lambda: make_features(run, stage))
+
+
+def make_features(run: Run, stage: Stage) -> FeatureCache:
     encoder = run.model.encoder
-    fingerprint = hashlib.sha256(
-        repr((stage.views, stage.augment, stage.flip, run.config.seed)).encode()
-    )
+    # All that changes a feature; the precision does, too.
+    choices = (stage.views, stage.augment, stage.flip, run.config.seed, run.bf16, run.device.type)
+    fingerprint = hashlib.sha256(repr(choices).encode())
     fingerprint.update(repr((run.preprocessing, encoder.config)).encode())
     for tensor in encoder.state_dict().values():
         fingerprint.update(tensor.cpu().numpy().tobytes())
@@ -169,7 +203,7 @@ def make_features(run: Run, stage: Stage, augment: Augment) -> FeatureCache:
         encode,
         shape,
         stage.views,
-        augment,
+        Augment(run.preprocessing, stage.augment, stage.flip),
         run.config.seed,
         run.workers,
     )

@@ -1,9 +1,9 @@
 """What a new run starts from: its tokenizer, its model and the preprocessing of its encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from handler.caption_tokenizer import CaptionTokenizer
+from handler.caption_tokenizer import CaptionTokenizer, is_written_without_spaces
 from handler.captioner import check_config, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
@@ -12,16 +12,41 @@ from training.data.manifest import Row
 from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
 from training.pretrained import load_encoder
 
+# From this share of captions without spaces on, a vocabulary of words is of no use for a dataset.
+SPACELESS_SHARE = 0.05
 
-def make_tokenizer(choice: TokenizerChoice, rows: Sequence[Row]) -> CaptionTokenizer:
-    """The tokenizer of a new run, whose training photos are `rows`."""
+
+def make_tokenizer(
+    choice: TokenizerChoice, rows: Sequence[Row], say: Callable[[str], None] = print
+) -> CaptionTokenizer:
+    """The tokenizer of a new run, whose training photos are `rows`. `say` is told what was chosen
+    for the user. Raises UserError where a vocabulary of words cannot hold the captions."""
     if choice.checkpoint is not None:
         folder = Path(choice.checkpoint)
         config = read_config(folder)
         check_config(folder, config)
         return load_tokenizer(folder, config)
     captions = [caption for row in rows for caption in row.captions]
-    return CaptionTokenizer.train(captions, choice.kind, choice.vocab_size, choice.min_count)
+    without_spaces = sum(map(is_written_without_spaces, captions))
+    kind = choice.kind or "word"
+    if without_spaces > SPACELESS_SHARE * len(captions) and kind == "word":
+        what = f"{without_spaces} of {len(captions)} captions are written without spaces"
+        if choice.kind == "word":
+            raise UserError(
+                f"{what}, so a word is a whole sentence; set tokenizer: {{kind: bpe}} or leave "
+                "tokenizer.kind out"
+            )
+        say(f"{what}: the vocabulary is of byte pairs (tokenizer: {{kind: bpe}})")
+        kind = "bpe"
+    tokenizer = CaptionTokenizer.train(captions, kind, choice.vocab_size, choice.min_count)
+    empty = sum(set(tokenizer.encode(text)) <= {tokenizer.unknown_id} for text in captions)
+    if empty > len(captions) / 2:
+        raise UserError(
+            f"{empty} of {len(captions)} captions have no word in the vocabulary of "
+            f"{tokenizer.vocab_size} entries; lower tokenizer.min_count ({choice.min_count}), "
+            f"raise tokenizer.vocab_size ({choice.vocab_size}), or set tokenizer: {{kind: bpe}}"
+        )
+    return tokenizer
 
 
 def make_model(

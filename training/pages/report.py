@@ -21,6 +21,8 @@ STYLE = Path(__file__).with_name("report.css")
 # Points of a loss curve: each is the mean of as many steps as it takes.
 CURVE_POINTS = 200
 LONGEST, FREQUENT, CONFUSIONS = 24, 20, 6
+# Validation figures that are on another scale than the scores.
+NOT_SCORES = ("loss", "distinct_captions")
 
 
 @dataclass(frozen=True)
@@ -164,13 +166,17 @@ def training_section(systems: Sequence[System]) -> str:
         for entry in reversed(entries):
             starts[entry["stage"]] = entry["x"]
     loss = {name: _curve(entries, "loss") for name, entries in logs.items()}
-    charts = [line_chart("Training loss", loss, "step", starts)]
+    for name, entries in logs.items():
+        validated = [(e["x"], e["val"]["loss"]) for e in entries if "loss" in e.get("val", {})]
+        if validated:
+            loss[f"{name}, validation"] = validated
+    charts = [line_chart("Loss", loss, "step", starts)]
     several = len(logs) > 1
     values: dict[str, list[tuple[float, float]]] = {}
     for name, entries in logs.items():
         for entry in entries:
             for metric, value in entry.get("val", {}).items():
-                if several and metric != "CIDEr":
+                if metric in NOT_SCORES or (several and metric != "CIDEr"):
                     continue
                 label = f"CIDEr, {name}" if several else score_name(metric)
                 values.setdefault(label, []).append((entry["x"], value))

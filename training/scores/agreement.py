@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-Level = Literal["nominal", "ordinal", "interval"]
+Level = Literal["ordinal", "interval"]
 
 
 def krippendorff_alpha(units: Sequence[Sequence[float]], level: Level = "ordinal") -> float:
@@ -39,8 +39,6 @@ def krippendorff_alpha(units: Sequence[Sequence[float]], level: Level = "ordinal
 
 def _distances(values: Floats, totals: Floats, level: Level) -> Floats:
     """Squared differences of values, (V, V)."""
-    if level == "nominal":
-        return 1.0 - np.eye(len(values))
     if level == "interval":
         return (values[:, None] - values[None, :]) ** 2
     # Ordinal: how many ratings lie between two values, half of their own included.

@@ -6,7 +6,7 @@ another word than "dog".
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any
 
 from training.scores.metrics import plain_words
@@ -102,11 +102,13 @@ def recall_by_count(
     }
 
 
-def agreement(captions: Sequence[str]) -> float | None:
-    """How much a photo's n best captions are alike: the mean over pairs of the share of their words
-    that both have (Jaccard). None for a single caption."""
-    sets = [set(plain_words(caption)) for caption in captions]
-    pairs = [(len(a & b), len(a | b)) for a, b in combinations(sets, 2)]
-    if not pairs:
-        return None
-    return sum(common / union if union else 1.0 for common, union in pairs) / len(pairs)
+def little_learnt(
+    distinct_captions: int, photos: int, CIDEr: float | None = None, **_: Any
+) -> str | None:
+    """Why captions look like those of a model that has learnt little, or None."""
+    if photos > 1 and distinct_captions < max(2, photos / 10):
+        how = "the same caption" if distinct_captions == 1 else f"{distinct_captions} captions"
+        return f"{how} for all {photos} photos: the model has learnt little; train it longer"
+    if photos > 1 and CIDEr == 0:
+        return f"CIDEr is 0 on {photos} photos: no caption is like a reference; train it longer"
+    return None

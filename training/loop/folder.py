@@ -1,0 +1,77 @@
+"""The folder of a run: made beside its place, it takes that place with the first thing that is
+saved. A run that fails before leaves no trace, and what stood there before is as it was."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from handler.errors import UserError
+from handler.files import check_replaceable, locked
+from training.checkpoint import CHECKPOINT, LOG_FILE, STATE_FILE, WEIGHTS_FILE
+
+
+class RunFolder:
+    """`final` is where the run will be; `path` is where its files are now."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = self.path = final
+
+    @property
+    def previous(self) -> Path:
+        """Where `--overwrite` keeps the run that was replaced."""
+        return self.final.with_name(f"{self.final.name}.previous")
+
+    @property
+    def _staging(self) -> Path:
+        return self.final.with_name(f".{self.final.name}.new")
+
+    @contextmanager
+    def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
+        """Holds the run's name for this process. Raises UserError where another process trains
+        under it, and where a run is there that neither `resume` nor `overwrite` is meant for."""
+        with locked(self.final):
+            if not self.final.exists() and (self._staging / STATE_FILE).is_file():
+                self._staging.rename(self.final)  # killed while it took its place
+            shutil.rmtree(self._staging, ignore_errors=True)
+            if not resume:
+                self._check_new(overwrite)
+                self.path = self._staging
+                self.path.mkdir(parents=True)
+                (self.path / LOG_FILE).touch()
+            try:
+                yield
+            finally:
+                shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _check_new(self, overwrite: bool) -> None:
+        taken = self.final.is_dir() and any(self.final.iterdir())
+        if taken and not overwrite and (self.final / LOG_FILE).exists():
+            state = "was interrupted" if (self.final / STATE_FILE).exists() else "exists"
+            raise UserError(
+                f"{self.final}: a run of this name {state}; continue it with --resume (make: "
+                "ARGS=--resume), replace it with --overwrite (make: ARGS=--overwrite), or give the "
+                "new one another name with --run (make: RUN=NAME)"
+            )
+        if taken and not overwrite:
+            raise UserError(
+                f"{self.final}: the folder is not empty; replace what is in it with --overwrite "
+                "(make: ARGS=--overwrite), or give the run another name with --run (make: RUN=NAME)"
+            )
+        check_replaceable(self.final, CHECKPOINT)
+
+    def publish(self) -> None:
+        """Takes the final place once something is saved, and keeps an older run as `previous`."""
+        if self.path == self.final:
+            return
+        if self.final.exists() and any(self.final.iterdir()):
+            kept = (self.previous / WEIGHTS_FILE).exists()
+            if kept and not (self.final / WEIGHTS_FILE).exists():
+                shutil.rmtree(self.final)  # it never had weights; the one before it has
+            else:
+                shutil.rmtree(self.previous, ignore_errors=True)
+                self.final.rename(self.previous)
+        elif self.final.exists():
+            self.final.rmdir()
+        self.path.rename(self.final)
+        self.path = self.final

@@ -1,0 +1,52 @@
+"""What a run tells while it trains: a progress bar, and one JSON line for each step and validation.
+Every process calls the same methods; only the first one's log does anything."""
+
+import json
+from typing import Any
+
+from tqdm import tqdm
+
+from training.checkpoint import LOG_FILE
+from training.loop.folder import RunFolder
+
+
+class Log:
+    """Appends to `metrics.jsonl` of a run's folder, and draws the bar of a stage."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.bar: tqdm[Any] = tqdm(disable=True)
+
+    def begin(self, stage: str, photos: int, done: int) -> None:
+        """A new bar: `photos` in all epochs of the stage, `done` of them already."""
+        self.bar = tqdm(total=photos, initial=done, desc=stage, unit="photo", smoothing=0.05)
+
+    def step(self, shown: dict[str, float], photos: int) -> None:
+        self.bar.update(photos)
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, False)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        with (self.folder.path / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+
+    def end(self) -> None:
+        self.bar.close()
+
+
+class NullLog(Log):
+    """The log of every other process."""
+
+    def begin(self, stage: str, photos: int, done: int) -> None:
+        pass
+
+    def step(self, shown: dict[str, float], photos: int) -> None:
+        pass
+
+    def write(self, entry: dict[str, Any]) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass

@@ -1,0 +1,89 @@
+"""Captions of the validation photos by the averaged weights, their scores, and which weights become
+the checkpoint.
+
+Dimension key: B photos, P memory tokens, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from handler.captioner import Captioner
+from training.data.captions import Captions
+from training.data.manifest import Row
+from training.data.photos import read_photo
+from training.loop.run import Run
+from training.objectives.cross_entropy import CrossEntropyLoss
+from training.scores.claims import score_claims
+from training.scores.habits import little_learnt
+from training.scores.metrics import score
+
+BATCH = 50
+# CIDEr weighs a word by how few of the photos have it: log(photos / photos with the word). Among
+# one photo every weight is 0, among a few nearly every word has one of two or three weights.
+LEAST_PHOTOS_FOR_CIDER = 10
+
+
+def validate(run: Run) -> None:
+    """Scores the averaged weights; where they are no worse than the best so far, they become the
+    checkpoint. The figure is CIDEr, or the loss where there are too few photos for CIDEr."""
+    captioner, rows = run.captioner(), run.val_rows
+    predictions, loss = caption_and_loss(run, captioner, rows)
+    references = {row.id: row.captions for row in rows}
+    scores = score(predictions, references, metrics=("bleu", "cider"))
+    result: dict[str, Any] = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
+    result |= {"loss": loss, "distinct_captions": len(set(predictions.values()))}
+    if all(row.scene is not None for row in rows):
+        claims = score_claims(predictions, rows)
+        result |= {name: claims[name] for name in ("claims_true", "captions_true")}
+    run.write({"step": run.step, "seconds": run.seconds, "val": result})
+    figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
+    samples = "; ".join(predictions[row.id] for row in rows[:3])
+    run.log.say(f"epoch {run.epoch} of {run.config.stages[run.stage].name}: {figures}")
+    run.log.say(f"  e.g. {samples}")
+    run.consider({**result, "photos": len(rows), "split": "val", "chosen_by": chosen_by(rows)})
+
+
+def chosen_by(rows: list[Row]) -> str:
+    """The figure that chooses the checkpoint: "CIDEr" or "loss"."""
+    return "CIDEr" if len(rows) >= LEAST_PHOTOS_FOR_CIDER else "loss"
+
+
+def announce(run: Run) -> None:
+    """Says what chooses the checkpoint, where it is not CIDEr."""
+    if chosen_by(run.val_rows) == "loss":
+        run.log.say(
+            f"{len(run.val_rows)} validation photos are too few for CIDEr (at least "
+            f"{LEAST_PHOTOS_FOR_CIDER}): the checkpoint is chosen by the validation loss"
+        )
+
+
+def warn_of_little_learnt(run: Run) -> None:
+    if run.best is not None and (reason := little_learnt(**run.best)):
+        run.log.say(f"warning: {reason}")
+
+
+@torch.inference_mode()
+def caption_and_loss(
+    run: Run, captioner: Captioner, rows: list[Row]
+) -> tuple[dict[str, str], float]:
+    """One caption for each row's photo by its id, and the mean cross-entropy of the references in
+    nats a token."""
+    options = captioner.options(num_beams=run.config.validation.num_beams)
+    captions = Captions(rows, run.tokenizer, run.config.decoder.max_tokens)
+    cross_entropy = CrossEntropyLoss(smoothing=0.0)
+    predictions: dict[str, str] = {}
+    totals = torch.zeros(2, dtype=torch.float64)
+    for start in tqdm(range(0, len(rows), BATCH), desc="validate", leave=False, delay=5):
+        part = rows[start : start + BATCH]
+        images = [captioner.preprocess(read_photo(run.manifest, row)) for row in part]
+        memory_BPD: Tensor = captioner.encode(torch.stack(images))
+        found = captioner.caption_memory(memory_BPD, [options] * len(part))
+        predictions |= {row.id: best[0].text for row, best in zip(part, found, strict=True)}
+        indices = range(start, start + len(part))
+        batch = captions.batch(memory_BPD, indices, [False] * len(part)).to(run.device)
+        total, tokens, _ = cross_entropy(captioner.decoder, memory_BPD, batch, 0)
+        totals += torch.stack([total, tokens]).double().cpu()
+    return predictions, float(totals[0] / totals[1])
