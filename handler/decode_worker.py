@@ -26,6 +26,10 @@ from handler.image_decode import InvalidImage, bands, decode_photo, open_photo
 UNTOUCHED = 128 * 2**20
 
 
+# A photo is reduced to no less than so many times the side that it will be resized to.
+GAP = 3
+
+
 def serve(descriptor: int) -> None:
     """Decodes photos from a socket until it is closed."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = os.cpu_count() or 1
@@ -63,6 +67,9 @@ def _decode(connection: socket.socket, data: bytes, kind: str, side: int, patien
     _say(connection, {"size": image.size})
     rgb = decode_photo(image, data, None if side < 0 else side)
     del image
+    if side > 0:
+        # As JPEG's draft does: pixels that the resize would average take long to hand over.
+        rgb = rgb.reduce(max(1, min(rgb.size) // (GAP * side)))
     descriptor = os.memfd_create("photo")
     with os.fdopen(descriptor, "wb") as file:
         for _, band in bands(rgb):
