@@ -18,8 +18,8 @@ from handler.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
-# The share of its time that a photo gets which may be slow, once another of its batch took too long:
-# good neighbours wait for one of them.
+# The share of its time that a photo gets which may be slow, once another of its batch took too
+# long: good neighbours wait for one of them.
 IN_A_HURRY = 1 / 8
 # The status line must be plain ASCII without line feeds: anything else kills the worker.
 PHRASES = {400: "Bad Request", 413: "Payload Too Large", 415: "Unsupported Media Type"}

@@ -42,13 +42,17 @@ PROGRESS = (
 
 
 def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
-    """The device, and whether to run in bfloat16 there."""
+    """The device, and whether to run in bfloat16 there. Raises UserError for one that is not
+    there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise UserError(f"device {name}: this machine has {there} GPUs; set device: auto or cpu")
     if config.precision != "auto":
         return device, config.precision == "bf16"
     if device.type == "cuda":
