@@ -11,6 +11,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -301,15 +302,33 @@ def test_a_photo_that_kills_its_worker_is_a_row(fatal, tmp_path, tiny_export, ph
 
 
 def run_batch(where: str, out: Path, export: Path, *more: str, cwd: Path):
-    return run_program(
-        "handler.batch", "--source", where, "--out", str(out), "--export", str(export), *more, cwd=cwd
-    )  # fmt: skip
+    given = ("--source", where, "--out", str(out), "--export", str(export), *more)
+    return run_program("handler.batch", *given, cwd=cwd)
 
 
 needs_namespace = pytest.mark.skipif(
     not (namespace.is_alone() or namespace.is_possible()),
     reason="Ray would open its ports on every interface",
 )
+
+
+def start_batch(where: str, out: Path, export: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "handler.batch", "--source", where, "--out", str(out)]
+    command += ["--export", str(export), "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, cwd=out.parent, env=environment)
+
+
+def actors(driver: subprocess.Popen) -> list[psutil.Process]:
+    """The processes of its actors, by the title that Ray gives them."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if "ray::Actor" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue  # it has just ended
+    return found
 
 
 @needs_namespace
@@ -331,10 +350,7 @@ def test_the_command_captions_with_ray(tmp_path, tiny_export, photos, expected):
 def test_a_killed_driver_loses_and_doubles_nothing(tmp_path, tiny_export, photos, expected):
     where = write_parquet(tmp_path / "in", photos)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "handler.batch", "--source", where, "--out", str(out)]
-    command += ["--export", str(tiny_export), "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    driver = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    driver = start_batch(where, out, tiny_export)
     try:
         deadline = time.monotonic() + 120
         while not list(out.glob("part-*.parquet")) and time.monotonic() < deadline:
@@ -347,4 +363,25 @@ def test_a_killed_driver_loses_and_doubles_nothing(tmp_path, tiny_export, photos
     done = run_batch(where, out, tiny_export, "--workers", "1", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert {part: part.stat().st_mtime_ns for part in before} == before
+    check_rows(rows_of(out), expected)
+
+
+@needs_namespace
+def test_killed_actors_lose_and_double_nothing(tmp_path, tiny_export, photos, expected):
+    where, out = write_parquet(tmp_path / "in", photos), tmp_path / "out"
+    driver = start_batch(where, out, tiny_export)
+    killed: set[int] = set()
+    try:
+        deadline = time.monotonic() + 200
+        while driver.poll() is None and time.monotonic() < deadline:
+            for actor in actors(driver):
+                if len(killed) < 2 and actor.pid not in killed:
+                    killed.add(actor.pid)
+                    actor.kill()
+            time.sleep(0.005)
+        assert driver.returncode == 1
+    finally:
+        driver.kill()
+        driver.wait()
+    assert len(killed) == 2
     check_rows(rows_of(out), expected)

@@ -77,8 +77,8 @@ def caption(
     cores = len(os.sched_getaffinity(0))
     workers = arguments.workers or arguments.gpus or max(1, cores // job.threads)
     gpus = arguments.gpus / workers
-    with connected(arguments.address, max(cores, workers * job.threads), arguments.gpus):
-        yield from Pool(job, workers, gpus).caption(shards)
+    with connected(arguments.address, max(cores, workers * job.threads), arguments.gpus) as ray:
+        yield from Pool(ray, job, workers, gpus).caption(shards)
 
 
 def secure(arguments: argparse.Namespace) -> None:

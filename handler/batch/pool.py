@@ -1,6 +1,7 @@
 """A pool of Ray actors, each a worker. Ray hands shards out and tells which actor died; what a
 shard is, and that it is written once, is `handler.batch.shard`'s."""
 
+import importlib
 import logging
 import os
 import secrets
@@ -8,9 +9,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import ray
-from ray.exceptions import RayActorError, RayTaskError
 
 from handler.batch.process import caption_singly
 from handler.batch.shard import Job, Worker
@@ -38,16 +36,19 @@ class Actor:
 
 
 @contextmanager
-def connected(address: str | None, cpus: int, gpus: int) -> Iterator[None]:
-    """Ray on this machine, ended with the block; or a cluster's at `address`."""
+def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
+    """The module `ray`, connected to a Ray on this machine that ends with the block, or to the
+    cluster at `address`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not address:
+        # Whoever can reach a port of Ray runs code here: nobody without this token.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Imported here: Ray reads the environment once, when it is imported.
+    ray = importlib.import_module("ray")
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
-        # Whoever can reach a port of Ray runs code here: nobody without this token.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -59,16 +60,16 @@ def connected(address: str | None, cpus: int, gpus: int) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
         )
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
 
 
 class Pool:
-    """`workers` actors over the shards of a job."""
+    """`workers` actors over the shards of a job, by the module that `connected` yields."""
 
-    def __init__(self, job: Job, workers: int, gpus: float) -> None:
-        self.job, self.workers = job, workers
+    def __init__(self, ray: Any, job: Job, workers: int, gpus: float) -> None:
+        self.ray, self.job, self.workers = ray, job, workers
         self.actor: Any = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_restarts=0)(Actor)
         # What each actor is at: a shard, or None while it loads.
         self.tasks: dict[Any, tuple[Any, Shard | None]] = {}
@@ -81,14 +82,14 @@ class Pool:
         for _ in range(min(self.workers, len(shards))):
             self._start()
         while self.tasks:
-            [task], _ = ray.wait(list(self.tasks))
+            [task], _ = self.ray.wait(list(self.tasks))
             actor, shard = self.tasks.pop(task)
             try:
-                summary = ray.get(task)
-            except RayActorError as error:
+                summary = self.ray.get(task)
+            except self.ray.exceptions.RayActorError as error:
                 self._died(shard, error)
                 continue
-            except RayTaskError as error:
+            except self.ray.exceptions.RayTaskError as error:
                 # What the worker itself raised: a full disk, a damaged export.
                 raise error.cause from None
             self.failed_starts = 0
