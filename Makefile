@@ -31,10 +31,17 @@ SPLIT ?= val
 PRECISION ?= fp32
 VERSION ?= 1.0
 TS_CONFIG ?= config.properties
-# A checkpoint given by its folder names the run, and so where its export goes.
-RUN ?= $(call stem,$(or $(CHECKPOINT_GIVEN),$(CONFIG)))
+# What names the run, and so where its export goes: a checkpoint's folder, a model that is imported,
+# a dataset that is not the config's own, or else the config.
 CHECKPOINT_GIVEN := $(CHECKPOINT)
-CHECKPOINT ?= build/checkpoints/$(RUN)
+CONFIG_DATA = $(shell sed -n 's/^data: *//p' $(call quote,$(CONFIG)) \
+	$(call quote,training/configs/$(CONFIG).yaml) 2>/dev/null | head -n 1)
+DATA_NAME = $(or $(shell sed -n 's/^  "name": "\(.*\)",$$/\1/p' \
+	$(call quote,build/data/$(DATA)/dataset.json) $(call quote,$(DATA)/dataset.json) \
+	2>/dev/null | head -n 1),$(call stem,$(DATA)))
+OTHER_DATA = $(if $(DATA),$(if $(filter-out $(CONFIG_DATA),$(DATA_NAME)),$(DATA_NAME)))
+RUN ?= $(call stem,$(or $(CHECKPOINT_GIVEN),$(MODEL),$(OTHER_DATA),$(CONFIG)))
+override CHECKPOINT = $(or $(CHECKPOINT_GIVEN),build/checkpoints/$(RUN))
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
@@ -72,7 +79,9 @@ shards: setup ## pack a dataset into webdataset shards: DATA=NAME SHARDS=DIR ARG
 	python -m training.shards --data $(call quote,$(or $(DATA),scenes)) \
 		--out $(call quote,$(or $(SHARDS),build/shards/$(notdir $(or $(DATA),scenes)))) $(ARGS)
 
-train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3"
+train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3", --resume, --overwrite
+	@$(if $(CHECKPOINT_GIVEN),echo "error: make train takes no CHECKPOINT=; RUN=NAME names what it \
+	trains" >&2; exit 2)
 	python -m training.train --config $(call quote,$(CONFIG)) --run $(call quote,$(RUN)) \
 		$(call option,--data,$(DATA)) $(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
 
@@ -81,7 +90,8 @@ distil: setup ## teachers' captions into a dataset NAME-distilled: TEACHERS="DIR
 
 export: setup ## checkpoint to TorchScript, verified: CHECKPOINT=DIR PRECISION=fp32|bf16|int8|auto
 	python -m export.export --checkpoint $(call quote,$(CHECKPOINT)) \
-		--out $(call quote,$(EXPORT)) --precision $(call quote,$(PRECISION))
+		--out $(call quote,$(EXPORT)) --precision $(call quote,$(PRECISION)) \
+		$(call option,--data,$(DATA))
 
 mar: setup ## export to model_store/captioner.mar: EXPORT=DIR VERSION=1.0
 	python -m export.archive --export $(call quote,$(EXPORT)) --version $(call quote,$(VERSION))
@@ -128,10 +138,15 @@ review: setup ## blind rating sheet: PREDICTIONS="A.json B.json" DATA= SPLIT=val
 review-score: setup ## what the ratings say: FILES="ratings-*.json" KEY=FILE
 	@python -m training.review_score $(FILES) $(call option,--key,$(KEY))
 
-demo: setup ## the whole road on drawn scenes (build/*/scenes and captioner.mar are made anew)
+demo: setup ## the whole road on drawn scenes, as run "demo"
 	@python -c 'from pathlib import Path; from handler.serve import running; \
 	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
-	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=scenes PRECISION=fp32
+	@python -c 'import sys; from handler.files import read_object; from pathlib import Path; \
+	config = Path("build/checkpoints/demo/config.json"); \
+	made = read_object(config)["training"].get("config", {}).get("name") if config.exists() else None; \
+	made in (None, "scenes") or sys.exit("error: build/checkpoints/demo is a run of your own; rename it")'
+	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 ARGS=--overwrite \
+		CHECKPOINT= EXPORT=build/export/demo
 	@set -e; python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)); \
 	trap 'python -m handler.serve stop' EXIT; \
 	photo=$$(python -c 'from pathlib import Path; from training.data.manifest import read_manifest; \

@@ -13,10 +13,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import handler
-from handler.captioner import read_config
+from handler.captioner import EXPORT_FILES, Captioner
 from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import atomic_path, check_apart, locked
 
 HANDLER = Path(handler.__file__).parent
 # Tools of the client's side; the worker never needs them.
@@ -24,7 +26,6 @@ LEFT_OUT = (
     *("alt_text.py", "client.py", "grpc_stubs.py"),
     *("page.py", "serve.py", "web.py", "word_maps.py"),
 )
-EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # The earliest date that a zip can hold, in its form and in the manifest's.
 EPOCH, CREATED_ON = (1980, 1, 1, 0, 0, 0), "01/01/1980 00:00:00"
 
@@ -38,12 +39,10 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
         raise UserError(f"{out}: an archive's name ends in .mar")
     if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", version):
         raise UserError(f"version {version!r}: give letters, digits, dots and dashes, as 1.0")
-    read_config(export)
-    for name in EXPORT_FILES:
-        if not (export / name).is_file():
-            raise UserError(f"{export / name}: missing; run make export again")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
+    check_apart(out, [export])
+    # Loaded once, so that a damaged file is found here and not by a worker that never comes up.
+    config = Captioner.load(export).config
+    with locked(out), tempfile.TemporaryDirectory() as temporary:
         extra = Path(temporary) / "extra"
         package = extra / "handler"
         package.mkdir(parents=True)
@@ -53,13 +52,28 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
         for name in EXPORT_FILES:
             (extra / name).symlink_to((export / name).resolve())
         staged = _stage(Path(temporary), extra, out.stem, version)
-        partial = out.with_name(f".{out.name}.partial")
-        try:
+        with atomic_path(out) as partial:
             _write_zip(staged, partial)
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
+            _keep_previous(out, config)
     return out
+
+
+def _keep_previous(out: Path, config: dict[str, Any]) -> None:
+    """Renames an archive of another checkpoint before the new one takes its place. One of an older
+    training of the same run makes room for it only where nothing is kept yet."""
+    if not out.exists():
+        return
+    try:
+        with zipfile.ZipFile(out) as archive:
+            old = json.loads(archive.read("config.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        old = {}  # no archive of this project
+    previous = out.with_name(f"{out.stem}.previous.mar")
+    same_run = old.get("name") == config["name"]
+    if old.get("checkpoint") == config["checkpoint"] or (same_run and previous.exists()):
+        return
+    out.replace(previous)
+    print(f"{previous}: the archive of another checkpoint, which was {out.name} before")
 
 
 def _stage(temporary: Path, extra: Path, name: str, version: str) -> Path:

@@ -1,14 +1,12 @@
 """`python -m export.export`, behind `make export`: a checkpoint -> `encoder.pt` (traced),
 `decoder.pt` (scripted), `config.json`, `tokenizer.json`.
 
-The bundle is built beside its place, loaded again, and compared with the eager model; only then
-does it take its place. A bundle that fails leaves nothing behind, and an older one stays.
+The export is written beside its place, loaded again, and compared with the eager model; only then
+does it take its place. An export that fails leaves nothing behind, and an older one stays.
 """
 
 import hashlib
 import json
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ from typing import Any
 import torch
 
 from export.precision import WAYS, in_precision, ways
-from export.script_decoder import script_decoder
-from export.trace_encoder import trace_encoder
+from export.torchscript import script_decoder, trace_encoder
 from export.verify import FLOORS, ValidationPhotos, captions_of, verify
-from handler.captioner import Captioner
+from handler.captioner import EXPORT_FILES, Captioner
 from handler.errors import ArgumentParser, UserError, run_command
-from training.checkpoint import WEIGHTS_FILE, load_captioner, load_model
+from handler.files import FORMAT, FolderKind, check_replaceable, replace_folder
+from training.checkpoint import WEIGHTS_FILE, captioner_of, load_model
 from training.data.manifest import data_folder, read_manifest
 from training.data.photos import read_photo
 from training.model import CaptioningModel
@@ -30,60 +28,59 @@ from training.model import CaptioningModel
 VERIFIED_PHOTOS = 1000
 
 
+# What an export writes, so that nothing else is replaced by one.
+EXPORT = FolderKind("an export", "config.json", ("checkpoint", "precision", "parts"), EXPORT_FILES)
+
+
 def export_checkpoint(
     checkpoint: Path, out: Path, precision: str = "fp32", data: str | None = None
 ) -> dict[str, Any]:
     """Exports in `precision` (`auto`: the fastest for this processor), in the fastest way that
     keeps the captions (`export.verify.FLOORS`), and returns the written config. `data` names the
     dataset whose validation photos are compared, by default the one it was trained on, where that
-    is still there; random images stand in for it otherwise. Raises UserError, and then writes
+    is still there; random images are compared otherwise. Raises UserError, and then writes
     nothing."""
+    check_replaceable(out, EXPORT, [checkpoint])
     model, config, tokenizer = load_model(checkpoint)
     digest = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
-    config |= {"name": checkpoint.name, "checkpoint": f"sha256:{digest}"}
-    eager = load_captioner(checkpoint)
+    config |= {"format": FORMAT, "name": checkpoint.name, "checkpoint": f"sha256:{digest}"}
+    eager = captioner_of(model, config, tokenizer)
     photos = _validation_photos(config, eager, data)
     expected = captions_of(eager, photos.images)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tries = ways(precision)
-    for number, (chosen, encoder, decoder) in enumerate(tries, start=1):
-        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            changed = in_precision(model, encoder, decoder)
-            _write_scripts(changed, eager.preprocessing.image_size, stage)
-            tokenizer.save(stage / "tokenizer.json")
-            config |= {"precision": chosen, "parts": {"encoder": encoder, "decoder": decoder}}
-            _write_config(stage, config)
-            exported = Captioner.load(stage)
-            last = number == len(tries)
+    with replace_folder(out, EXPORT, [checkpoint]) as new:
+        tokenizer.save(new / "tokenizer.json")
+        *rough, finest = ways(precision)
+        for way in [*rough, finest]:
+            written = {**config, "precision": way[0]}
+            written["parts"] = {"encoder": way[1], "decoder": way[2]}
+            _write_scripts(in_precision(model, *way[1:]), eager.preprocessing.image_size, new)
+            _write_config(new, written)
             try:
-                verified = verify(eager, exported, photos, expected, chosen)
-            except UserError as error:  # numbers far off: of a finer way they need not be
-                if last:
+                verified = verify(eager, Captioner.load(new), photos, expected, way[0])
+            except UserError as error:  # numbers far off, which those of a finer way need not be
+                if way is finest:
                     raise
-                print(f"{described(config)}: {error}; trying the next way", flush=True)
+                print(f"{described(written)}: {error}; trying the next way", flush=True)
                 continue
-            if not verified["kept"] and not last:
-                print(f"{described(config)}: {told(verified)}; trying the next way", flush=True)
-                continue
-            config["verified"] = verified
-            _write_config(stage, config)
-            stage.chmod(0o755)
-            if out.exists():
-                shutil.rmtree(out)
-            stage.rename(out)
-            break
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    return config
+            if verified["kept"] or way is finest:
+                break
+            print(f"{described(written)}: {told(verified)}; trying the next way", flush=True)
+        written["verified"] = verified
+        _write_config(new, written)
+    return written
 
 
 def _write_scripts(model: CaptioningModel, image_size: int, folder: Path) -> None:
     with warnings.catch_warnings():
         # torch announces a successor of TorchScript that TorchServe cannot load.
         warnings.simplefilter("ignore", DeprecationWarning)
-        trace_encoder(model.encoder, image_size).save(str(folder / "encoder.pt"))
-        script_decoder(model.decoder).save(str(folder / "decoder.pt"))
+        scripts = {
+            "encoder.pt": trace_encoder(model.encoder, image_size),
+            "decoder.pt": script_decoder(model.decoder),
+        }
+        for name, script in scripts.items():
+            # Not to a path: on a full disk torch would end the process from C++.
+            (folder / name).write_bytes(script.save_to_buffer())
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:

@@ -18,8 +18,7 @@ import copy
 import torch
 from torch import nn
 
-from export.layers import GELUS, HalfLinear, Int8Linear, PackedLinear
-from export.rescored_head import RescoredHead
+from export.layers import GELUS, HalfLinear, Int8Linear, PackedLinear, RescoredHead
 from training.model import CaptioningModel, Mlp
 
 # The ways to try, (encoder, decoder).

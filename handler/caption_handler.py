@@ -12,12 +12,15 @@ from PIL import Image
 
 from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
 from handler.captioner import Captioner
-from handler.image_preprocess import decode, resize, to_tensor
+from handler.image_preprocess import ImageTooComplex, decode, resize, to_tensor
 from handler.request import parse_request, to_json
 from handler.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
+# The share of its time that a photo gets which may be slow, once another of its batch took too long:
+# good neighbours wait for one of them.
+IN_A_HURRY = 1 / 8
 # The status line must be plain ASCII without line feeds: anything else kills the worker.
 PHRASES = {400: "Bad Request", 413: "Payload Too Large", 415: "Unsupported Media Type"}
 
@@ -55,6 +58,7 @@ class CaptionHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """One answer for each request, in order."""
         answers: dict[int, Any] = {}
+        self.patience = 1.0
         jobs = []
         for place, fields in enumerate(data):
             try:
@@ -71,6 +75,8 @@ class CaptionHandler:
                 else:
                     jobs.append(self._understand(place, fields, headers, grpc))
             except Exception as error:
+                if isinstance(error, ImageTooComplex):
+                    self.patience = IN_A_HURRY
                 answers[place] = failure(error)
         for job, said in zip(jobs, self._caption(jobs, context), strict=True):
             answers[job.place] = said
@@ -91,7 +97,7 @@ class CaptionHandler:
         request.attention = request.attention or explain
         config = self.captioner.preprocessing
         with self.metrics.timed("captioner_decode_seconds"):
-            image = resize(decode(request.photo, config.side), config)
+            image = resize(decode(request.photo, config.side, self.patience), config)
             pixels_3SS = to_tensor(image, config)
         as_picture = explain and "image/png" in header(headers, "accept").lower()
         return Job(place, request, options, image, pixels_3SS, as_picture)

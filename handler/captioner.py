@@ -4,7 +4,6 @@ Evaluation, the TorchServe handler and library users all come through `Captioner
 decoder in it are either the eager ones of a checkpoint or the TorchScript ones of an export.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, sea
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
+from handler.files import FORMAT, read_object
 from handler.image_preprocess import PreprocessConfig, preprocess
 
 Photo = bytes | bytearray | memoryview | Image.Image
@@ -26,6 +26,8 @@ BATCH = 16
 # The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
 # allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
 ENCODED_BYTES = 10_000_000
+# An export is a folder of these.
+EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # What the search asks of a scripted decoder.
 DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
 
@@ -81,7 +83,8 @@ class Captioner:
         """
         directory = Path(export_dir)
         config = read_config(directory)
-        tokenizer = CaptionTokenizer.load(directory / "tokenizer.json", **config["tokenizer"])
+        check_config(directory, config)
+        tokenizer = load_tokenizer(directory, config)
         if threads is not None:
             torch.set_num_threads(threads)
         # Both are read before either is packed: until something large is freed, glibc gives each
@@ -95,6 +98,7 @@ class Captioner:
             read_script(directory / name, "cpu" if packed else device).to(device)
             for name in ("encoder.pt", "decoder.pt")
         ]
+        _check_scripts(directory, config, *scripts)
         encoder: Any
         decoder: Any
         encoder, decoder = (prepare_script(script, device) for script in scripts)
@@ -120,8 +124,10 @@ class Captioner:
     def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
         """Captions each photo: a list (photos) of lists (best first) of `Caption`.
 
-        Raises InvalidImage for a photo that cannot be read and InvalidParameter for a bad option.
+        Raises InvalidImage for a photo that cannot be read, InvalidParameter for a bad option and
+        TypeError where `photos` is not a sequence of photos.
         """
+        check_photos(photos)
         return self.caption_each(photos, [self.options(**options)] * len(photos))
 
     def caption_each(
@@ -226,18 +232,115 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint or export. Raises UserError naming the file, and the field
     that is missing."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise UserError(
             f"{directory}: no config.json there; give the folder of a checkpoint or an export"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); write it again") from error
+        )
+    config = read_object(path)
     for field in ("model", "preprocessing", "tokenizer"):
-        if not isinstance(config, dict) or not isinstance(config.get(field), dict):
+        if not isinstance(config.get(field), dict):
             raise UserError(f"{path}: field {field!r} is missing; write the folder again")
+    # Checkpoints of version 1.0 have no number and are as today's; its exports are not.
+    number = config.get("format", 0 if "precision" in config else FORMAT)
+    if number != FORMAT:
+        again = "export the checkpoint" if "precision" in config else "train or import"
+        raise UserError(f"{path}: format {number!r}, this version reads {FORMAT}; {again} again")
     return config
+
+
+def check_config(directory: Path, config: dict[str, Any]) -> None:
+    """Refuses a `config.json` whose parts contradict each other. Raises UserError naming the file
+    and the field."""
+    path = directory / "config.json"
+    try:
+        encoder, decoder = (dict(config["model"][part]) for part in ("encoder", "decoder"))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: field 'model' must hold 'encoder' and 'decoder'") from None
+    sizes = {
+        "encoder": ("image_size", "patch_size", "mlp_width"),
+        "decoder": ("vocab_size", "max_positions"),
+    }
+    for part, section in (("encoder", encoder), ("decoder", decoder)):
+        for name in sizes[part]:
+            if type(section.get(name)) is not int or section[name] < 1:
+                value = _short(section.get(name))
+                raise UserError(f"{path}: field 'model.{part}.{name}' must be above 0, not {value}")
+    prefix = encoder.get("prefix_tokens")
+    if type(prefix) is not int or prefix < 0:
+        raise UserError(f"{path}: field 'model.encoder.prefix_tokens' must be 0 or more")
+    try:
+        preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
+        DecodeOptions(**config.get("decoding", {}))
+    except (UserError, InvalidParameter) as error:
+        raise UserError(f"{path}: {error}") from error
+    except TypeError as error:
+        raise UserError(f"{path}: field 'preprocessing' or 'decoding': {error}") from error
+    if preprocessing.image_size != encoder["image_size"]:
+        raise UserError(
+            f"{path}: field 'preprocessing.image_size' is {preprocessing.image_size}, "
+            f"'model.encoder.image_size' is {_short(encoder['image_size'])}; they must be equal"
+        )
+
+
+def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
+    """The tokenizer of a checkpoint or export that has this config. Raises UserError naming the
+    file, and the field of an id that is not in the model's vocabulary: it would be looked up
+    outside the embedding."""
+    path = directory / "config.json"
+    vocab_size = config["model"]["decoder"]["vocab_size"]
+    fields_of = dict(config["tokenizer"])
+    ids = {name: fields_of.get(name) for name in ("begin_id", "end_id", "pad_id")}
+    suppressed = fields_of.get("suppressed_ids")
+    if suppressed is not None and not isinstance(suppressed, list):
+        raise UserError(f"{path}: field 'tokenizer.suppressed_ids' must be a list")
+    ids |= {f"suppressed_ids[{n}]": token for n, token in enumerate(suppressed or [])}
+    for name, token in ids.items():
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise UserError(
+                f"{path}: field 'tokenizer.{name}' must be an id below 'model.decoder.vocab_size' "
+                f"({_short(vocab_size)}), not {_short(token)}"
+            )
+    try:
+        tokenizer = CaptionTokenizer.load(directory / "tokenizer.json", **fields_of)
+    except TypeError as error:
+        raise UserError(f"{path}: field 'tokenizer': {error}") from error
+    largest = max(tokenizer.vocabulary.values(), default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{directory / 'tokenizer.json'}: an entry has the id {largest}, but config.json's "
+            f"'model.decoder.vocab_size' is {vocab_size}; give the tokenizer of this model"
+        )
+    return tokenizer
+
+
+def _short(value: object) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # an integer of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def _check_scripts(directory: Path, config: dict[str, Any], encoder: Any, decoder: Any) -> None:
+    """Refuses a `config.json` that is not that of the scripts, before they are packed."""
+    path = directory / "config.json"
+    shape = config["model"]["encoder"]
+    if missing := [name for name in DECODER_METHODS if not hasattr(decoder, name)]:
+        raise UserError(f"{directory / 'decoder.pt'}: no decoder, {missing[0]!r} is missing")
+    for name in ("vocab_size", "max_positions"):
+        given, own = config["model"]["decoder"][name], getattr(decoder, name)
+        if given != own:
+            raise UserError(
+                f"{path}: field 'model.decoder.{name}' is {_short(given)}, decoder.pt's is {own}"
+            )
+    positions = dict(encoder.named_parameters()).get("positions")
+    if positions is not None:
+        grid = shape["image_size"] // shape["patch_size"]
+        prefix = shape["prefix_tokens"] if shape.get("prefix_positions", True) else 0
+        if positions.size(1) != prefix + grid**2:
+            raise UserError(
+                f"{path}: fields 'model.encoder' give {prefix} + {_short(grid)}**2 positions, "
+                f"encoder.pt has {positions.size(1)}"
+            )
 
 
 def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
@@ -246,7 +349,7 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
         raise UserError(f"{path}: missing; export the checkpoint again")
     try:
         return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error
 
@@ -259,6 +362,17 @@ def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.Scr
             if hasattr(module, "prepack"):
                 module.prepack()
     return torch.jit.freeze(script, [name for name in DECODER_METHODS if hasattr(script, name)])
+
+
+def check_photos(photos: object) -> None:
+    """Raises TypeError for one photo, a path or an array in place of a sequence of photos."""
+    # These are sequences too: of letters and of numbers.
+    single = isinstance(photos, (str, bytes, bytearray, memoryview))
+    if single or not isinstance(photos, Sequence):
+        raise TypeError(
+            f"photos is of type {type(photos).__name__}; give a list of photos, each the bytes of a"
+            " file or a PIL image, as in caption([Path('photo.jpg').read_bytes()])"
+        )
 
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:

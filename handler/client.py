@@ -20,12 +20,11 @@ from handler.alt_text import NoAltText, write_alt_text
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import write_atomic
 from handler.grpc_stubs import load
-from handler.image_preprocess import sniff
+from handler.image_preprocess import PHOTO_SUFFIXES, sniff
 from handler.request import OPTION_TYPES
 from handler.serve import KEY_FILE, Server, running
 
 REPOSITORY = Path(__file__).parents[1]
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Requests in flight for a folder: enough to fill the server's batches.
 IN_FLIGHT = 8
 # A full queue answers 503 without saying when to come back.

@@ -37,18 +37,24 @@ class FolderKind:
     sure: tuple[str, ...] = ()
 
 
-def check_replaceable(out: Path, kind: FolderKind, inputs: Iterable[Path | str] = ()) -> None:
-    """Refuses to replace `out` unless it is absent, empty, or a folder that the command of `kind`
-    wrote and nobody added to. It must not be one of the `inputs`, nor above or below one.
-
-    Raises UserError that names the folder and the way out.
-    """
+def check_apart(out: Path, inputs: Iterable[Path | str]) -> None:
+    """Raises UserError where `out` is one of the `inputs`, or above or below one."""
     real = Path(os.path.realpath(out))
     for given in inputs:
         source = Path(os.path.realpath(given))
         if real == source or real in source.parents or source in real.parents:
             where = "is" if real == source else "is above" if real in source.parents else "is below"
             raise UserError(f"{out}: the output {where} the input {given}; choose another folder")
+
+
+def check_replaceable(out: Path, kind: FolderKind, inputs: Iterable[Path | str] = ()) -> None:
+    """Refuses to replace `out` unless it is absent, empty, or a folder that the command of `kind`
+    wrote and nobody added to. It must not be one of the `inputs`, nor above or below one.
+
+    Raises UserError that names the folder and the way out.
+    """
+    check_apart(out, inputs)
+    real = Path(os.path.realpath(out))
     if not real.exists():
         return
     if not real.is_dir():

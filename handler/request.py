@@ -10,7 +10,13 @@ from typing import Any
 
 from handler.beam_search import DecodeOptions, InvalidParameter
 from handler.errors import UserError
-from handler.image_preprocess import ImageTooLarge, InvalidImage, UnsupportedMediaType, sniff
+from handler.image_preprocess import (
+    ImageTooComplex,
+    ImageTooLarge,
+    InvalidImage,
+    UnsupportedMediaType,
+    sniff,
+)
 
 IMAGE_FIELDS = ("image", "data")
 FLAGS = ("attention", "stream")
@@ -32,6 +38,7 @@ ERRORS: tuple[tuple[type[Exception], str, int], ...] = (
     (MissingImage, "MissingImage", 400),
     (UnsupportedMediaType, "UnsupportedMediaType", 415),
     (ImageTooLarge, "ImageTooLarge", 413),
+    (ImageTooComplex, "ImageTooComplex", 413),
     (InvalidImage, "InvalidImage", 400),
     (InvalidParameter, "InvalidParameter", 400),
 )

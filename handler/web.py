@@ -24,6 +24,11 @@ HERE = Path(__file__).parent
 # The best N_BEST of BEAMS are shown.
 BEAMS, N_BEST = 5, 3
 PHOTO_SIDE = 480
+# Errors whose message is for a person who chose a photo.
+TOLD = (
+    *("InvalidImage", "UnsupportedMediaType", "MissingImage"),
+    *("ImageTooLarge", "ImageTooComplex"),
+)
 # A connection that says nothing for so long is closed.
 SILENCE_SECONDS = 60
 HEADERS = {
@@ -176,7 +181,7 @@ def sentence(error: UserError) -> tuple[int, str]:
     """Status and words for a person."""
     if not isinstance(error, ServerError):
         return 502, f"{str(error)[:1].upper()}{str(error)[1:]}."
-    if error.kind in ("InvalidImage", "UnsupportedMediaType", "ImageTooLarge", "MissingImage"):
+    if error.kind in TOLD:
         return error.code, f"This file cannot be captioned: {error.message}."
     if error.kind == "InvalidKeyException":
         return 502, "TorchServe refused the key of this page; start it again with make serve."

@@ -1,6 +1,7 @@
 """One tiny captioner, trained for seconds on coloured squares, shared by the tests of the road."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,17 @@ def run_program(module: str, *arguments: str, cwd: Path, **environment: str):
         text=True,
         timeout=280,
     )
+
+
+def make_targets(*arguments: str, folder: Path = REPOSITORY) -> str:
+    """What `make` would run, the installation left out."""
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    command = ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    return re.sub(r"\s*\\\n\s*", " ", done.stdout)
 
 
 @pytest.fixture(scope="session")

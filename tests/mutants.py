@@ -19,7 +19,6 @@ OTHER_CONTENT = {
     "PDF": b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj",
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
     "HTML": b"<html><script>alert(1)</script></html>",
-    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
     "film": b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom",
     "zip": b"PK\x03\x04\x14\0\0\0\0\0" + bytes(30),
     "pickle": b"\x80\x04\x95\x0b\0\0\0\0\0\0\0\x8c\x02os\x94.",
@@ -40,6 +39,7 @@ def originals() -> dict[str, bytes]:
         found[f"{kind} of three"] = encoded(
             frames[0], kind, save_all=True, append_images=frames[1:]
         )
+    found["AVIF"] = encoded(photo, "AVIF")
     alpha = photo.copy()
     alpha.putalpha(photo.convert("L"))
     found |= {f"{kind} with alpha": encoded(alpha, kind) for kind in ("PNG", "WEBP", "TIFF")}

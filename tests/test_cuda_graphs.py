@@ -6,7 +6,7 @@ import torch
 
 from export.export import export_checkpoint
 from export.precision import WAYS
-from export.script_decoder import script_decoder
+from export.torchscript import script_decoder
 from handler import cuda_graphs
 from handler.beam_search import DecodeOptions, search
 from handler.captioner import Captioner, prepare_script

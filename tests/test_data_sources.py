@@ -1,6 +1,7 @@
 """Every layout of every source, on small made files."""
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from handler.errors import UserError
 from training.data.coco import read_coco
 from training.data.flickr import KNOWN_DEFECT, read_flickr8k, read_flickr30k
 from training.data.folder import read_folder
-from training.data.source import HASHED, Photo, Source, split_by_hash
+from training.data.source import HASHED, Photo, Source, locate, split_by_hash
 
 
 def made(folder: Path, **files: str) -> Path:
@@ -202,6 +203,68 @@ def test_damage_is_named(
     with pytest.raises(UserError) as caught:
         read(made(tmp_path, **files))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+@pytest.mark.parametrize("below", ["", "caf\u00e9/", "images/"])
+def test_accents_are_found_however_they_are_encoded(tmp_path: Path, disk, written, below) -> None:
+    """macOS writes an accent as a character of its own; such photos were missing."""
+    name = f"{below}Z\u00fcrich.JPG"
+    file = tmp_path / unicodedata.normalize(disk, name)
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    line = unicodedata.normalize(written, name.removeprefix("images/").replace("JPG", "jpg"))
+    made(tmp_path, captions__csv=f"image,caption\n{line},A town .\n")
+    source = read_folder(tmp_path)
+    found, _ = locate(source.image_root, [source.photos[0].image])
+    assert source.image_root / found[source.photos[0].image] == file
+
+
+def test_backslashes_and_absolute_paths_within_the_source(tmp_path: Path) -> None:
+    """Both were photos that are missing; outside they still are refused."""
+    inside = tmp_path / "images" / "b.jpg"
+    made(tmp_path, captions__csv=f"image,caption\nimages\\a.jpg,A dog .\n{inside},A cat .\n")
+    for name in ("a", "b"):
+        (tmp_path / "images" / f"{name}.jpg").touch()
+    source = read_folder(tmp_path)
+    assert [photo.image for photo in source.photos] == ["images/a.jpg", "images/b.jpg"]
+    made(tmp_path, captions__csv="image,caption\n..\\a.jpg,A dog .\n")
+    with pytest.raises(UserError, match="inside"):
+        read_folder(tmp_path)
+    made(tmp_path, captions__csv="image,caption\n/etc/a.jpg,A dog .\n")
+    with pytest.raises(UserError, match="inside"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("divider", [",", ";", "\t"])
+def test_a_table_as_spreadsheets_write_it(tmp_path: Path, encoding: str, divider: str) -> None:
+    rows = (("File_Name", "Caption"), ("a.jpg", '"Ein Hund, gro\u00df; rot"'))
+    text = "\r\n".join(divider.join(row) for row in rows)
+    (tmp_path / "captions.csv").write_bytes(text.encode(encoding))
+    assert read_folder(tmp_path).photos[0].captions == ("Ein Hund, gro\u00df; rot",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("captions.csv", b"a.jpg,A dog .\nb.jpg,A cat .\n", "header must name the columns image"),
+        ("captions.csv", b"image,caption\na.jpg,Caf\xe9 .\n", "line 2: not UTF-8"),
+        ("captions.csv", b"image,caption\na.jpg,A\0dog .\n", "line 2: a NUL character"),
+        ("captions.csv", "image,caption\na.jpg,x\n".encode("utf-16-le"), "a NUL character"),
+        ("captions.csv", b'image,caption\na.jpg,x\nb.jpg,"A dog .\nc.jpg,y\n', "line 3: not CSV"),
+        ("captions.csv", b'image,caption\na.jpg,"' + b"x" * 200_000, "is a quote missing"),
+        ("captions.jsonl", b'{"picture": "a.jpg", "x": "x"}\n', "fields are 'picture', 'x'"),
+        ("captions.jsonl", b"[" * 200_000, "not JSON"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_read_says_where_and_why(tmp_path, name, content, said) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_folder(tmp_path)
+    message = str(caught.value)
+    assert said in message and name in message and len(message) < 500 + len(str(tmp_path))
 
 
 PIECE = st.sampled_from(

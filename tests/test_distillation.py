@@ -422,7 +422,7 @@ def test_faults_are_one_line_and_status_2(teacher, drawn, monkeypatch, capsys):
     before = (drawn / "captions.jsonl").read_bytes()
     for arguments, words in (
         (["--checkpoint", "teacher", "other"], "other/tokenizer.json: field 'model.vocab' is not"),
-        (["--checkpoint", "teacher", "--out", str(drawn)], "must not be the dataset itself"),
+        (["--checkpoint", "teacher", "--out", str(drawn)], "the output is the input"),
         (["--checkpoint", "nowhere"], "nowhere: no config.json there"),
         (["--checkpoint", "teacher", "--num-beams", "99"], "num_beams must be"),
         ([], "--checkpoint"),

@@ -1,6 +1,7 @@
 """`make evaluate`: what it writes, that scores can be taken again, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import run_program
 from safetensors.torch import load_file
 
+import training.evaluate
 from handler.captioner import Captioner
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner
@@ -26,7 +28,9 @@ def evaluated(tiny_run: Path, tiny_data: Path) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "BLEU-4" in done.stdout and "4/4" in done.stderr
-    return tiny_run / "build/evaluate/tiny"
+    [folder] = (tiny_run / "build/evaluate/tiny").iterdir()
+    assert re.fullmatch(r"tiny-val-[0-9a-f]{8}", folder.name)  # the options are not the defaults
+    return folder
 
 
 def test_captions_are_the_checkpoints_and_scores_are_kept(evaluated, tiny_run, tiny_data):
@@ -52,6 +56,63 @@ def test_captions_are_the_checkpoints_and_scores_are_kept(evaluated, tiny_run, t
     assert set(metrics["recall_by_training_count"]) <= {"0", "1-9", "10-99"}
     low, high = metrics["intervals"]["CIDEr"]
     assert low <= metrics["CIDEr"] <= high
+
+
+def run(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["training.evaluate", *map(str, arguments)])
+    try:
+        run_command(main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_each_dataset_split_and_options_has_a_folder(
+    evaluated, tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """Another dataset, split or option overwrote the predictions of the last."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--checkpoint", tiny_run / "build/checkpoints/tiny", "--metrics", "bleu"]
+    data = ["--data", tiny_data]
+    default = load_captioner(tiny_run / "build/checkpoints/tiny").options()
+    for arguments in (
+        [*data],
+        [*data, "--num-beams", default.num_beams or 5],  # spelled out, the same folder
+        [*data, "--num-beams", "2"],
+        [*data, "--split", "train"],
+    ):
+        assert run(monkeypatch, *model, *arguments) == 0, capsys.readouterr().err
+    folders = sorted(path.name for path in Path("build/evaluate/tiny").iterdir())
+    assert folders == ["tiny-train", "tiny-val", evaluated.name]
+    own = Path("build/evaluate/tiny/tiny-val")
+    (own / "thesis.txt").write_text("x")
+    capsys.readouterr()
+    assert run(monkeypatch, *model, *data) == 2
+    assert "'thesis.txt' is not part of an evaluation" in capsys.readouterr().err
+    scored = ["--predictions", own / "predictions.json", "--metrics", "bleu", *data]
+    for out, said in (
+        (own, "the output is above the input"),
+        (tiny_data, "the output is"),
+    ):
+        assert run(monkeypatch, *scored, "--out", out) == 2
+        assert said in capsys.readouterr().err
+    assert run(monkeypatch, *model, *data, "--out", tiny_run / "build/checkpoints") == 2
+    assert "the output is above the input" in capsys.readouterr().err
+
+
+def test_captions_outlive_scores_that_fail(tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
+    """Captions take hours; without Java they were lost, and an earlier evaluation stays."""
+
+    def fail(*_: object) -> None:
+        raise UserError("no Java")
+
+    monkeypatch.setattr(training.evaluate, "score_rows", fail)
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", tiny_run / "build/checkpoints/tiny", "--data", tiny_data]
+    assert run(monkeypatch, *arguments, "--out", out) == 2
+    assert not out.exists()
+    assert len(read_predictions(tmp_path / "out.unscored.json")) == 4
+    assert "out.unscored.json" in capsys.readouterr().out
 
 
 def test_an_export_has_a_size_too(tiny_export):

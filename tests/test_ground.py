@@ -10,7 +10,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_targets
 
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-java.txt")
 PACKAGES = ("handler", "training", "export")
@@ -24,17 +24,6 @@ def pins(name: str) -> dict[str, str]:
     lines = (REPOSITORY / name).read_text().splitlines()
     wanted = [line for line in lines if line and line[0] not in "#-"]
     return dict(line.split(";")[0].split("==") for line in wanted)
-
-
-def make(*arguments: str, folder: Path = REPOSITORY) -> str:
-    """What `make` would run, the installation left out."""
-    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
-    environment = {name: value for name, value in os.environ.items() if name not in outer}
-    command = ["make", "-n", "--no-print-directory", "-o", ".venv/.installed", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=True
-    )
-    return re.sub(r"\s*\\\n\s*", " ", done.stdout)
 
 
 def imports(path: Path) -> set[str]:
@@ -101,7 +90,7 @@ def test_a_line_of_goals_keeps_its_order_and_its_variables():
         "CONFIG=flickr8k",
         "ENCODER_WEIGHTS=w",
     )
-    said = make("-j8", "data", "train", "export", "mar", "serve", *variables)
+    said = make_targets("-j8", "data", "train", "export", "mar", "serve", *variables)
     programs = re.findall(r"python -m (\S+)", said)
     assert programs == [
         *("training.prepare", "training.train", "export.export", "export.archive", "handler.serve")
@@ -132,7 +121,7 @@ def test_a_line_of_goals_keeps_its_order_and_its_variables():
     ],
 )
 def test_variables_reach_the_programs(arguments, expected):
-    assert expected in re.sub(" +", " ", make(*arguments))
+    assert expected in re.sub(" +", " ", make_targets(*arguments))
 
 
 def test_another_python_is_refused_in_one_line(tmp_path):
@@ -159,7 +148,7 @@ def test_another_python_is_refused_in_one_line(tmp_path):
 
 def test_the_demo_stops_its_server_when_a_caption_fails(tmp_path):
     """Its recipe runs in one shell, whose end stops the server that it started and no other."""
-    recipe = make("demo")
+    recipe = make_targets("demo")
     assert recipe.index("handler.serve start") < recipe.index("trap 'python -m handler.serve stop'")
     script = recipe[recipe.index("set -e;") :].split("\n", 1)[0]
     log = tmp_path / "log"

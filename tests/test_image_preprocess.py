@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from photos import FORMATS, encoded, huge_headers, png, smooth
 from PIL import Image, ImageCms
 
-from handler import image_preprocess
+from handler import image_decode
 from handler.errors import UserError
 from handler.image_preprocess import (
     ImageTooLarge,
@@ -177,7 +177,7 @@ def test_pictures_of_many_bands_are_as_of_one(mode, monkeypatch):
         image = Image.fromarray(values).convert({"I": "L", "F": "L", "CMYK": "RGB"}.get(mode, mode))
         image = image.convert(mode)
     whole = decode(image)
-    monkeypatch.setattr(image_preprocess, "BAND_PIXELS", 300)
+    monkeypatch.setattr(image_decode, "BAND_PIXELS", 300)
     assert decode(image).tobytes() == whole.tobytes()
 
 
@@ -220,8 +220,6 @@ def test_damaged_exif_does_not_spoil_a_photo():
         b"hello",
         b"%PDF-1.7 ...",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"\0\0\0\x18ftypheic\0\0\0\0",
-        b"\0\0\0\x1cftypavif\0\0\0\0",
         b"\0\0\0\x18ftypmp42\0\0\0\0",
         b"BMW is a maker of cars",
         b"RIFF\0\0\0\0WAVEfmt ",
@@ -282,7 +280,7 @@ def test_decompression_bombs_are_refused_by_their_header(kind):
 
 
 def test_the_limit_itself_is_taken(monkeypatch):
-    monkeypatch.setattr(image_preprocess, "MAX_PIXELS", 80 * 60)
+    monkeypatch.setattr(image_decode, "MAX_PIXELS", 80 * 60)
     assert decode(encoded(smooth(), "PNG")).size == (80, 60)
     with pytest.raises(ImageTooLarge):
         decode(encoded(smooth(81, 60), "PNG"))
@@ -292,28 +290,6 @@ def test_a_line_of_pixels_is_refused():
     """Pillow keeps a pointer a row: 1 x 64,000,000 took 1.3 GB though within the megapixels."""
     with pytest.raises(ImageTooLarge, match="side"):
         decode(png(1, 64_000_000, 8, 0, b""))
-
-
-def test_endless_scans_are_refused():
-    """120 scans of 95 bytes over 8000 x 8000 pixels would take ten seconds; thousands, minutes."""
-    data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
-    last = data[data.rindex(b"\xff\xda") : -2]
-    assert decode(data[:-2] + 50 * last + b"\xff\xd9").size == (64, 64)
-    with pytest.raises(InvalidImage, match="scans"):
-        decode(data[:-2] + 120 * last + b"\xff\xd9")
-
-
-def test_large_pictures_have_fewer_scans(monkeypatch):
-    """A hundred scans of 64 megapixels take four seconds; a batch of such files, half a minute."""
-    data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
-    last = data[data.rindex(b"\xff\xda") : -2]
-    many = data[:-2] + 30 * last + b"\xff\xd9"
-    monkeypatch.setattr(image_preprocess, "MAX_SCANNED_PIXELS", 20 * 64 * 64)
-    assert decode(data).size == (64, 64)
-    with pytest.raises(InvalidImage, match="more than 20 JPEG scans"):
-        decode(many)
-    monkeypatch.setattr(image_preprocess, "MAX_SCANNED_PIXELS", 50 * 64 * 64)
-    assert decode(many).size == (64, 64)
 
 
 def test_scans_are_not_counted_outside_the_picture():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -523,6 +524,45 @@ def test_a_processor_that_cannot_be_represented_is_refused_by_field(change, fiel
     edit(copy / "preprocessor_config.json", **change)
     with pytest.raises(UserError, match=f"preprocessor_config.json: .*{field}"):
         import_huggingface(str(copy), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_processor_as_transformers_5_writes_it(saved, copy, legacy, tmp_path):
+    """Its fields are a section of processor_config.json, which goes before a file of its own."""
+    path = copy / "preprocessor_config.json"
+    fields = json.loads(path.read_text())
+    (copy / "processor_config.json").write_text(json.dumps({"image_processor": fields}))
+    if legacy:
+        edit(path, resample=1)
+    else:
+        path.unlink()
+    import_huggingface(str(copy), tmp_path / "ours")
+    import_huggingface(str(saved[0]), tmp_path / "plain")
+    sections = [load_captioner(tmp_path / name).preprocessing for name in ("ours", "plain")]
+    assert sections[0] == sections[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decoder__n_layer": 10**9},
+        {"encoder__num_hidden_layers": 10**9},
+        {"encoder__intermediate_size": 10**9},
+        {"encoder__image_size": 8 * 10**6},
+        {"decoder__n_positions": 10**9},
+        {"decoder__vocab_size": 10**9},
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_config_that_its_weights_belie_is_refused_before_anything_is_allocated(
+    change, copy, tmp_path
+):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    edit(copy / "config.json", **change)
+    with pytest.raises(UserError):
+        import_huggingface(str(copy), tmp_path / "ours")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert not (tmp_path / "ours").exists()
 
 
 # --- files

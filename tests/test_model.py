@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.script_decoder import script_decoder
+from export.torchscript import script_decoder
 from handler.errors import UserError
 from training.model import (
     CaptioningModel,

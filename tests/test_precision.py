@@ -10,11 +10,9 @@ from conftest import run_program
 from torch import nn
 
 from export.export import export_checkpoint
-from export.layers import HalfLinear, Int8Linear, PackedLinear
+from export.layers import HalfLinear, Int8Linear, PackedLinear, RescoredHead
 from export.precision import WAYS, in_precision, ways
-from export.rescored_head import RescoredHead
-from export.script_decoder import script_decoder
-from export.trace_encoder import trace_encoder
+from export.torchscript import script_decoder, trace_encoder
 from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import Captioner
 from handler.errors import UserError

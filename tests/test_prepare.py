@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from handler.errors import run_command
+from handler.files import locked
 from training import prepare
 from training.data import scenes
 from training.data.flickr import KNOWN_DEFECT, read_flickr8k
@@ -215,14 +216,14 @@ def test_wrong_folders_are_one_line_and_change_nothing(
     (tmp_path / "empty").mkdir()
     shutil.copyfile(photos / "captions.csv", tmp_path / "empty" / "captions.csv")
     for source, out, said in (
-        (photos, photos, "--out must not be the source"),
-        (photos, tmp_path / "file", "name a folder that can be written"),
+        (photos, photos, "the output is the input"),
+        (photos, tmp_path / "file", "this is a file; a prepared dataset needs a folder"),
         (tmp_path / "empty", tmp_path / "out", "none of the 3 photos"),
     ):
         assert run(monkeypatch, "--data", "folder", "--source", source, "--out", out) == 2
         assert said in capsys.readouterr().err
     assert run(monkeypatch, "--data", "scenes", "--out", tmp_path / "file") == 2
-    assert "name a folder that can be written" in capsys.readouterr().err
+    assert "this is a file; a drawn dataset needs a folder" in capsys.readouterr().err
     assert sorted(path.name for path in photos.iterdir()) == before
 
 
@@ -251,6 +252,62 @@ def test_an_interrupted_run_leaves_the_earlier_dataset(
     assert sorted(path.name for path in drawn.iterdir()) == [
         "captions.jsonl", "dataset.json", "images",
     ]  # fmt: skip
+
+
+def test_only_a_prepared_dataset_is_replaced(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """What lay in --out was overwritten, whoever had written it."""
+    monkeypatch.setitem(scenes.PRESETS, "scenes", scenes.Preset(train=3, val=2))
+    own = ("--data", "folder", "--source", photos, "--out")
+    for out, said in (
+        (photos / "below", "the output is below the input"),
+        (tmp_path, "the output is above the input"),
+    ):
+        assert run(monkeypatch, *own, out) == 2
+        assert said in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert run(monkeypatch, *own, out) == 0
+    assert json.loads((out / "dataset.json").read_text())["format"] == 1
+    (out / "thesis.txt").write_text("x")
+    for arguments in ((*own, out), ("--data", "scenes", "--out", out)):
+        assert run(monkeypatch, *arguments) == 2
+        assert str(out) in capsys.readouterr().err
+        assert (out / "thesis.txt").read_text() == "x"
+    (out / "thesis.txt").unlink()
+    assert run(monkeypatch, "--data", "scenes", "--out", out) == 2
+    assert "is not a drawn dataset" in capsys.readouterr().err
+    with locked(out):
+        assert run(monkeypatch, *own, out) == 2
+    assert "another process is writing it" in capsys.readouterr().err
+    assert run(monkeypatch, *own, out) == 0
+    drawn = tmp_path / "drawn"
+    for _ in range(2):
+        assert run(monkeypatch, "--data", "scenes", "--out", drawn) == 0
+    assert run(monkeypatch, *own, drawn) == 2
+
+
+def test_home_and_a_missing_split_and_a_source_that_is_not_given(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = photos / "captions.csv"
+    path.write_text(path.read_text().replace(",val", ",test"))
+    arguments = ("--data", "folder", "--source", "~/photos", "--out", tmp_path / "out")
+    assert run(monkeypatch, *arguments) == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert "no photo in the split 'val'" in line and "leave the splits out" in line
+    assert run(monkeypatch, "--data", "coco") == 2
+    assert "coco cannot be downloaded automatically; set SOURCE=DIR" in capsys.readouterr().err
+
+
+def test_heic_and_avif_count_as_photos(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    """They were passed over in silence."""
+    for name in ("x.HEIC", "y.avif", "z.heif"):
+        (photos / name).touch()
+    out = tmp_path / "out"
+    assert run(monkeypatch, "--data", "folder", "--source", photos, "--out", out) == 0
+    assert json.loads((out / "dataset.json").read_text())["uncaptioned"] == 3
 
 
 def _flickr8k(folder: Path) -> dict[str, str]:

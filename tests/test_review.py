@@ -9,9 +9,10 @@ import pytest
 from browser import Browser, needs_chromium
 from conftest import run_program
 
+import training.review
 from handler.errors import UserError, run_command
 from training.data.manifest import Row, read_manifest
-from training.pages.review import key_of, make_items, plain, render
+from training.pages.review import key_of, make_items, plain, read_systems, render
 from training.review_score import main
 from training.scores.agreement import kendall, krippendorff_alpha, spearman
 from training.scores.captions import write_predictions
@@ -228,6 +229,66 @@ def test_a_person_fills_the_sheet_in_and_it_is_scored(sheet, monkeypatch, capsys
     assert scores["alpha"]["ordinal"] is None  # one rater agrees with nobody
     total = sum(system["mean"] for system in scores["systems"].values())
     assert total == pytest.approx((1 + 2 + 3 + 45) / 4)
+
+
+def test_a_second_sheet_keeps_the_first_and_its_key(sheet, tiny_data, monkeypatch, capsys):
+    """The key was overwritten: what people had rated could not be scored."""
+    folder = sheet / "build/review/tiny"
+    monkeypatch.chdir(sheet)
+    files = [f"build/evaluate/{name}/predictions.json" for name in ("left", "right")]
+
+    def review(*arguments: str) -> int:
+        command = ["review", "--data", str(tiny_data), "--predictions", *files, *arguments]
+        monkeypatch.setattr("sys.argv", command)
+        try:
+            run_command(training.review.main)
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    def score(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["review_score", *arguments])
+        run_command(main)
+
+    first = json.loads((folder / "key.json").read_text())
+    page = (folder / "sheet.html").read_bytes()
+    assert review("--seed", "0") == 0  # the same sheet: nothing to set aside
+    assert sorted(path.name for path in folder.iterdir()) == ["key.json", "sheet.html"]
+    for number, name in enumerate(("old", "new")):
+        if number:
+            assert review("--seed", "7") == 0
+        key = json.loads((folder / "key.json").read_text())
+        ratings = {"sheet": key["sheet"], "rater": "a", "ratings": {"0-0": 3}}
+        (sheet / f"{name}.json").write_text(json.dumps(ratings))
+        score(f"{name}.json")
+    old = first["sheet"]
+    assert (folder / f"sheet-{old}.html").read_bytes() == page
+    assert json.loads((folder / f"key-{old}.json").read_text()) == first
+    assert (folder / f"scores-{old}.json").exists() and (folder / "scores.json").exists()
+    capsys.readouterr()
+    (folder / "key-zzz.json").write_text("{")  # a damaged key of another sheet is passed over
+    score("old.json")
+    assert f"scores-{old}.json" in capsys.readouterr().out
+    score("old.json", "--key", str(folder / "key.json"))  # the right one is beside it
+    (folder / "key.json").write_text('{"sheet": "../../x", "items": []}')
+    assert review("--seed", "8") == 2
+    assert "key.json" in capsys.readouterr().err
+    (folder / "key.json").write_text('{"mine": 1}')
+    assert review("--seed", "8") == 2
+    assert (folder / "key.json").read_text() == '{"mine": 1}'
+
+
+def test_a_system_is_named_after_what_was_evaluated(tmp_path):
+    """NAME of NAME/DATA-SPLIT, since DATA-SPLIT is that of every system."""
+    paths = []
+    for name, split in (("a", "d-val"), ("b", "d-val"), ("b", "d-val-12345678")):
+        folder = tmp_path / name / split
+        folder.mkdir(parents=True)
+        write_predictions(folder / "predictions.json", {"1": name})
+        (folder / "metrics.json").write_text('{"data": "d", "split": "val"}')
+        paths.append(folder / "predictions.json")
+    assert list(read_systems(paths[:2])) == ["a", "b"]
+    assert list(read_systems(paths)) == ["a", "b/d-val", "b/d-val-12345678"]
 
 
 @pytest.mark.parametrize(

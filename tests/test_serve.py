@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import ssl
+import zipfile
 
 import pytest
 from conftest import REPOSITORY, run_program
@@ -207,12 +208,15 @@ def test_a_model_that_cannot_be_loaded_is_told_and_nothing_is_left(tiny_export, 
     from test_live_server import configure
 
     store = tmp_path / "model_store"
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in tiny_export.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    (broken / "decoder.pt").write_bytes(b"damaged")
-    build_archive(broken, store / "captioner.mar", "1.0")
+    build_archive(tiny_export, store / "sound.mar", "1.0")
+    with (
+        zipfile.ZipFile(store / "sound.mar") as sound,
+        zipfile.ZipFile(store / "captioner.mar", "w") as broken,
+    ):
+        for name in sound.namelist():
+            content = b"damaged" if name == "decoder.pt" else sound.read(name)
+            broken.writestr(name, content)
+    (store / "sound.mar").unlink()
     config = configure(tmp_path)
     with pytest.raises(UserError, match=r"the model cannot be loaded: .*decoder.pt: damaged"):
         serve.start(config, home=tmp_path)

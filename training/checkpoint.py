@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import Captioner, read_config
+from handler.captioner import Captioner, check_config, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.files import FORMAT, FolderKind, write_atomic
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
@@ -37,6 +37,8 @@ IMPORTED = dataclasses.replace(
 )
 # The output head is the token embedding (tied), so only one of the two is stored.
 TIED = "decoder.head.weight"
+FLOATS = ("F32", "F16", "BF16", "F64")
+LARGEST = 2**31 - 1  # of any number in the model's config
 
 
 def save_checkpoint(
@@ -89,38 +91,87 @@ def load_model(directory: Path) -> tuple[CaptioningModel, dict[str, Any], Captio
     """
     directory = Path(directory)
     config = read_config(directory)
+    check_config(directory, config)
     path = directory / WEIGHTS_FILE
-    try:
-        encoder = EncoderConfig(**config["model"]["encoder"])
-        decoder = DecoderConfig(**config["model"]["decoder"])
-        model = CaptioningModel(encoder, decoder)
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{directory / 'config.json'}: field 'model': {error}") from error
+    shapes = read_shapes(path)
+    encoder, decoder = _model_configs(directory, config, tensors=len(shapes))
+    # On the meta device nothing is allocated, whatever sizes the config gives.
+    with torch.device("meta"):
+        expected = _build(directory, encoder, decoder).state_dict()
+    del expected[TIED]
+    _check_shapes(path, shapes, {name: list(t.shape) for name, t in expected.items()})
+    tokenizer = load_tokenizer(directory, config)
+    model = _build(directory, encoder, decoder)
     try:
         state = load_file(path)
-    except (OSError, SafetensorError) as error:
+        model.load_state_dict({**state, TIED: state["decoder.token_embedding.weight"]})
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: not readable ({error}); train or import again") from error
-    state[TIED] = state.get("decoder.token_embedding.weight", torch.empty(0))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:500]
-        raise UserError(f"{path}: does not fit config.json ({reason})") from error
-    tokenizer = load_tokenizer(directory, config)
-    if tokenizer.vocab_size > decoder.vocab_size:
-        raise UserError(
-            f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size} entries, but config.json's "
-            f"model.decoder.vocab_size is {decoder.vocab_size}"
-        )
     return model.eval(), config, tokenizer
 
 
-def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
-    """The tokenizer of the checkpoint that has this config. Raises UserError naming the file."""
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of every tensor of a safetensors file, from its header alone. Raises UserError for
+    a damaged file, and for tensors that are no floating-point numbers."""
     try:
-        return CaptionTokenizer.load(directory / "tokenizer.json", **config["tokenizer"])
-    except TypeError as error:
-        raise UserError(f"{directory / 'config.json'}: field 'tokenizer': {error}") from error
+        with safe_open(path, framework="pt") as file:
+            names: list[str] = list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+            kinds = {name: part.get_dtype() for name, part in slices.items()}
+            shapes = {name: part.get_shape() for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not readable ({error}); train or import again") from error
+    if wrong := [name for name, kind in kinds.items() if kind not in FLOATS]:
+        raise UserError(f"{path}: {wrong[0]} is of type {kinds[wrong[0]]}, not {FLOATS[0]}")
+    return shapes
+
+
+def _model_configs(
+    directory: Path, config: dict[str, Any], tensors: int
+) -> tuple[EncoderConfig, DecoderConfig]:
+    """The shapes in the config, none of more layers than the weights have tensors: even empty
+    layers take time and memory."""
+    path = directory / "config.json"
+    for part in ("encoder", "decoder"):
+        section = config["model"][part]
+        for name, value in section.items():
+            if isinstance(value, int | float) and not 0 <= value <= LARGEST:
+                raise UserError(f"{path}: field 'model.{part}.{name}' is out of range")
+        layers = section.get("layers")
+        if not isinstance(layers, int) or layers > tensors:
+            raise UserError(
+                f"{path}: field 'model.{part}.layers' is {layers!r}, but {WEIGHTS_FILE} holds "
+                f"{tensors} tensors"
+            )
+    try:
+        return EncoderConfig(**config["model"]["encoder"]), DecoderConfig(
+            **config["model"]["decoder"]
+        )
+    except (ArithmeticError, TypeError, UserError) as error:
+        raise UserError(f"{path}: field 'model': {error}") from error
+
+
+def _build(directory: Path, encoder: EncoderConfig, decoder: DecoderConfig) -> CaptioningModel:
+    try:
+        return CaptioningModel(encoder, decoder)
+    # Sizes of other types, or whose product is beyond what torch can count.
+    except (ArithmeticError, RuntimeError, TypeError, UserError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{directory / 'config.json'}: field 'model': {reason}") from error
+
+
+def _check_shapes(path: Path, shapes: dict[str, list[int]], expected: dict[str, list[int]]) -> None:
+    """Refuses weights with a tensor too many, too few or of another shape than the model's."""
+    for name in sorted(shapes.keys() | expected.keys()):
+        if shapes.get(name) != expected.get(name):
+            stored, wanted = (
+                f"has shape {given[name]}" if name in given else "is missing"
+                for given in (shapes, expected)
+            )
+            raise UserError(
+                f"{path}: does not fit config.json ({name} {stored} in the file and {wanted} in "
+                "the model)"
+            )
 
 
 def load_captioner(
@@ -129,6 +180,12 @@ def load_captioner(
     """The eager captioner of a checkpoint: same object, same calls, same answers as an export's."""
     if threads is not None:
         torch.set_num_threads(threads)
-    model, config, tokenizer = load_model(Path(directory))
+    return captioner_of(*load_model(Path(directory)), device)
+
+
+def captioner_of(
+    model: CaptioningModel, config: dict[str, Any], tokenizer: CaptionTokenizer, device: str = "cpu"
+) -> Captioner:
+    """The captioner of what `load_model` returned."""
     model = model.to(device).requires_grad_(False)
     return Captioner(model.encoder, model.decoder, tokenizer, config, device)

@@ -14,11 +14,24 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from handler.errors import ArgumentParser, UserError, run_command
+from handler.errors import ArgumentParser, run_command
+from handler.files import FolderKind, replace_folder
 from handler.request import add_decoding_options, decoding_options
-from training.data.manifest import DATASETS, Row, summary, write_manifest
+from training.data.manifest import (
+    CAPTIONS_FILE,
+    DATASET_FILE,
+    DATASETS,
+    Row,
+    inputs_of,
+    summary,
+    write_manifest,
+)
 from training.objectives.ensemble import ensemble_captioner
 from training.scores.captions import caption_rows, dataset_of
+
+DISTILLED = FolderKind(
+    *("a distilled dataset", DATASET_FILE, ("teachers",)), (DATASET_FILE, CAPTIONS_FILE)
+)
 
 
 def with_captions(
@@ -39,17 +52,16 @@ def distil_captions(arguments: argparse.Namespace) -> None:
     captioner = ensemble_captioner(folders)
     manifest = dataset_of(captioner, folders[0], arguments.data)
     out = arguments.out or DATASETS / f"{manifest.name}-distilled"
-    if out.exists() and out.resolve() == manifest.folder.resolve():
-        raise UserError(f"{out}: --out must not be the dataset itself, which it would replace")
     options = decoding_options(arguments)
-    captions = caption_rows(captioner, manifest, manifest.split("train"), **options)
-    rows = with_captions(manifest.rows, captions, arguments.replace)
-    notes = {
-        "teachers": [folder.as_posix() for folder in folders],
-        "teacher_captions": "instead of people's" if arguments.replace else "after people's",
-        "decoding": dataclasses.asdict(captioner.options(**options)),
-    }
-    write_manifest(out, out.resolve().name, rows, manifest.image_root, [], notes)
+    with replace_folder(out, DISTILLED, [*folders, *inputs_of(manifest, out)]) as new:
+        captions = caption_rows(captioner, manifest, manifest.split("train"), **options)
+        rows = with_captions(manifest.rows, captions, arguments.replace)
+        notes = {
+            "teachers": [folder.as_posix() for folder in folders],
+            "teacher_captions": "instead of people's" if arguments.replace else "after people's",
+            "decoding": dataclasses.asdict(captioner.options(**options)),
+        }
+        write_manifest(new, out.resolve().name, rows, manifest.image_root, [], notes)
     print(summary(out))
 
 

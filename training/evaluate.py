@@ -2,18 +2,21 @@
 them. Predictions are written in COCO's result format first, so that `--predictions` can score them
 again, or anyone's: against a split, or with `--references` against COCO's own annotations."""
 
+import argparse
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from handler.captioner import Captioner
 from handler.errors import ArgumentParser, run_command
-from handler.files import write_atomic
+from handler.files import FolderKind, replace_folder, write_atomic
 from handler.request import add_decoding_options, decoding_options
 from training.checkpoint import WEIGHTS_FILE, load_captioner
-from training.data.manifest import data_folder, read_manifest
+from training.data.manifest import Manifest, data_folder, inputs_of, read_manifest
 from training.scores.captions import (
     caption_rows,
     dataset_of,
@@ -27,12 +30,34 @@ from training.scores.habits import describe, little_learnt
 from training.scores.intervals import score_with_intervals
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice
 
+EVALUATIONS = Path("build/evaluate")
+EVALUATION = FolderKind(
+    *("an evaluation", "metrics.json", ("intervals", "photos")),
+    ("metrics.json", "predictions.json"),
+)
 
-def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | None) -> None:
-    """Prints the scores, and writes them to `out` where one is given."""
-    scores["photos"] = len(predictions)
-    if out:
-        write_atomic(out / "metrics.json", json.dumps(scores, ensure_ascii=False, indent=2) + "\n")
+
+def location(
+    folder: Path, manifest: Manifest, split: str, captioner: Captioner, options: dict[str, Any]
+) -> Path:
+    """Where the scores of a checkpoint or export go: a folder for each dataset and split, and where
+    the options are not the model's defaults, with a hash of them at its end."""
+    name = re.sub(r"[^\w.-]+", "-", manifest.name) + f"-{split}"
+    chosen, usual = (captioner.options(**given) for given in (options, {}))
+    # Beams that are not given are those of the default.
+    chosen, usual = (dataclasses.replace(each, num_beams=each.beams) for each in (chosen, usual))
+    if chosen != usual:
+        text = json.dumps(dataclasses.asdict(chosen), sort_keys=True)
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return EVALUATIONS / folder.resolve().name / name
+
+
+def write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
+    text = json.dumps(scores, ensure_ascii=False, indent=2) + "\n"
+    write_atomic(folder / "metrics.json", text)
+
+
+def print_scores(scores: Mapping[str, Any]) -> None:
     for name, value in scores.items():
         if name == "recall_by_training_count":
             for times, found in value.items():
@@ -45,8 +70,6 @@ def finish(predictions: Mapping[str, str], scores: dict[str, Any], out: Path | N
             print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
     if reason := little_learnt(**scores):
         print(f"warning: {reason}")
-    if out:
-        print(f"{out}: {', '.join(sorted(path.name for path in out.glob('*.json')))}")
 
 
 def model_size(captioner: Captioner, folder: Path) -> dict[str, float]:
@@ -59,6 +82,59 @@ def model_size(captioner: Captioner, folder: Path) -> dict[str, float]:
     return size | ({"parameters": count} if count else {})
 
 
+def evaluate_model(arguments: argparse.Namespace, metrics: Sequence[str]) -> None:
+    """Captions the photos of a split with a checkpoint or export, and scores the captions."""
+    options = decoding_options(arguments)
+    folder: Path = arguments.checkpoint or arguments.export
+    captioner = (load_captioner if arguments.checkpoint else Captioner.load)(folder)
+    manifest = dataset_of(captioner, folder, arguments.data)
+    rows = manifest.split(arguments.split)
+    usual = location(folder, manifest, arguments.split, captioner, options)
+    out: Path = arguments.out or usual
+    with replace_folder(out, EVALUATION, [folder, *inputs_of(manifest, out)]) as new:
+        captions = caption_rows(captioner, manifest, rows, **options)
+        predictions = {photo: best[0] for photo, best in captions.items()}
+        write_predictions(new / "predictions.json", predictions)
+        try:
+            scores = score_rows(predictions, rows, metrics, training_captions(manifest))
+        except BaseException:
+            # Captions take hours, scores a minute and Java.
+            unscored = out.with_name(f"{out.name}.unscored.json")
+            write_predictions(unscored, predictions)
+            print(f"the captions are kept: score them with --predictions {unscored}")
+            raise
+        scores |= model_size(captioner, folder)
+        scores |= {"model": folder.as_posix(), "data": manifest.name, "split": arguments.split}
+        scores["decoding"] = dataclasses.asdict(captioner.options(**options))
+        scores["photos"] = len(predictions)
+        write_scores(new, scores)
+    print_scores(scores)
+    print(f"{out}: metrics.json, predictions.json")
+
+
+def evaluate_predictions(arguments: argparse.Namespace, metrics: Sequence[str]) -> None:
+    """Scores the captions of a file against a split, or against COCO's annotations."""
+    predictions = read_predictions(arguments.predictions)
+    inputs = [arguments.predictions]
+    if arguments.references:
+        inputs.append(arguments.references)
+        references = read_captions(arguments.references, "annotations")
+        scores = score_with_intervals(predictions, references, metrics)
+        scores |= describe(predictions, references)
+    else:
+        manifest = read_manifest(data_folder(arguments.data))
+        if arguments.out:
+            inputs += inputs_of(manifest, arguments.out)
+        rows = manifest.split(arguments.split)
+        scores = score_rows(predictions, rows, metrics, training_captions(manifest))
+    scores["photos"] = len(predictions)
+    print_scores(scores)
+    if arguments.out:
+        with replace_folder(arguments.out, EVALUATION, inputs) as new:
+            write_scores(new, scores)
+        print(f"{arguments.out}: metrics.json")
+
+
 def main() -> None:
     parser = ArgumentParser(prog="training.evaluate", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -68,45 +144,26 @@ def main() -> None:
     parser.add_argument("--references", type=Path, help="COCO annotations for --predictions")
     parser.add_argument("--data", help="a dataset's name or folder (default: the training one)")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
-    parser.add_argument("--out", type=Path, help="default build/evaluate/NAME")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"default {EVALUATIONS}/NAME/DATA-SPLIT, with other decoding options DATA-SPLIT-HASH",
+    )
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that run here")
     add_decoding_options(parser)
     arguments = parser.parse_args()
     options = decoding_options(arguments)
     metrics = arguments.metrics or (METRICS if has_spice() else DEFAULT_METRICS)
-
-    if arguments.predictions:
-        if options:
-            parser.error(f"{next(iter(options))}: --predictions are captions already")
-        if not arguments.data and not arguments.references:
-            parser.error("--predictions needs --data or --references")
-        predictions = read_predictions(arguments.predictions)
+    if not arguments.predictions:
         if arguments.references:
-            references = read_captions(arguments.references, "annotations")
-            scores = score_with_intervals(predictions, references, metrics)
-            scores |= describe(predictions, references)
-        else:
-            manifest = read_manifest(data_folder(arguments.data))
-            rows = manifest.split(arguments.split)
-            scores = score_rows(predictions, rows, metrics, training_captions(manifest))
-        finish(predictions, scores, arguments.out)
+            parser.error("--references goes with --predictions")
+        evaluate_model(arguments, metrics)
         return
-    if arguments.references:
-        parser.error("--references goes with --predictions")
-
-    folder: Path = arguments.checkpoint or arguments.export
-    captioner = (load_captioner if arguments.checkpoint else Captioner.load)(folder)
-    manifest = dataset_of(captioner, folder, arguments.data)
-    rows = manifest.split(arguments.split)
-    captions = caption_rows(captioner, manifest, rows, **options)
-    predictions = {photo: best[0] for photo, best in captions.items()}
-    out = arguments.out or Path("build/evaluate") / folder.resolve().name
-    write_predictions(out / "predictions.json", predictions)
-    scores = score_rows(predictions, rows, metrics, training_captions(manifest))
-    scores |= model_size(captioner, folder)
-    scores |= {"model": folder.as_posix(), "data": manifest.name, "split": arguments.split}
-    scores["decoding"] = dataclasses.asdict(captioner.options(**options))
-    finish(predictions, scores, out)
+    if options:
+        parser.error(f"{next(iter(options))}: --predictions are captions already")
+    if not arguments.data and not arguments.references:
+        parser.error("--predictions needs --data or --references")
+    evaluate_predictions(arguments, metrics)
 
 
 if __name__ == "__main__":

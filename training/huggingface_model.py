@@ -4,6 +4,7 @@ Works on its parsed `config.json` and its state dict; transformers itself is not
 be represented exactly is refused by the name of its field.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -188,17 +189,44 @@ def import_model(
     """
     encoder, decoder = model_configs(config)
     ours = {name: t.float() for name, t in rename(where, state, NAMES).items()}
-    _join_prefix(ours, encoder, where)
-    _join_heads(ours, where)
-    for name, tensor in ours.items():
-        if name.startswith("decoder.blocks.") and tensor.ndim == 2:
-            ours[name] = tensor.T  # GPT-2's Conv1D keeps (in, out)
-    if encoder.width != decoder.width:
-        _fold_projection(ours, decoder.layers, where)
+    try:
+        _join_prefix(ours, encoder, where)
+        _join_heads(ours, where)
+        for name, tensor in ours.items():
+            if name.startswith("decoder.blocks.") and tensor.ndim == 2:
+                ours[name] = tensor.T  # GPT-2's Conv1D keeps (in, out)
+        if encoder.width != decoder.width:
+            _fold_projection(ours, decoder.layers, where)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: parameters whose shapes do not fit ({reason})") from error
     _tie_head(ours, config["decoder"], where)
+    _check_fit(encoder, decoder, ours, where)
     model = CaptioningModel(encoder, decoder)
     fill(where, model, ours, NAMES)
     return model.eval()
+
+
+def _check_fit(
+    encoder: EncoderConfig, decoder: DecoderConfig, ours: dict[str, Tensor], where: str
+) -> None:
+    """Refuses weights of other sizes than the config's before anything of those is allocated."""
+    for part, layers in (("encoder", encoder.layers), ("decoder", decoder.layers)):
+        if layers > len(ours):
+            raise UserError(
+                f"{where}: config.json gives the {part} {layers} layers; there are parameters "
+                f"missing, the file holds {len(ours)}"
+            )
+    try:
+        with torch.device("meta"):
+            outline = CaptioningModel(encoder, decoder)
+    except (ArithmeticError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: config.json's sizes are impossible ({reason})") from error
+    with warnings.catch_warnings():
+        # Nothing is copied onto the meta device, which torch warns of; the shapes are compared.
+        warnings.simplefilter("ignore", UserWarning)
+        fill(where, outline, ours, NAMES)
 
 
 def _take(ours: dict[str, Tensor], where: str, *names: str) -> list[Tensor]:

@@ -31,7 +31,8 @@ from training.model import CaptioningModel
 from training.pretrained import read_weights
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-PROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
+PROCESSOR, COMBINED_PROCESSOR = "preprocessor_config.json", "processor_config.json"
+TOKENIZER = "tokenizer_config.json"
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 # In the order of preference. An index says in which file of several a parameter lies.
 SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -53,8 +54,8 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     with naming(source):
         decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
         ids = import_ids(generation, decoder.vocab_size)
-    processor = read_json(folder / PROCESSOR)
-    with naming(folder / PROCESSOR):
+    path, processor = read_processor(folder)
+    with naming(path):
         preprocessing = import_preprocessing(processor, encoder.image_size)
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
@@ -93,7 +94,8 @@ def fetch(name_or_folder: str) -> Path:
         raise UserError(f"{folder}: this is a file; give the folder that it lies in")
     from huggingface_hub import snapshot_download
 
-    small = [CONFIG, GENERATION, PROCESSOR, TOKENIZER, SPECIAL, ADDED, *TOKENIZER_FILES]
+    processors = [PROCESSOR, COMBINED_PROCESSOR]
+    small = [CONFIG, GENERATION, *processors, TOKENIZER, SPECIAL, ADDED, *TOKENIZER_FILES]
     try:
         folder = Path(
             snapshot_download(name_or_folder, allow_patterns=[*small, *SAFE, "model-*.safetensors"])
@@ -120,11 +122,24 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: missing; a model's folder holds what save_pretrained of the model, of its "
             "tokenizer and of its image processor wrote"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not an object of fields; download it again")
     return content
+
+
+def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of the image processor's fields, and these. As transformers 5 does it, a section of
+    `processor_config.json` goes before a `preprocessor_config.json`."""
+    path = folder / COMBINED_PROCESSOR
+    if path.exists():
+        section = read_json(path).get("image_processor")
+        if isinstance(section, dict):
+            return path, section
+        if section is not None:
+            raise UserError(f"{path}: field 'image_processor' is no object; download it again")
+    return folder / PROCESSOR, read_json(folder / PROCESSOR)
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:

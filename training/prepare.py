@@ -8,17 +8,19 @@ otherwise nothing is written.
 
 import argparse
 import os
-import tempfile
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from handler.errors import ArgumentParser, UserError, run_command
-from handler.image_preprocess import InvalidImage, decode
-from training.data import download
+from handler.files import FolderKind, replace_folder
+from handler.image_preprocess import PHOTO_SUFFIXES, InvalidImage, decode
+from training.data import download, scenes
 from training.data.coco import read_coco
 from training.data.flickr import read_flickr8k, read_flickr30k
 from training.data.folder import read_folder
@@ -27,11 +29,13 @@ from training.data.manifest import (
     DATASET_FILE,
     DATASETS,
     Row,
+    count_splits,
+    is_url,
     summary,
     write_manifest,
 )
 from training.data.shards import ShardPhoto, find_shards, read_shard, split_of_shards
-from training.data.source import HASHED, PHOTO_SUFFIXES, Photo, Source, split_by_hash
+from training.data.source import HASHED, Photo, Source, locate, split_by_hash
 
 READERS: dict[str, Callable[[Path], Source]] = {
     "flickr8k": read_flickr8k,
@@ -40,6 +44,11 @@ READERS: dict[str, Callable[[Path], Source]] = {
     "folder": read_folder,
 }
 DRAWN = ("scenes", "scenes_full")
+# Of its folders each command replaces only its own: by a field of dataset.json that the others do
+# not write.
+MANIFEST_FILES = (DATASET_FILE, CAPTIONS_FILE)
+PREPARED = FolderKind("a prepared dataset", DATASET_FILE, ("splits",), MANIFEST_FILES)
+SCENES = FolderKind("a drawn dataset", DATASET_FILE, ("seed",), (*MANIFEST_FILES, "images"))
 SHARDS = "shards"
 DOWNLOADS = Path("build/downloads")
 FAULTS_SHOWN = 20
@@ -48,29 +57,10 @@ FAULTS_IN_ERROR = 5
 
 def find_photos(source: Source) -> tuple[dict[str, str], int]:
     """The file of every photo that has one, by the name that its captions use, and how many photo
-    files in the same folders have no captions.
-
-    The two names differ at most in the case of the suffix: cameras write `.JPG`.
-    """
-    folders = {PurePosixPath(photo.image).parent for photo in source.photos}
-    there: dict[PurePosixPath, PurePosixPath] = {}
-    for folder in folders:
-        if os.path.isdir(source.image_root / folder):
-            for name in sorted(os.listdir(source.image_root / folder)):
-                there[folder / name] = folder / name
-    # The exact name wins.
-    lowered = {path.with_suffix(path.suffix.lower()): path for path in there}
-    found = {}
-    for photo in source.photos:
-        path = PurePosixPath(photo.image)
-        file = there.get(path) or lowered.get(path.with_suffix(path.suffix.lower()))
-        if file is not None:
-            found[photo.image] = file.as_posix()
-    captioned = set(found.values())
-    uncaptioned = sum(
-        path.suffix.lower() in PHOTO_SUFFIXES and path.as_posix() not in captioned for path in there
-    )
-    return found, uncaptioned
+    files in the same folders have no captions."""
+    found, there = locate(source.image_root, [photo.image for photo in source.photos])
+    uncaptioned = there - set(found.values())
+    return found, sum(name.lower().endswith(PHOTO_SUFFIXES) for name in uncaptioned)
 
 
 def find_fault(path: Path | None) -> str | None:
@@ -138,25 +128,25 @@ def prepare(kind: str, name: str, folder: Path, out: Path, max_skipped: int | fl
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; SOURCE must name the one with the raw files")
-    if out.resolve() == folder.resolve():
-        raise UserError(f"{out}: --out must not be the source itself, whose files it might replace")
-    source = READERS[kind](folder)
-    photos = len(source.photos)
-    found, uncaptioned = find_photos(source)
-    if not photos:
-        raise UserError(f"{folder}: its captions name no photo at all")
-    if not found:
-        raise UserError(
-            f"{source.image_root}: none of the {photos} photos that have captions lies there "
-            f"(the first is {source.photos[0].image}); put them there"
-        )
-    rows, skipped = check_photos(source, found)
-    report_faults(skipped, photos, out, str(folder), max_skipped)
-    known = [{"image": image, "reason": reason} for image, reason in source.known]
-    unused = sum(photo.split is None for photo in source.photos)
-    notes = {"unused": unused, "uncaptioned": uncaptioned}
-    write(out, name, rows, source.image_root, [*skipped, *known], source.splits, notes)
-    print(f"{unused} photos in no split; {uncaptioned} without captions")
+    with replace_folder(out, PREPARED, [folder]) as new:
+        source = READERS[kind](folder)
+        photos = len(source.photos)
+        found, uncaptioned = find_photos(source)
+        if not photos:
+            raise UserError(f"{folder}: its captions name no photo at all")
+        if not found:
+            raise UserError(
+                f"{source.image_root}: none of the {photos} photos that have captions lies there "
+                f"(the first is {source.photos[0].image}); put them there"
+            )
+        rows, skipped = check_photos(source, found)
+        report_faults(skipped, photos, out, str(folder), max_skipped)
+        known = [{"image": image, "reason": reason} for image, reason in source.known]
+        skipped += known
+        unused = sum(photo.split is None for photo in source.photos)
+        notes = {"splits": source.splits, "unused": unused, "uncaptioned": uncaptioned}
+        write(new, name, rows, source.image_root, skipped, notes)
+    report(out, rows, skipped, notes)
 
 
 def prepare_shards(name: str, source: str, out: Path, max_skipped: int | float) -> None:
@@ -167,40 +157,43 @@ def prepare_shards(name: str, source: str, out: Path, max_skipped: int | float) 
     Faults as in `prepare`.
     """
     root, shards = find_shards(source)
-    found: list[ShardPhoto] = []
-    skipped: list[dict[str, str]] = []
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        parts = pool.map(lambda shard: read_shard(root, shard), shards)
-        for photos, faults in tqdm(parts, SHARDS, len(shards), unit="shard", disable=None):
-            found += photos
-            skipped += [{"image": image, "reason": reason} for image, reason in faults]
-    finally:
-        pool.shutdown(cancel_futures=True)
-    samples = len(found) + len(skipped)
-    if not samples:
-        raise UserError(f"{source}: its shards hold no photo at all")
-    by_name, splits = split_of_shards(shards), "by the captions' records"
-    split_of: dict[str, str | None] = {item.photo.id: item.photo.split for item in found}
-    recorded = any(split_of.values())
-    if not recorded and by_name is not None:
-        splits = "by the shards' names"
-        split_of = {item.photo.id: by_name[item.shard] for item in found}
-    elif not recorded:
-        splits = HASHED
-        split_of = {**split_by_hash(split_of)}
-    rows = []
-    for item in found:
-        photo, split = item.photo, split_of[item.photo.id]
-        captions, kept, reasons = clean(photo.captions)
-        reasons = reasons if captions else ["photo has no caption"]
-        skipped += [{"image": photo.image, "reason": reason} for reason in reasons if split]
-        if kept and split:
-            rows.append(Row(photo.id, photo.image, kept, split, item.scene, item.span))
-    report_faults(skipped, samples, out, source, max_skipped)
-    unused = sum(split is None for split in split_of.values())
-    write(out, name, rows, root, skipped, splits, {"unused": unused})
-    print(f"{unused} photos in no split")
+    inputs = [] if isinstance(root, str) else [root]
+    with replace_folder(out, PREPARED, inputs) as new:
+        found: list[ShardPhoto] = []
+        skipped: list[dict[str, str]] = []
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            parts = pool.map(lambda shard: read_shard(root, shard), shards)
+            for photos, faults in tqdm(parts, SHARDS, len(shards), unit="shard", disable=None):
+                found += photos
+                skipped += [{"image": image, "reason": reason} for image, reason in faults]
+        finally:
+            pool.shutdown(cancel_futures=True)
+        samples = len(found) + len(skipped)
+        if not samples:
+            raise UserError(f"{source}: its shards hold no photo at all")
+        by_name, splits = split_of_shards(shards), "by the captions' records"
+        split_of: dict[str, str | None] = {item.photo.id: item.photo.split for item in found}
+        recorded = any(split_of.values())
+        if not recorded and by_name is not None:
+            splits = "by the shards' names"
+            split_of = {item.photo.id: by_name[item.shard] for item in found}
+        elif not recorded:
+            splits = HASHED
+            split_of = {**split_by_hash(split_of)}
+        rows = []
+        for item in found:
+            photo, split = item.photo, split_of[item.photo.id]
+            captions, kept, reasons = clean(photo.captions)
+            reasons = reasons if captions else ["photo has no caption"]
+            skipped += [{"image": photo.image, "reason": reason} for reason in reasons if split]
+            if kept and split:
+                rows.append(Row(photo.id, photo.image, kept, split, item.scene, item.span))
+        report_faults(skipped, samples, out, source, max_skipped)
+        unused = sum(split is None for split in split_of.values())
+        notes = {"splits": splits, "unused": unused}
+        write(new, name, rows, root, skipped, notes)
+    report(out, rows, skipped, notes)
 
 
 def report_faults(
@@ -226,46 +219,47 @@ def report_faults(
 
 
 def write(
-    out: Path,
+    folder: Path,
     name: str,
     rows: list[Row],
     image_root: Path | str,
     skipped: list[dict[str, str]],
-    splits: str,
-    notes: dict[str, int],
+    notes: dict[str, Any],
 ) -> None:
-    """Writes the manifest and says what is in it."""
+    """Writes the manifest with its counts."""
     captions = Counter((row.id, caption) for row in rows for caption in row.captions)
     counts = {
-        "splits": splits,
+        "splits": notes["splits"],
         "captions": captions.total(),
         "repeated_captions": captions.total() - len(captions),
     }
-    write_manifest(out, name, rows, image_root, skipped, {**counts, **notes})
-    print(f"{summary(out)} (splits {splits}); {len(skipped)} skipped; ", end="")
+    write_manifest(folder, name, rows, image_root, skipped, {**counts, **notes})
+
+
+def report(
+    out: Path, rows: list[Row], skipped: list[dict[str, str]], notes: dict[str, Any]
+) -> None:
+    """Says what is in the manifest, and what training will miss."""
+    print(f"{summary(out)} (splits {notes['splits']}); {len(skipped)} skipped; ", end="")
+    print(f"{notes['unused']} photos in no split", end="")
+    print(f"; {notes['uncaptioned']} without captions" if "uncaptioned" in notes else "")
+    for split in ("train", "val"):
+        if split not in count_splits(rows):
+            print(
+                f"warning: {out}: no photo in the split {split!r}, which training needs; put some "
+                "photos into it, or leave the splits out of the source: 10 % are then held out as "
+                "val",
+                file=sys.stderr,
+            )
 
 
 def draw(preset: str, out: Path) -> None:
     """Draws the scenes of a preset into `out`; an earlier dataset there stays until all are drawn.
 
-    Raises UserError for a folder that cannot be written.
+    Raises UserError for a folder that holds anything else, or cannot be written.
     """
-    # Imported here, so that the other sources do without the drawing.
-    from training.data import scenes
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".drawing-") as beside:
-            scenes.generate(Path(beside), preset)
-            (out / "images").mkdir(exist_ok=True)
-            # Cut off between two of these moves, there must be no manifest of other pictures.
-            (out / CAPTIONS_FILE).unlink(missing_ok=True)
-            for image in sorted(Path(beside, "images").iterdir()):
-                os.replace(image, out / "images" / image.name)
-            for file in (DATASET_FILE, CAPTIONS_FILE):
-                os.replace(Path(beside, file), out / file)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; name a folder that can be written") from None
+    with replace_folder(out, SCENES) as new:
+        scenes.generate(new, preset)
     print(summary(out))
 
 
@@ -313,9 +307,11 @@ def main() -> None:
         draw(kind, out)
         return
     if source is None and kind == "flickr8k":
-        source = download.download_flickr8k(DOWNLOADS, arguments.mirror)
+        source = str(download.download_flickr8k(DOWNLOADS, arguments.mirror))
     if source is None:
-        raise UserError(f"{kind} is not loaded from anywhere; say SOURCE=DIR (--source DIR)")
+        raise UserError(f"{kind} cannot be downloaded automatically; set SOURCE=DIR (--source DIR)")
+    if not is_url(source):
+        source = os.path.expanduser(source)
     if kind == SHARDS:
         prepare_shards(name, source, out, arguments.max_skipped)
     else:

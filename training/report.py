@@ -1,20 +1,24 @@
 """`python -m training.report`, behind `make report`: one HTML file that shows what a checkpoint or
 an export makes of a split, alone or beside another. It opens from disk and needs no network."""
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from handler.errors import ArgumentParser, run_command
-from handler.files import write_atomic
+from handler.files import FORMAT, FolderKind, replace_folder, write_atomic
 from handler.page import photo_html
 from handler.request import add_decoding_options, decoding_options
-from training.data.manifest import Row
+from training.data.manifest import Manifest, Row, inputs_of
 from training.data.photos import read_photo
 from training.pages.report import Shown, render
 from training.pages.system import System, caption_split, load_system, maps_of, score_system
 from training.scores.captions import dataset_of, write_predictions
 
+REPORT = FolderKind(
+    *("a report", "report.json", ("report",)), ("report.json", "report.html", "predictions.json")
+)
 # Photos shown in each group; no side of one is longer than PHOTO_SIDE pixels.
 GROUP, GROUP_OF_MISTAKES, PHOTO_SIDE = 12, 6, 340
 
@@ -40,6 +44,21 @@ def choose(systems: Sequence[System], rows: Sequence[Row]) -> dict[str, list[Row
     return groups
 
 
+def show(
+    systems: Sequence[System], manifest: Manifest, groups: Mapping[str, Sequence[Row]]
+) -> dict[str, Shown]:
+    """The photos of the groups, with the words' maps of each system, by id."""
+    shown = list({row.id: row for group in groups.values() for row in group}.values())
+    maps = [maps_of(system, manifest, shown) for system in systems]
+    return {
+        row.id: Shown(
+            photo_html(read_photo(manifest, row), PHOTO_SIDE, row.captions[0]),
+            [by_id[row.id] for by_id in maps],
+        )
+        for row in shown
+    }
+
+
 def main() -> None:
     parser = ArgumentParser(prog="training.report", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -61,23 +80,23 @@ def main() -> None:
             system.name = "/".join(system.folder.resolve().parts[-2:])
     manifest = dataset_of(systems[0].captioner, folders[0], arguments.data)
     rows = manifest.split(arguments.split)
-    for system in systems:
-        caption_split(system, manifest, rows, options)
-        score_system(system, rows)
-    groups = choose(systems, rows)
-    shown = list({row.id: row for group in groups.values() for row in group}.values())
-    maps = [maps_of(system, manifest, shown) for system in systems]
-    photos = {
-        row.id: Shown(
-            photo_html(read_photo(manifest, row), PHOTO_SIDE, row.captions[0]),
-            [by_id[row.id] for by_id in maps],
-        )
-        for row in shown
-    }
     out = arguments.out or Path("build/report") / folders[0].resolve().name
-    write_predictions(out / "predictions.json", systems[0].best)
-    html = render(systems, manifest, arguments.split, rows, groups, photos)
-    write_atomic(out / "report.html", html)
+    with replace_folder(out, REPORT, [*folders, *inputs_of(manifest, out)]) as new:
+        for system in systems:
+            caption_split(system, manifest, rows, options)
+            score_system(system, rows)
+        groups = choose(systems, rows)
+        photos = show(systems, manifest, groups)
+        write_predictions(new / "predictions.json", systems[0].best)
+        html = render(systems, manifest, arguments.split, rows, groups, photos)
+        write_atomic(new / "report.html", html)
+        content = {
+            "format": FORMAT,
+            "report": [folder.as_posix() for folder in folders],
+            "data": manifest.name,
+            "split": arguments.split,
+        }
+        write_atomic(new / "report.json", json.dumps(content, ensure_ascii=False) + "\n")
     print(f"{out / 'report.html'}: {len(rows)} photos, {len(html.encode()) / 1e6:.1f} MB")
 
 

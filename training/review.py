@@ -2,12 +2,18 @@
 `training.pages.review`) and its key."""
 
 import json
+import os
+import re
 from pathlib import Path
 
-from handler.errors import ArgumentParser, run_command
-from handler.files import write_atomic
-from training.data.manifest import data_folder, read_manifest
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import FolderKind, check_replaceable, locked, read_object, write_atomic
+from training.data.manifest import data_folder, inputs_of, read_manifest
 from training.pages.review import key_of, make_items, read_systems, render
+from training.scores.ratings import REVIEWS
+
+# Nothing else in the folder is touched, so that anything may lie there.
+REVIEW = FolderKind("a review", "key.json", ("sheet", "items"), ("*",))
 
 
 def main() -> None:
@@ -26,12 +32,34 @@ def main() -> None:
     manifest = read_manifest(data_folder(arguments.data))
     systems = read_systems(arguments.predictions)
     items = make_items(systems, manifest.split(arguments.split), arguments.photos, arguments.seed)
-    out = arguments.out or Path("build/review") / manifest.name
-    key = json.dumps(key_of(items, manifest, arguments.split), ensure_ascii=False, indent=1)
-    write_atomic(out / "key.json", key + "\n")
-    write_atomic(out / "sheet.html", render(items, manifest))
+    out = arguments.out or REVIEWS / manifest.name
+    check_replaceable(out, REVIEW, [*arguments.predictions, *inputs_of(manifest, out)])
+    key = key_of(items, manifest, arguments.split)
+    with locked(out):
+        set_aside(out, key["sheet"])
+        text = json.dumps(key, ensure_ascii=False, indent=1)
+        write_atomic(out / "key.json", text + "\n")
+        write_atomic(out / "sheet.html", render(items, manifest))
     print(f"{out / 'sheet.html'}: {len(items)} photos, {len(systems)} systems and a person")
     print(f"{out / 'key.json'}: whose captions they are; raters must not see it")
+
+
+def set_aside(out: Path, sheet: str) -> None:
+    """Keeps an earlier sheet of other captions, which people may be rating, with its key and scores
+    as `sheet-ID.html` and so on, where `review_score` finds the key by the ID."""
+    if not (out / "key.json").exists():
+        return
+    earlier = read_object(out / "key.json")["sheet"]
+    if earlier == sheet:
+        return
+    if not re.fullmatch(r"\w{1,64}", str(earlier)):
+        raise UserError(f"{out / 'key.json'}: field 'sheet' is no sheet's id; move the file away")
+    # The key last: cut off before, the next run goes on.
+    for name in ("scores.json", "sheet.html", "key.json"):
+        if (out / name).exists():
+            kept = Path(name)
+            os.replace(out / name, out / f"{kept.stem}-{earlier}{kept.suffix}")
+    print(f"{out / f'sheet-{earlier}.html'}: the earlier sheet, kept with its key")
 
 
 if __name__ == "__main__":

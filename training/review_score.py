@@ -49,7 +49,9 @@ def main() -> None:
         "alpha": agreement(ratings),
         "correlations": correlations(key, ratings),
     }
-    out = path.with_name("scores.json")
+    # Beside key-ID.json, the key of an earlier sheet, scores-ID.json.
+    suffix = path.name.removeprefix("key") if path.name.startswith("key") else ".json"
+    out = path.with_name(f"scores{suffix}")
     text = json.dumps(_without_nan(result), ensure_ascii=False, indent=1)
     write_atomic(out, text + "\n")
     print_result(result)

@@ -2,8 +2,8 @@
 
 A folder of tars, each of one split and of about `--shard-mb`, in which every photo, as it was
 encoded, stands beside its captions under one number: `000000123.jpg`, `000000123.json`. Beside them
-the manifest that trains from them (`make train DATA=DIR`); where they are put on a server, say its
-URL as `image_root` in `dataset.json`, or make a manifest from the shards alone
+the manifest that trains from them (`make train DATA=DIR`); where they are put on a server, set
+its URL as `image_root` in `dataset.json`, or make a manifest from the shards alone
 (`make data DATA=shards SOURCE=https://host/NAME-train-{000000..000112}.tar::...`). Whatever reads
 webdataset reads them. The same dataset gives the same bytes.
 """
@@ -11,53 +11,53 @@ webdataset reads them. The same dataset gives the same bytes.
 import io
 import itertools
 import json
-import os
 import re
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import FolderKind, replace_folder
 from handler.image_preprocess import sniff
 from training.data.manifest import (
+    CAPTIONS_FILE,
+    DATASET_FILE,
     Manifest,
     Row,
     count_splits,
     data_folder,
+    inputs_of,
     read_manifest,
     write_manifest,
 )
 from training.data.photos import read_bytes
 
 SHARD_MB = 256
+SHARDED = FolderKind(
+    *("a folder of shards", DATASET_FILE, ("shard_bytes",)), (DATASET_FILE, CAPTIONS_FILE, "*.tar")
+)
 SUFFIXES = {"JPEG": "jpg"}  # other formats are called by their names
 
 
 def write_shards(manifest: Manifest, out: Path, most: int) -> None:
-    """Writes the shards of a dataset, and the manifest that trains from them, into the new folder
-    `out`, whole or not at all. `most` is the bytes after which a shard is ended.
+    """Writes the shards of a dataset, and the manifest that trains from them, into the folder
+    `out`, whole or not at all; earlier shards there are replaced. `most` is the bytes after which a
+    shard is ended.
 
-    Raises UserError where `out` is there already or cannot be written, and for a photo that cannot
-    be read.
+    Raises UserError where `out` holds anything else or cannot be written, and for a photo that
+    cannot be read.
     """
-    if out.exists():
-        raise UserError(f"{out}: is there already; remove it, or name another folder with --out")
     name = re.sub(r"[^\w-]+", "-", manifest.name)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
-            folder = Path(beside, "shards")
-            folder.mkdir()
+        with replace_folder(out, SHARDED, inputs_of(manifest, out)) as folder:
             rows: list[Row] = []
             bar = tqdm(total=len(manifest.rows), desc="shards", unit="photo", disable=None)
             for split in count_splits(manifest.rows):
                 rows += _write_split(manifest, split, folder, f"{name}-{split}", most, bar)
             bar.close()
-            write_manifest(folder, manifest.name, rows, folder, [])
-            os.rename(folder, out)
+            write_manifest(folder, manifest.name, rows, folder, [], {"shard_bytes": most})
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}; name a folder that can be written") from None
     counts = ", ".join(f"{count} {split}" for split, count in count_splits(rows).items())

@@ -15,7 +15,9 @@ def main() -> None:
     parser = ArgumentParser(prog="training.train", description=__doc__)
     parser.add_argument("--config", default="scenes", help="a preset's name or a YAML file")
     parser.add_argument("--data", help="a dataset under build/data, or its folder")
-    parser.add_argument("--run", help="name of the checkpoint (default: the config's name)")
+    parser.add_argument(
+        "--run", help="name of the run (default: the config's, or that of a dataset not its own)"
+    )
     parser.add_argument("--encoder-weights", type=Path, help="pretrained weights on disk")
     parser.add_argument("--epochs", type=int, help="epochs of every stage")
     parser.add_argument("--seed", type=int)
@@ -26,6 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.resume and arguments.overwrite:
         parser.error("--resume continues a run and --overwrite replaces it; give one of them")
+    own = load_config(arguments.config)
     config = load_config(
         arguments.config,
         data=arguments.data,
@@ -36,8 +39,15 @@ def main() -> None:
     )
     keep_freed_memory()
     manifest = read_manifest(data_folder(config.data))
-    folder = CHECKPOINTS / (arguments.run or config.name)
-    train(config, manifest, folder, arguments.encoder_weights, arguments.resume)
+    name = arguments.run or (config.name if manifest.name == own.data else manifest.name)
+    train(
+        config,
+        manifest,
+        CHECKPOINTS / name,
+        arguments.encoder_weights,
+        arguments.resume,
+        arguments.overwrite,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from export.export import described, export_checkpoint
 from export.precision import in_precision
-from export.trace_encoder import trace_encoder
+from export.torchscript import trace_encoder
 from handler.captioner import Captioner, prepare_script
 from handler.cuda_graphs import GraphedEncoder
 from tests.benchmarks.contenders import generate, images_of, load_theirs, ours

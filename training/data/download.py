@@ -21,6 +21,7 @@ from tqdm import tqdm
 from handler.errors import UserError
 from handler.files import write_atomic
 from training.data.manifest import check_inside
+from training.data.server import Session, answer, body, length_of
 
 MIRROR = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 MD5 = {
@@ -28,8 +29,7 @@ MD5 = {
     "Flickr8k_Dataset.zip": "f18a1e2920de5bd84dae7cf08ec78978",
 }
 ATTEMPTS = 5  # in a row without a byte gained
-TIMEOUT = (10, 60)  # seconds to connect, and between two reads
-CHUNK = 1 << 18
+LARGEST = 2**33  # bytes of a file
 
 
 def download_flickr8k(downloads: Path, mirror: str = MIRROR) -> Path:
@@ -81,7 +81,7 @@ def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) 
             if fruitless == ATTEMPTS:
                 raise UserError(
                     f"{url}: {reason}, {ATTEMPTS} times; what is there is kept and taken up by the "
-                    "next run; or load it by other means and say SOURCE=DIR"
+                    "next run; or load it by other means and set SOURCE=DIR"
                 )
             time.sleep(pause_s * 2 ** max(0, fruitless - 1))
     file = target if target.exists() else part
@@ -102,9 +102,8 @@ def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) 
 def _continue(url: str, part: Path) -> bool:
     """Loads what is missing of `part`; whether it is complete now."""
     have = part.stat().st_size if part.exists() else 0
-    # identity: with a compressed body the announced length would not be the file's.
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with Session() as session, answer(session, url, headers) as response:
         if response.status_code == 416:  # nothing beyond what we have, or a file that shrank
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
             if size == str(have):
@@ -116,25 +115,34 @@ def _continue(url: str, part: Path) -> bool:
         if response.status_code not in (200, 206):
             raise UserError(
                 f"{url}: the server answers {response.status_code} {response.reason}; "
-                "load it by other means and say SOURCE=DIR"
+                "load it by other means and set SOURCE=DIR"
             )
         resumed = response.status_code == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             part.unlink(missing_ok=True)
             return False
         have = have if resumed else 0
-        length = response.headers.get("Content-Length", "")
-        total = have + int(length) if length.isdigit() else None
+        length = length_of(response)
+        if length is None or have + length > LARGEST:
+            raise UserError(
+                f"{url}: the server sends no Content-Length up to {LARGEST} bytes; "
+                "load it by other means and set SOURCE=DIR"
+            )
         with (
             open(part, "ab" if resumed else "wb") as file,
             tqdm(
-                desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None
+                desc=part.stem,
+                initial=have,
+                total=have + length,
+                unit="B",
+                unit_scale=True,
+                disable=None,
             ) as bar,
         ):
-            for chunk in response.iter_content(CHUNK):
+            for chunk in body(response, url, length):
                 file.write(chunk)
                 bar.update(len(chunk))
-    return total is None or part.stat().st_size == total
+    return part.stat().st_size == have + length
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -3,7 +3,8 @@
 Columns or fields: the photo (`file_name`, as in Hugging Face's imagefolder, or `image`,
 `filename`), the caption (`caption` or `text`; in JSONL a list `captions` too) and, if wanted,
 `split`. A photo may stand in several rows, one caption each. Photos are named relative to the file
-of captions, or to `images/` beside it.
+of captions, or to `images/` beside it; slashes may be those of Windows, and an absolute path may
+lie within the folder.
 
 Splits come from the column; a photo whose split is empty there is not used. Without the column
 they come from folders named `train`, `validation`, `test` and the like, as imagefolder has them
@@ -23,6 +24,7 @@ from training.data.source import (
     Source,
     check_unicode,
     image_name,
+    locate,
     parse_json,
     read_csv,
     read_lines,
@@ -45,11 +47,11 @@ def read_folder(source: Path) -> Source:
     for path in _caption_files(source):
         below = path.parent.relative_to(source)
         for where, record in _records(path):
-            name = image_name(_text(record, _field(record, IMAGE_FIELDS, where), where), where)
-            image = (below / name).as_posix()
+            named = _text(record, _field(record, IMAGE_FIELDS, where), where)
+            image = image_name(_relative(named, source, below), where)
             has_splits = has_splits or "split" in record
-            named = _text(record, "split", where) if record.get("split") else ""
-            split = split_name(named, where)
+            said = _text(record, "split", where) if record.get("split") else ""
+            split = split_name(said, where)
             if split_of.setdefault(image, split) != split:
                 raise UserError(
                     f"{where}: field 'split' puts {image} into {split}, "
@@ -69,8 +71,21 @@ def read_folder(source: Path) -> Source:
         )
     photos = [Photo(image, image, tuple(captions[image]), split_of[image]) for image in captions]
     roots = (source, source / "images")
-    there = (root for root in roots if any(os.path.isfile(root / image) for image in captions))
+    there = (root for root in roots if root.is_dir() and locate(root, captions)[0])
     return Source(next(there, source), photos, splits=how)
+
+
+def _relative(name: str, source: Path, below: Path) -> str:
+    """A photo's name in a file of captions in the folder `below`, relative to the source: names of
+    Windows with forward slashes, and absolute ones that lie in the source without it."""
+    if "\\" in name and not os.path.lexists(source / below / name):
+        name = name.replace("\\", "/")
+    if os.path.isabs(name):
+        for root in (os.path.abspath(source), os.path.realpath(source)):
+            if PurePosixPath(name).is_relative_to(root):
+                return os.path.relpath(name, root)
+    # An empty name stays empty, so that it is refused.
+    return (below / name).as_posix() if name.strip() and not os.path.isabs(name) else name
 
 
 def _caption_files(source: Path) -> list[Path]:
@@ -94,7 +109,13 @@ def _caption_files(source: Path) -> list[Path]:
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".csv":
-        yield from read_csv(path)
+        for where, record in read_csv(path):
+            if not record.keys() & {*IMAGE_FIELDS, *CAPTION_FIELDS}:
+                raise UserError(
+                    f"{path}, line 1: the header must name the columns image and caption, but is "
+                    f"{', '.join(record)[:80]!r}; put the line image,caption above it"
+                )
+            yield where, record
     else:
         for where, line in read_lines(path):
             yield where, parse_json(line, where)
@@ -107,11 +128,18 @@ def captions_of(record: dict[str, Any], where: str) -> list[str]:
     return ["" if value is None else _text({field: value}, field, where) for value in values]
 
 
+def has_caption(record: dict[str, Any]) -> bool:
+    """Whether a caption field holds more than null, blanks or an empty list."""
+    values = [record[name] for name in CAPTION_FIELDS if name in record]
+    return any(value.strip() if isinstance(value, str) else value for value in values)
+
+
 def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in record:
             return name
-    raise UserError(f"{where}: no field named {' or '.join(names)}")
+    there = ", ".join(map(repr, record))[:80] or "none"
+    raise UserError(f"{where}: no field named {' or '.join(names)}; the fields are {there}")
 
 
 def _text(record: dict[str, Any], field: str, where: str) -> str:

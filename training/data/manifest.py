@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from handler.errors import UserError
+from handler.files import FORMAT
 
 SPLITS = ("train", "val", "test")
 DATASETS = Path("build/data")
@@ -156,6 +157,7 @@ def write_manifest(
             record["span"] = row.span
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     dataset = {
+        "format": FORMAT,
         "name": name,
         "counts": count_splits(rows),
         **(notes or {}),
@@ -175,6 +177,19 @@ def write_manifest(
         raise UserError(
             f"{directory}: {error.strerror}; name a folder that can be written"
         ) from None
+
+
+def inputs_of(manifest: Manifest, out: Path) -> list[Path]:
+    """What a command that reads the dataset must not replace by its output `out`: the dataset's
+    folder and the photos'. `out` may lie within the latter, beside the photos."""
+    if isinstance(manifest.image_root, str):
+        return [manifest.folder]
+    root, real = (Path(os.path.realpath(path)) for path in (manifest.image_root, out))
+    if root not in real.parents:
+        return [manifest.folder, root]
+    within = real.relative_to(root).as_posix() + "/"
+    holds = any(row.image.startswith(within) for row in manifest.rows)
+    return [manifest.folder, real] if holds else [manifest.folder]
 
 
 def data_folder(name_or_folder: str) -> Path:
@@ -202,6 +217,11 @@ def read_manifest(directory: Path) -> Manifest:
     for field, value in texts.items():
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             raise UserError(f"{dataset_file}: field '{field}' must be a text that is not empty")
+    if dataset.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{dataset_file}: field 'format' is {dataset['format']!r}, but this version reads "
+            f"{FORMAT}; run `make data` again"
+        )
     name = texts["name"]
     root = texts["image_root"] if is_url(texts["image_root"]) else directory / texts["image_root"]
     if isinstance(root, Path) and not os.path.isdir(root):

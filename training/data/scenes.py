@@ -112,7 +112,7 @@ def generate(directory: Path, preset: str, seed: int = 0) -> None:
     # Earlier pictures stay until the new ones are all there.
     shutil.rmtree(images, ignore_errors=True)
     partial.rename(images)
-    write_manifest(directory, preset, rows, images, [])
+    write_manifest(directory, preset, rows, images, [], {"seed": seed})
 
 
 def make_rows(counts: dict[str, int], seed: int) -> Iterator[tuple[Row, Image.Image]]:

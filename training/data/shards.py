@@ -1,5 +1,5 @@
 """Shards in the webdataset format: plain tars in which a photo and its captions stand side by side
-under one key, `000123.jpg` and `000123.json` (`.txt`: the caption alone).
+under one key, `000123.jpg` and `000123.json` (`.txt`: captions alone, one a line).
 
 They are read where they lie, in a folder or on a server, never unpacked. One pass finds where in
 its tar every photo begins and ends; from then on each is read by itself, in any order, so that
@@ -20,12 +20,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from handler.errors import UserError
-from handler.image_preprocess import InvalidImage, decode
-from training.data.folder import captions_of
+from handler.image_preprocess import MAX_BYTES, PHOTO_SUFFIXES, InvalidImage, decode
+from training.data.folder import CAPTION_FIELDS, captions_of, has_caption
 from training.data.manifest import is_url
 from training.data.ranged import RangedFile, read_range
 from training.data.source import (
-    PHOTO_SUFFIXES,
     SPLIT_NAMES,
     Photo,
     check_unicode,
@@ -34,6 +33,7 @@ from training.data.source import (
     split_name,
     take,
 )
+from training.data.tar import BLOCK, DamagedTar, Entry, read_entries
 
 CAPTION_SUFFIXES = (".json", ".txt")
 READ_AHEAD = 4 * 2**20  # bytes a request, when a whole shard is read from a server
@@ -41,12 +41,20 @@ READ_AHEAD = 4 * 2**20  # bytes a request, when a whole shard is read from a ser
 
 @dataclass(frozen=True)
 class Member:
-    """A file within a tar: where its bytes begin, the header before them, the bytes."""
+    """A file within a tar and its bytes, of a larger one than a photo may be only the first."""
 
-    name: str
-    offset: int
-    header: bytes
+    entry: Entry
     content: bytes
+
+
+class RepeatedKey(UserError):
+    """A key that a shard holds twice."""
+
+    def __init__(self, key: str, entry: Entry) -> None:
+        super().__init__(
+            f"key {key!r} occurs a second time, with {entry.name!r} at byte "
+            f"{entry.offset - BLOCK}; a shard must hold every key once, its members side by side"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,53 +105,68 @@ def read_shard(root: Path | str, shard: str) -> tuple[list[ShardPhoto], list[tup
     """Reads a shard once from front to back, and decodes every photo.
 
     Returns its photos and the faults (name, reason) of those that cannot be used. Raises UserError
-    naming the shard where it is no whole tar.
+    naming the shard where it is no whole tar or holds a key twice.
     """
     place = f"{root}/{shard}" if isinstance(root, str) else root / shard
     photos: list[ShardPhoto] = []
     faults: list[tuple[str, str]] = []
     try:
-        with _open(place) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for key, members in _samples(tar):
+        with _open(place) as file:
+            for key, members in _samples(file, _size(file)):
                 try:
                     photos.append(_read_sample(shard, key, members))
                 except UserError as error:
                     faults.append((f"{shard}/{key}", str(error)))
-    except tarfile.TarError as error:
+    except DamagedTar as error:
         raise UserError(f"{place}: no whole tar ({error}); copy the shard again") from None
+    except RepeatedKey as error:
+        raise UserError(f"{place}: {error}") from None
     except OSError as error:
         raise UserError(f"{place}: {error.strerror or error}") from None
     return photos, faults
 
 
 def _open(place: Path | str) -> BinaryIO:
-    if isinstance(place, Path):
-        return open(place, "rb")
-    return io.BufferedReader(RangedFile(place), READ_AHEAD)  # type: ignore[return-value]
+    if isinstance(place, str):
+        return io.BufferedReader(RangedFile(place), READ_AHEAD)  # type: ignore[return-value]
+    if not place.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{place}: this is not a file")
+    return open(place, "rb")
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, Member]]]:
+def _size(file: Any) -> int:
+    """Of the whole, in bytes."""
+    if isinstance(file.raw, RangedFile):
+        file.peek(1)
+        return file.raw.size or 0
+    return os.fstat(file.fileno()).st_size
+
+
+def _samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, members by suffix): members in a row whose names are the same up to the first dot of
-    the last part belong together."""
+    the last part belong together. Raises RepeatedKey for a second sample of the same key, or a
+    second member of the same suffix: whose caption it is cannot be known."""
     current, members = "", dict[str, Member]()
-    file: Any = tar.fileobj
-    for entry in tar:
+    ended = set[str]()
+    for entry in read_entries(file, size):
         folder, slash, name = entry.name.rpartition("/")
         stem, dot, suffix = name.partition(".")
-        if not entry.isfile() or not stem:
+        kind = dot + suffix.lower()
+        if not stem or kind not in (*PHOTO_SUFFIXES, *CAPTION_SUFFIXES):
             continue
         key = folder + slash + stem
         if key != current:
             if members:
+                ended.add(current)
                 yield current, members
             current, members = key, {}
-        if dot + suffix.lower() not in (*PHOTO_SUFFIXES, *CAPTION_SUFFIXES):
-            continue
-        file.seek(entry.offset_data - tarfile.BLOCKSIZE)
-        header, content = file.read(tarfile.BLOCKSIZE), file.read(entry.size)
-        if len(content) < entry.size:
-            raise tarfile.ReadError(f"cut off within {entry.name}")
-        members[dot + suffix.lower()] = Member(entry.name, entry.offset_data, header, content)
+        if key in ended or kind in members:
+            raise RepeatedKey(key, entry)
+        file.seek(entry.offset)
+        content = file.read(min(entry.size, MAX_BYTES + 1))
+        if len(content) < min(entry.size, MAX_BYTES + 1):
+            raise DamagedTar(entry.offset, f"cut off within {entry.name}")
+        members[kind] = Member(entry, content)
     if members:
         yield current, members
 
@@ -151,26 +174,22 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, Member]]]:
 def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto:
     """A sample's photo and captions; UserError says what is wrong with it."""
     suffix = next((s for s in PHOTO_SUFFIXES if s in members), None)
-    kind = next((s for s in CAPTION_SUFFIXES if s in members), None)
     if suffix is None:
         raise UserError("has no photo")
-    if kind is None:
+    if not any(s in members for s in CAPTION_SUFFIXES):
         raise UserError("photo has no captions (.json or .txt)")
-    member = members[suffix]
-    if not _is_header(member.header, member.name, len(member.content)):
+    entry, content = members[suffix].entry, members[suffix].content
+    if not _is_header(entry.header, entry.name, entry.size):
         raise UserError("name is too long or not in the form of a plain tar (ustar)")
-    try:
-        text = members[kind].content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{kind} is not UTF-8") from None
-    record = parse_json(text, kind) if kind == ".json" else {"text": text}
+    kind = CAPTION_SUFFIXES[0] if CAPTION_SUFFIXES[0] in members else CAPTION_SUFFIXES[1]
+    record = _read_record(members)
     captions = tuple(captions_of(record, kind))
     for caption in captions:
         check_unicode(caption, f"{kind}: the caption")
     name, scene = record.get("id"), record.get("scene")
     split = take(record, "split", str, kind) if record.get("split") else ""
     try:
-        decode(member.content)
+        decode(content)
     except InvalidImage as error:
         raise UserError(str(error)) from None
     # A key is unique within its shard alone.
@@ -178,13 +197,33 @@ def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto
         shard,
         Photo(
             name if isinstance(name, str) and name.strip() else f"{shard}/{key}",
-            image_name(f"{shard}/{member.name}", shard),
+            image_name(f"{shard}/{entry.name}", shard),
             captions,
             split_name(split, kind),
         ),
-        (member.offset, len(member.content)),
+        (entry.offset, entry.size),
         scene if isinstance(scene, dict) else None,
     )
+
+
+def _read_record(members: dict[str, Member]) -> dict[str, Any]:
+    """The fields of a sample's `.json`; the captions are those of its `.txt`, one a line, where
+    there is no `.json` or it has none."""
+    record: dict[str, Any] = {}
+    if ".json" in members:
+        record = parse_json(_text(members, ".json"), ".json")
+    if ".txt" in members and not has_caption(record):
+        fields = {name: value for name, value in record.items() if name not in CAPTION_FIELDS}
+        lines = [line for line in re.split("[\r\n]", _text(members, ".txt")) if line.strip()]
+        record = {**fields, "captions": lines or [""]}
+    return record
+
+
+def _text(members: dict[str, Member], kind: str) -> str:
+    try:
+        return members[kind].content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{kind} is not UTF-8") from None
 
 
 def split_of_shards(shards: list[str]) -> dict[str, str] | None:
@@ -204,23 +243,26 @@ def read_member(place: Path | str, member: str, span: tuple[int, int]) -> bytes:
     """A photo's bytes out of its shard. The tar's header before them is read too and must name the
     photo, for a shard may have been replaced since it was read. Raises UserError naming both."""
     offset, length = span
-    block = tarfile.BLOCKSIZE
+    if length > MAX_BYTES:
+        raise UserError(
+            f"{place}: field 'span' of {member} is {length} bytes; no photo is so large"
+        )
     try:
-        data = read_range(place, max(0, offset - block), block + length)
+        data = read_range(place, max(0, offset - BLOCK), BLOCK + length)
     except UserError as error:
         raise UserError(f"{error} (for {member})") from None
-    if not _is_header(data[:block], member, length):
+    if not _is_header(data[:BLOCK], member, length):
         raise UserError(f"{place}: {member} is not where it was; prepare the data again")
-    if len(data) < block + length:
+    if len(data) < BLOCK + length:
         raise UserError(f"{place}: cut off within {member}; copy the shard again")
-    return data[block:]
+    return data[BLOCK:]
 
 
 def _is_header(block: bytes, member: str, length: int) -> bool:
     """Whether these bytes, taken alone, are the tar's header of that file."""
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+    except (tarfile.HeaderError, ValueError, OverflowError):
         return False
     same = PurePosixPath(header.name) == PurePosixPath(member)
     return same and header.size == length

@@ -1,17 +1,20 @@
 """What every source gives, and how all of them read the files that people have."""
 
+import codecs
 import csv
 import hashlib
 import io
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from handler.errors import UserError
+from handler.image_preprocess import PHOTO_SUFFIXES
 from training.data.manifest import SPLITS, check_inside
 
 # How people call the three splits; Karpathy's `restval` are COCO photos that he adds to training.
@@ -23,7 +26,6 @@ SPLIT_NAMES = {
     "valid": "val",
     "validation": "val",
 }
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HELD_OUT = {"val": 0.1, "test": 0.1}
 HASHED = "by a hash of the id: 80 % train, 10 % val, 10 % test"
 
@@ -57,10 +59,12 @@ class Source:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without byte-order mark; line ends are left as they are."""
+    """A UTF-8 file, with or without byte-order mark, or UTF-16 with one, as spreadsheets write it;
+    line ends are left as they are."""
     try:
         data = path.read_bytes()
-        return data.decode("utf-8-sig")
+        utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
@@ -68,6 +72,10 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: missing; SOURCE must hold it") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}, line {line}: a NUL character; save the file as UTF-8")
+    return text
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -112,8 +120,9 @@ def check_unicode(text: str, what: str) -> None:
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, record) of every row below the header line; names and values are stripped. Commas
-    divide them, or what the header has more of: semicolons (spreadsheets in Europe), tabs."""
+    """(where, record) of every row below the header line; names are in lower case, names and values
+    are stripped. Commas divide them, or what the header has more of: semicolons (spreadsheets in
+    Europe), tabs."""
     text = read_text(path)
     delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -127,7 +136,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             if not any(cells):
                 continue
             if not header:
-                header = cells
+                header = [cell.lower() for cell in cells]
                 if len(set(header)) < len(header):
                     raise UserError(f"{where}: a column's name occurs more than once")
                 continue
@@ -138,7 +147,9 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 )
             yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, line {start}: not CSV: {error}") from None
+        raise UserError(
+            f"{path}, line {start}: not CSV: {error}; is a quote missing on this line?"
+        ) from None
 
 
 def image_name(name: str, where: str) -> str:
@@ -148,6 +159,55 @@ def image_name(name: str, where: str) -> str:
     check_inside(name, f"{where}: the photo")
     check_unicode(name, f"{where}: the photo's name")
     return PurePosixPath(name).as_posix()
+
+
+def locate(root: Path, images: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """The file below `root` of every image that has one, and all files in the same folders.
+
+    The names may differ in the case of the suffix (cameras write `.JPG`) and in how an accent is
+    encoded (macOS writes it as a character of its own, NFD).
+    """
+    images = list(images)
+    folders = {
+        folder: _real_folder(root, folder)
+        for folder in {PurePosixPath(image).parent for image in images}
+    }
+    there = {
+        (real / name).as_posix()
+        for real in folders.values()
+        if real is not None
+        for name in os.listdir(root / real)
+    }
+    alike = {_plain(name): name for name in sorted(there, reverse=True)}
+    found = {}
+    for image in images:
+        real = folders[PurePosixPath(image).parent]
+        name = (real / PurePosixPath(image).name).as_posix() if real is not None else image
+        file = name if name in there else alike.get(_plain(name))
+        if file is not None:
+            found[image] = file
+    return found, there
+
+
+def _plain(name: str) -> str:
+    path = PurePosixPath(unicodedata.normalize("NFC", name))
+    return path.with_suffix(path.suffix.lower()).as_posix()
+
+
+def _real_folder(root: Path, folder: PurePosixPath) -> PurePosixPath | None:
+    """The folder as it is spelled on disk; None where there is none."""
+    real = PurePosixPath()
+    for part in folder.parts:
+        if not os.path.isdir(root / real / part):
+            wanted = unicodedata.normalize("NFC", part)
+            names = os.listdir(root / real)
+            same = [name for name in names if unicodedata.normalize("NFC", name) == wanted]
+            same = [name for name in same if os.path.isdir(root / real / name)]
+            if not same:
+                return None
+            part = same[0]
+        real /= part
+    return real if os.path.isdir(root / real) else None
 
 
 def split_name(name: str, where: str) -> str | None:

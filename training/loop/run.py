@@ -225,6 +225,8 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"{path}: nothing to resume; train without --resume") from error
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise UserError(f"{path}: damaged; train again with --overwrite") from error
+    if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
+        raise UserError(f"{path}: not a state of training; train again with --overwrite")
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: written by another version; train again with --overwrite")
     if missing := set(PROGRESS) - state.keys():

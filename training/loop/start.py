@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from handler.caption_tokenizer import CaptionTokenizer, is_written_without_spaces
-from handler.captioner import read_config
+from handler.captioner import check_config, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import load_tokenizer
 from training.config import TokenizerChoice, TrainConfig
 from training.data.manifest import Row
 from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
@@ -24,7 +23,9 @@ def make_tokenizer(
     for the user. Raises UserError where a vocabulary of words cannot hold the captions."""
     if choice.checkpoint is not None:
         folder = Path(choice.checkpoint)
-        return load_tokenizer(folder, read_config(folder))
+        config = read_config(folder)
+        check_config(folder, config)
+        return load_tokenizer(folder, config)
     captions = [caption for row in rows for caption in row.captions]
     without_spaces = sum(map(is_written_without_spaces, captions))
     kind = choice.kind or "word"

@@ -57,6 +57,8 @@ def train(
                 if saved
                 else "interrupted before anything was saved; nothing is changed"
             ) from None
+        finally:
+            run.log.end()  # what is printed next stands on a line of its own
     leave()
     return folder
 

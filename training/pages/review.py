@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.errors import UserError
+from handler.files import read_object
 from handler.page import page, photo_html
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
@@ -131,12 +132,26 @@ def render(items: Sequence[Item], manifest: Manifest) -> str:
 
 
 def read_systems(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """Predictions by the name of their folder (build/evaluate/NAME/predictions.json) or, for any
-    other file, its own."""
+    """Predictions by the name of their system (see `name_of`); of two evaluations of the same one,
+    with other options, by name and folder."""
+    names = [name_of(path) for path in paths]
     systems: dict[str, dict[str, str]] = {}
-    for path in paths:
-        name = path.resolve().parent.name if path.name == "predictions.json" else path.stem
+    for path, name in zip(paths, names, strict=True):
+        if names.count(name) > 1 and path.name == "predictions.json":
+            name = f"{name}/{path.resolve().parent.name}"
         if name in systems or name == HUMAN:
             raise UserError(f"{path}: a second system named {name!r}; rename the file")
         systems[name] = read_predictions(path)
     return systems
+
+
+def name_of(path: Path) -> str:
+    """NAME of build/evaluate/NAME/DATA-SPLIT/predictions.json, the folder's of any other
+    predictions.json, and of any other file its own."""
+    if path.name != "predictions.json":
+        return path.stem
+    folder = path.resolve().parent
+    metrics = folder / "metrics.json"
+    scores = read_object(metrics) if metrics.exists() else {}
+    evaluated = f"{scores.get('data')}-{scores.get('split')}"
+    return folder.parent.name if folder.name.startswith(evaluated) else folder.name

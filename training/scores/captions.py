@@ -104,7 +104,7 @@ def read_captions(path: Path, field: str | None = None) -> dict[str, list[str]]:
             captions.setdefault(str(image), []).append(caption)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         where = f"an object whose field {field!r} is " if field else ""
         form = f'{where}a list of {{"image_id", "caption"}}'
         raise UserError(f"{path}: not in COCO's format, {form}") from error

@@ -59,9 +59,16 @@ def read_ratings(path: Path) -> tuple[str, Ratings]:
 
 
 def find_key(sheet: str, key: Path | None) -> tuple[Path, dict[str, Any]]:
-    """The key of a sheet, looked for under build/review where none is given."""
-    for path in [key] if key else sorted(REVIEWS.glob("*/key.json")):
-        content = read_object(path)
+    """The key of a sheet: the one given or one beside it, of an earlier sheet; any under
+    build/review where none is given."""
+    beside = sorted(key.parent.glob("key-*.json")) if key else sorted(REVIEWS.glob("*/key*.json"))
+    for path in [key, *beside] if key else beside:
+        try:
+            content = read_object(path)
+        except UserError:
+            if path == key:
+                raise
+            continue  # a damaged key of another sheet
         if content.get("sheet") == sheet:
             return path, content
     where = key or REVIEWS

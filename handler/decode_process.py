@@ -1,0 +1,169 @@
+"""Photos that are not known to be ordinary are decoded in a process of their own, which is ended
+when it takes more processor time or memory than a photo of that size may take.
+
+The process is an interpreter without torch. It is started when the first such photo comes, takes
+one photo after the other, and ends when the process that started it does. Its limits are the
+system's (a timer of processor time, a limit on its address space), so that they hold within a
+decoder's C code as well.
+
+Over a socket: a header and the photo's bytes go in; the size comes back once the header is read
+and checked, then the pixels, in a file in memory whose descriptor is sent.
+"""
+
+import atexit
+import contextlib
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from PIL import Image
+
+from handler import image_decode
+from handler.image_decode import ImageTooComplex, InvalidImage
+
+# Processor seconds and bytes of memory that a photo may take: 2 s in all, of which a quarter of a
+# second goes to the start of the process, and some to the walk and the way there and back.
+SECONDS, PIXELS_A_SECOND = 1.6, 18e6
+MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
+# A process that waits for a processor is not slow; one that waits for ever is.
+WALL_FACTOR, WALL_SECONDS = 4, 5
+HEADER = struct.Struct("<Qqd4s")  # bytes of the photo, min_side, patience, kind
+TOO_COMPLEX = "decoding the image would take too much time or memory"
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from handler.decode_worker import serve; serve(int(sys.argv[2]))"
+)
+
+
+def seconds_for(size: tuple[int, int]) -> float:
+    """Processor seconds that decoding a photo of this size may take."""
+    return SECONDS + size[0] * size[1] / PIXELS_A_SECOND
+
+
+def decode_elsewhere(data: bytes, kind: str, min_side: int | None, patience: float) -> Image.Image:
+    """The photo in RGB, as `handler.image_decode.decode_photo` gives it. Raises InvalidImage, and
+    ImageTooComplex where the process took too long or too much."""
+    process = _idle.take()
+    try:
+        image = process.decode(data, kind, min_side, patience)
+    except InvalidImage:
+        _idle.give_back(process)
+        raise
+    except BaseException:
+        process.end()
+        raise
+    _idle.give_back(process)
+    return image
+
+
+class DecodeProcess:
+    """One process that decodes, from the side of the one that asks."""
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            number = theirs.fileno()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", START, json.dumps(sys.path), str(number)],
+                pass_fds=[number],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+            )
+        self.alive = True
+
+    def decode(self, data: bytes, kind: str, min_side: int | None, patience: float) -> Image.Image:
+        side = -1 if min_side is None else min_side
+        try:
+            self.socket.settimeout(WALL_SECONDS + WALL_FACTOR * SECONDS)
+            header = HEADER.pack(len(data), side, patience, kind.encode())
+            self.socket.sendall(header + data)
+            size = self._answer(SECONDS * patience)["size"]
+            size = self._answer(seconds_for(size) * patience)["size"]
+            [descriptor] = socket.recv_fds(self.socket, 1, 1)[1]
+        except InvalidImage:
+            raise
+        except (OSError, EOFError, ValueError) as error:
+            self.end()
+            raise self._reason() from error
+        with (
+            os.fdopen(descriptor, "rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pixels,
+        ):
+            return Image.frombytes("RGB", size, memoryview(pixels))
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        """The next line of the process, which may take so many seconds of processor time for it."""
+        wall = WALL_SECONDS + WALL_FACTOR * seconds
+        line = b""
+        while not line.endswith(b"\n"):
+            if not select.select([self.socket], [], [], wall)[0]:
+                raise EOFError
+            byte = self.socket.recv(1)
+            if not byte:
+                raise EOFError
+            line += byte
+        answer = json.loads(line)
+        if "error" in answer:
+            raise getattr(image_decode, answer["error"])(answer["message"])
+        return dict(answer)
+
+    def _reason(self) -> InvalidImage:
+        """Why the process ended without an answer."""
+        if self.process.returncode in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+            return InvalidImage("the image is damaged: its decoder failed")
+        return ImageTooComplex(TOO_COMPLEX)
+
+    def end(self) -> None:
+        self.alive = False
+        self.socket.close()
+        # Ended by its own limit it is gone soon, and how it went says why.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.2)
+        self.process.kill()
+        self.process.wait()
+
+
+class _Idle:
+    """Processes that wait for a photo, of this process and not of one that it was forked from."""
+
+    def __init__(self) -> None:
+        self.clear()
+        os.register_at_fork(after_in_child=self.clear)
+        atexit.register(self.end)
+
+    def clear(self) -> None:
+        self.lock = threading.Lock()
+        self.processes: list[DecodeProcess] = []
+
+    def take(self) -> DecodeProcess:
+        with self.lock:
+            while self.processes:
+                process = self.processes.pop()
+                if process.process.poll() is None:
+                    return process
+                process.end()
+        return DecodeProcess()
+
+    def give_back(self, process: DecodeProcess) -> None:
+        with self.lock:
+            if process.alive and len(self.processes) < (os.cpu_count() or 1):
+                self.processes.append(process)
+                return
+        process.end()
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.end()
+
+
+_idle = _Idle()

@@ -1,0 +1,297 @@
+"""A photograph's bytes -> RGB picture, in this process. Without torch, so that the process that
+decodes what may take long (see `handler.decode_process`) starts quickly.
+
+Formats are detected from the content. Colour profiles are ignored, as torchvision and Hugging Face
+ignore them.
+"""
+
+import io
+import re
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+
+# Pillow registers these only with all of its other plugins, none of which is wanted here.
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
+
+from handler.errors import UserError
+
+MAX_BYTES = 16 * 2**20
+MAX_PIXELS = 64_000_000
+# JPEG's own limit. Pillow pays 8 bytes a row beside the pixels: 1 x 64,000,000 takes a gigabyte.
+MAX_SIDE = 65_535
+# Pixels converted to RGB at a time. Pillow holds 4 bytes a pixel: at 64 megapixels, the picture and
+# its RGB are 490 MiB, and each whole intermediate (float64, an alpha mask) would be as much again.
+BAND_PIXELS = 2**20
+
+FORMATS = "JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF and TIFF"
+# By the names that cameras and programs give them.
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif"),
+    *(".bmp", ".gif", ".tif", ".tiff"),
+)
+# Sizes of the BMP headers in use: "BM" alone also begins many a text.
+BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
+
+# EXIF's orientations 2 to 8, undone.
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+EXIF_ORIENTATION = 0x0112
+TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, UNSIGNED = 0, 1
+
+
+# Big-endian 32-bit unsigned integers, which Pillow only knows in the other order: the bits are the
+# same as those of signed ones.
+TiffImagePlugin.OPEN_INFO[TiffImagePlugin.MM, 1, (1,), 1, (32,), ()] = ("I", "I;32BS")
+
+
+class InvalidImage(UserError):
+    """It starts like a photo of a known format but cannot be decoded."""
+
+
+class UnsupportedMediaType(InvalidImage):
+    """It is not of a known format at all."""
+
+
+class ImageTooLarge(InvalidImage):
+    """More bytes or more pixels than are taken."""
+
+
+class ImageTooComplex(InvalidImage):
+    """Decoding it would take more time or memory than a photo of its size may take."""
+
+
+def open_photo(data: bytes, kind: str) -> Image.Image:
+    """The photo's header, read and checked; no pixel is decoded yet."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=[kind])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise too_many_pixels() from error
+    except MemoryError:
+        raise
+    except Exception as error:  # see decode_photo()
+        if kind == "TIFF" and is_unknown_tiff(data):
+            raise InvalidImage("this kind of TIFF is not supported") from error
+        raise InvalidImage("the image is damaged: its header cannot be read") from error
+    check_size(image.size)
+    return image
+
+
+def is_unknown_tiff(data: bytes) -> bool:
+    """Whether a TIFF that cannot be opened is sound, but of numbers that Pillow has no mode for."""
+    try:
+        TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    except SyntaxError as error:
+        return "unknown" in str(error)
+    except Exception:
+        return False
+    return False
+
+
+def decode_photo(image: Image.Image, data: bytes = b"", min_side: int | None = None) -> Image.Image:
+    """An opened photo in RGB, upright, its alpha laid over white; the first frame or page. `data`
+    are the bytes that it was opened from, none where a picture was given.
+
+    Raises InvalidImage, and MemoryError where the process may take no more.
+    """
+    try:
+        if data and min_side is not None:
+            image.draft("RGB", (2 * min_side, 2 * min_side))
+        if image.format == "TIFF":
+            in_native_order(image)
+        image.load()
+        turn = orientation(image)
+        if data:
+            # WebP keeps another copy of the pixels here, AVIF and its decoder two.
+            image.fp = None  # type: ignore[attr-defined]
+            vars(image).pop("_decoder", None)
+        rgb = to_rgb(image, data)
+        del image  # before a turned copy is made
+        return rgb if turn is None else rgb.transpose(turn)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow meets damage with a dozen kinds of exception (OSError, SyntaxError, struct.error,
+        # TypeError, ...): whatever it cannot decode is not a photo.
+        raise InvalidImage("the image is damaged or truncated: it cannot be decoded") from error
+
+
+def in_native_order(image: Image.Image) -> None:
+    """Corrects what Pillow expects of libtiff, which gives values of 32 bits in the order of this
+    machine whatever the file's."""
+    if sys.byteorder == "little":
+        image.tile = [  # type: ignore[attr-defined]
+            tile._replace(args=(re.sub("^(F;32|I;32)B", r"\1", tile.args[0]), *tile.args[1:]))
+            if tile.codec_name == "libtiff"
+            else tile
+            for tile in image.tile  # type: ignore[attr-defined]
+        ]
+
+
+def sniff(data: bytes) -> str | None:
+    """Pillow's name of the format that `data` starts like, None for any other content."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    reserved, header = data[6:10], int.from_bytes(data[14:18], "little")
+    if data.startswith(b"BM") and (reserved == bytes(4) or header in BMP_HEADERS):
+        return "BMP"
+    if data[4:8] == b"ftyp":
+        return sniff_brands(data)
+    return None
+
+
+def sniff_brands(data: bytes) -> str | None:
+    """AVIF or HEIF by the brands of an ISO base media file; None for films."""
+    size = min(int.from_bytes(data[:4], "big"), 256)
+    brands = {data[start : start + 4] for start in (8, *range(16, size - 3, 4))}
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    if brands & {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}:
+        return "HEIF"
+    return None
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Refuses pictures of no pixel or of too many."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise InvalidImage("the image has no pixels")
+    if width * height > MAX_PIXELS:
+        raise too_many_pixels()
+    if max(width, height) > MAX_SIDE:
+        raise ImageTooLarge(f"the image has a side of more than {MAX_SIDE} pixels")
+
+
+def too_many_pixels() -> ImageTooLarge:
+    return ImageTooLarge(f"the image has more than {MAX_PIXELS // 10**6} megapixels")
+
+
+def to_rgb(image: Image.Image, data: bytes = b"") -> Image.Image:
+    """Any mode that Pillow decodes to, as 8-bit RGB."""
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getextrema()[1]:
+        # An alpha channel that nobody filled: browsers show such a picture opaque.
+        return image.convert("RGB")
+    if image.format == "PNG" and "transparency" in image.info and image.mode in ("1", "L", "RGB"):
+        return over_white_by_key(image, data)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    white = white_level(image)
+    rgb = Image.new("RGB", image.size)
+    for top, band in bands(image):
+        rgb.paste(band_to_rgb(band, white), (0, top))
+    return rgb
+
+
+def over_white_by_key(image: Image.Image, data: bytes) -> Image.Image:
+    """A PNG whose pixels of one colour are transparent. The key has as many bits as the file;
+    Pillow compares it with the 8 bits a channel that it decodes to."""
+    bits, key = data[24], image.info["transparency"]
+    low = None
+    if image.mode == "RGB" and bits == 16:
+        # A second time, for the low byte of each channel.
+        low = Image.open(io.BytesIO(data), formats=["PNG"])
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # type: ignore
+        low.load()
+    elif image.mode != "RGB":
+        key = key * 255 // (2**bits - 1)
+    rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    rgb.info.pop("transparency", None)
+    keys = np.atleast_1d(key)
+    for top, band in bands(image):
+        pixels = np.asarray(band.convert("L") if image.mode == "1" else band)
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        if low is None:
+            hidden = (pixels == keys).all(2)
+        else:
+            box = (0, top, low.width, top + band.height)
+            low_bytes = np.asarray(low.crop(box))
+            hidden = ((pixels == keys >> 8) & (low_bytes == keys & 255)).all(2)
+        rgb.paste((255, 255, 255), (0, top), Image.fromarray(hidden.astype(np.uint8) * 255))
+    return rgb
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The picture in horizontal bands of about BAND_PIXELS: (top row, band)."""
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def white_level(image: Image.Image) -> float:
+    """The value that is white where a pixel is a number of more than 8 bits: integers have 16 bits,
+    or 12 or 32 in some TIFFs; floats hold fractions (nothing above 1) or 8-bit levels. Negative
+    where 0 is white."""
+    tags = getattr(image, "tag_v2", {})
+    sign = -1 if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else 1
+    if image.mode == "F":
+        return sign if all(finite(band).max() <= 1 for _, band in bands(image)) else 255 * sign
+    bits = tags.get(TIFF_BITS_PER_SAMPLE)
+    if bits == (32,) and tags.get(TIFF_SAMPLE_FORMAT, (UNSIGNED,)) == (UNSIGNED,):
+        return sign * (2**32 - 1)
+    return sign * (4095 if bits == (12,) else 65535)
+
+
+def band_to_rgb(image: Image.Image, white_level: float) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = from_integers(image, abs(int(white_level)), white_level < 0)
+    elif image.mode == "F":
+        values = finite(image) * (255 / abs(white_level))
+        levels = values.round().clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(255 - levels if white_level < 0 else levels)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
+
+
+def from_integers(image: Image.Image, highest: int, inverted: bool) -> Image.Image:
+    """16 bits a pixel as grey levels, value / 257 rounded (Pillow itself would clip at 255).
+
+    12-bit TIFF arrives in the low bits, 32-bit TIFF as the signed number of the same bits. Colour
+    of 16 bits never arrives here: Pillow reads it as 8 bits by dropping the low byte, at most one
+    level off.
+    """
+    values = np.asarray(image)
+    if highest > 65535:
+        values, highest = values.view(np.uint32) >> 16, 65535
+    levels = ((np.arange(65536) * 255 + highest // 2) // highest).clip(0, 255).astype(np.uint8)
+    grey = Image.fromarray((255 - levels if inverted else levels)[values.clip(0, 65535)])
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def finite(image: Image.Image) -> np.ndarray:
+    """The values of a float picture; what is no number is black."""
+    return np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What undoes the camera's rotation, as the EXIF of a loaded picture tells it (a TIFF is
+    turned by Pillow as it loads, and then tells nothing)."""
+    try:
+        return ORIENTATIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:
+        return None

@@ -1,0 +1,77 @@
+"""What the limits on decoding cost on ordinary photos, in pairs: the photo as it is decoded, and the
+same without a walk and without a process, as Pillow alone would be asked.
+
+    python -m tests.benchmarks.decode [--rounds 15]
+"""
+
+import argparse
+import io
+import statistics
+import time
+
+import numpy as np
+import pi_heif
+import pillow_heif
+from PIL import Image
+
+from handler.image_decode import decode_photo, open_photo, sniff
+from handler.image_preprocess import decode
+from tests.benchmarks.timing import machine, table
+
+
+def natural(width: int, height: int) -> Image.Image:
+    """Smooth colours under noise, about as hard to code as a photograph."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    noisy = pixels + rng.normal(0, 4, pixels.shape).astype(np.int16)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
+    out = io.BytesIO()
+    if kind == "HEIF":
+        pillow_heif.from_pillow(image).save(out, quality=80)
+    else:
+        options = {"JPEG": {"quality": 88}, "AVIF": {"quality": 70, "speed": 9}}.get(kind, {})
+        image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    pi_heif.register_heif_opener()
+    rows = []
+    for kind, megapixels in [
+        *(("JPEG", 1), ("JPEG", 12), ("PNG", 1), ("PNG", 3), ("WEBP", 1), ("WEBP", 12)),
+        *(("AVIF", 1), ("AVIF", 12), ("HEIF", 1), ("HEIF", 12)),
+    ]:
+        width = int((megapixels * 1e6 * 4 / 3) ** 0.5)
+        data = saved(natural(width, width * 3 // 4), kind)
+        if len(data) > 16 * 2**20:
+            continue
+        assert sniff(data) == kind
+        ways = {"Pillow": lambda d=data, k=kind: decode_photo(open_photo(d, k), d),
+                "decode": lambda d=data: decode(d)}  # fmt: skip
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds + 1):
+            for name, run in ways.items():
+                started = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - started)
+        plain, limited = (statistics.median(seconds[name][1:]) * 1000 for name in ways)
+        more = statistics.median(
+            1000 * (b - a) for a, b in zip(*(seconds[name][1:] for name in ways), strict=True)
+        )
+        rows.append([kind, megapixels, f"{len(data) / 1e6:.1f}", f"{plain:.1f}", f"{limited:.1f}",
+                     f"{more:+.2f}", f"{more / plain:+.1%}"])  # fmt: skip
+    print(machine("cpu"))
+    print(
+        table(("format", "megapixels", "MB", "Pillow, ms", "decode, ms", "more, ms", "more"), rows)
+    )
+
+
+if __name__ == "__main__":
+    main()
