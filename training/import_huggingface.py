@@ -18,8 +18,10 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import check_replaceable, replace_folder
 from training.checkpoint import CHECKPOINTS, IMPORTED, save_checkpoint
-from training.huggingface_model import import_model, model_configs
-from training.huggingface_settings import (
+from training.model import CaptioningModel
+from training.weights.encoders import read_weights
+from training.weights.huggingface_model import import_model, model_configs
+from training.weights.huggingface_settings import (
     TOKENIZER_FILES,
     import_decoding,
     import_ids,
@@ -27,8 +29,6 @@ from training.huggingface_settings import (
     import_tokenizer,
     legacy_generation,
 )
-from training.model import CaptioningModel
-from training.pretrained import read_weights
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 PROCESSOR, COMBINED_PROCESSOR = "preprocessor_config.json", "processor_config.json"
