@@ -22,7 +22,9 @@ from handler.captioner import Captioner
 from handler.errors import UserError, run_command
 from handler.image_preprocess import preprocess
 from training.checkpoint import load_captioner, load_model
-from training.import_huggingface import import_huggingface, main, read_json
+from training.import_huggingface import main
+from training.weights.huggingface import import_huggingface
+from training.weights.huggingface_files import read_json
 from training.weights.huggingface_model import import_model
 from training.weights.huggingface_settings import (
     import_decoding,

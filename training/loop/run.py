@@ -74,7 +74,7 @@ class Run:
         workers = 1 if self.device.type == "cpu" else min(8, max(1, cores))
         self.workers = workers if config.workers is None else config.workers
         self.processes: Processes = join(self.device)
-        self.log = (Log if self.processes.first else NullLog)(folder)
+        self.log = (Log if self.processes.first else NullLog)(lambda: folder.path)
         self.stage = self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one
         self.best: dict[str, Any] | None = None  # validation figures of the checkpoint

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,8 @@ from handler.errors import UserError
 from training.config import Stage
 from training.data.captions import Batch, Captions
 from training.data.features import FeatureCache
-from training.data.photos import (
-    Augment,
-    PhotoDataset,
-    epoch_order,
-    photo_batches,
-    seed_of,
-    shard_numbers,
-)
+from training.data.photos import Augment, PhotoDataset, epoch_order, photo_batches, shard_numbers
+from training.data.seeds import seed_of
 from training.loop.distributed import without_exchange
 from training.loop.optimizer import (
     learning_rate_factor,
@@ -30,7 +24,6 @@ from training.loop.optimizer import (
     update_average,
 )
 from training.loop.run import Run
-from training.loop.validation import validate
 from training.objectives.objective import Objective, make_loss
 
 FEATURES = Path("build/features")
@@ -78,7 +71,12 @@ class Work:
         return self.stage.decoder_lr * factor
 
 
-def run_stage(run: Run, captions: Captions, state: dict[str, Any] | None) -> None:
+def run_stage(
+    run: Run,
+    captions: Captions,
+    state: dict[str, Any] | None,
+    validate: Callable[[Run], None],
+) -> None:
     """One stage: batch, loss, step, log, save, validate. `state` is where a resumed run goes on."""
     stage = run.config.stages[run.stage]
     run.model.encoder.requires_grad_(stage.encoder == "trained")
