@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from handler.beam_search import DecodeOptions, InvalidParameter
-from handler.errors import UserError
-from handler.image_preprocess import (
+from handler.errors import (
     ImageTooComplex,
     ImageTooLarge,
     InvalidImage,
     UnsupportedMediaType,
-    sniff,
+    UserError,
 )
+from handler.image_decode import sniff
 
 IMAGE_FIELDS = ("image", "data")
 FLAGS = ("attention", "stream")

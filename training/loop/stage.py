@@ -24,6 +24,7 @@ from training.loop.optimizer import (
     update_average,
 )
 from training.loop.run import Run
+from training.loop.teachers import load_teachers
 from training.objectives.objective import Objective, make_loss
 
 FEATURES = Path("build/features")
@@ -42,7 +43,11 @@ class Work:
             parameter_groups(run.model, stage), betas=(0.9, 0.98), lr=0.0
         )
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        loss = make_loss(stage, run.student(), run.train_rows, self.seed)
+        teachers = None
+        if stage.distillation is not None:
+            teachers = load_teachers(stage, run.student(), stage.encoder == "frozen")
+        longest = run.config.decoder.max_tokens - 1
+        loss = make_loss(stage, teachers, run.train_rows, run.tokenizer, longest, self.seed)
         self.whole = Objective(run.model, loss, stage.encoder == "frozen")
         self.objective = run.processes.parallel(self.whole)
         self.shard_of_N = shard_numbers(run.train_rows)

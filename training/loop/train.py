@@ -23,8 +23,8 @@ from training.loop.folder import RunFolder
 from training.loop.run import Run, read_state, restore_parts
 from training.loop.stage import run_stage
 from training.loop.start import make_model, make_tokenizer
+from training.loop.teachers import check_teachers
 from training.loop.validation import announce, validate, warn_of_little_learnt
-from training.objectives.distillation import check_teachers
 
 
 def train(
