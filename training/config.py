@@ -23,9 +23,17 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_ranges(section: Any, where: str, **ranges: tuple[float, float, str]) -> None:
-    """Refuses a number outside its range (lowest, highest, how it is said), and what is no number;
-    None stays for the default."""
+def _check_fields(section: Any, where: str, **ranges: tuple[float, float, str]) -> None:
+    """Refuses a value that is none of its field's `Literal`, and a number outside its range (lowest,
+    highest, how it is said); None stays for the default."""
+    for name, kind in typing.get_type_hints(type(section)).items():
+        kinds = typing.get_args(kind) if typing.get_origin(kind) is typing.Union else (kind,)
+        choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
+        value = getattr(section, name)
+        _require(
+            not choices or value in choices or (value is None and type(None) in kinds),
+            f"{where}{name} must be {' or '.join(choices)}, not {value!r}",
+        )
     for name, (low, high, said) in ranges.items():
         value = getattr(section, name)
         # Not the opposite comparison: nan is in no range.
@@ -57,7 +65,7 @@ class EncoderSource:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        _check_fields(
             self,
             "encoder.",
             image_size=(1, 4096, "1 to 4096"),
@@ -97,7 +105,7 @@ class DecoderShape:
     max_tokens: int = 32
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        _check_fields(
             self,
             "decoder.",
             width=(1, 65536, "1 to 65536"),
@@ -124,7 +132,7 @@ class TokenizerChoice:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "tokenizer.", vocab_size=(5, 10**7, "5 to 10000000"), min_count=COUNT)
+        _check_fields(self, "tokenizer.", vocab_size=(5, 10**7, "5 to 10000000"), min_count=COUNT)
         for other in dataclasses.fields(self)[:3]:
             _require(
                 self.checkpoint is None or getattr(self, other.name) == other.default,
@@ -143,7 +151,7 @@ class SelfCritical:
     baseline: Literal["greedy", "mean"] = "mean"
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "self_critical: ", temperature=(SOME, 10, "above 0, to 10"))
+        _check_fields(self, "self_critical: ", temperature=(SOME, 10, "above 0, to 10"))
         least = 2 if self.baseline == "mean" else 1
         _require(
             least <= self.samples <= MAX_BEAMS,
@@ -168,7 +176,7 @@ class Distillation:
             all(isinstance(folder, str) and folder.strip() for folder in self.teachers),
             "distillation: teachers must be names of folders",
         )
-        _check_ranges(self, "distillation: ", temperature=(SOME, 1000, "above 0, to 1000"))
+        _check_fields(self, "distillation: ", temperature=(SOME, 1000, "above 0, to 1000"))
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ class Stage:
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}:"
         _require(bool(self.name.strip()), "stages: a stage's name is empty")
-        _check_ranges(
+        _check_fields(
             self,
             f"{where} ",
             epochs=COUNT,
@@ -270,7 +278,7 @@ class Validation:
     patience: int = 0
 
     def __post_init__(self) -> None:
-        _check_ranges(
+        _check_fields(
             self,
             "validation.",
             photos=(0, MOST, "0 (all) or more"),
@@ -313,7 +321,7 @@ class TrainConfig:
             not set(self.name) & {"/", "\\"} and self.name not in (".", ".."),
             f"name must be the name of a folder, not {self.name!r}",
         )
-        _check_ranges(
+        _check_fields(
             self, "", seed=(0, 2**63 - 1, "0 to 2^63 - 1"), workers=(0, 1000, "0 to 1000")
         )
         _require(
@@ -400,11 +408,9 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
             required = f.default is dataclasses.MISSING
             required &= f.default_factory is dataclasses.MISSING
             _require(not required or name in raw, f"{where}{name}: missing")
-        return kind(**{n: _build(hints[n], v, f"{where}{n}.") for n, v in raw.items()})  # type: ignore[operator]
+        return kind(**{n: _build(hints[n], v, f"{where}{n}.") for n, v in raw.items()})
     if origin is Literal:
-        choices = typing.get_args(kind)
-        _require(raw in choices, f"{where[:-1]}: must be {' or '.join(choices)}, not {raw!r}")
-        return raw
+        return raw  # checked on construction
     if origin is tuple:
         _require(isinstance(raw, list), f"{where[:-1]}: must be a list")
         return tuple(_build(typing.get_args(kind)[0], v, f"{where}{i}.") for i, v in enumerate(raw))
