@@ -1,7 +1,6 @@
 """The presets that no test machine can train: that their models build, from a hub's cache, and
 step."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,18 @@ import timm
 import torch
 import torch.fx.experimental._config
 import yaml
-from conftest import run_program
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
 from handler.caption_tokenizer import CaptionTokenizer
+from handler.errors import UserError
 from training.checkpoint import load_captioner
 from training.config import CONFIGS, TrainConfig, load_config
 from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest
 from training.loop.optimizer import parameter_groups, set_checkpointing
 from training.loop.start import make_model
+from training.loop.train import train
 from training.model import CaptioningModel
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.objectives.objective import Objective
@@ -105,7 +105,7 @@ def test_a_preset_steps_in_earnest(name, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_trains_from_the_hub_s_cache(name, tiny_data, tmp_path):
+def test_a_preset_trains_from_the_hub_s_cache(name, tiny_data, tmp_path, monkeypatch):
     """The whole program, both stages, a tenth of the size: the encoder, a small one of the same
     family, comes by name from where the hub's own client keeps what it has loaded."""
     small = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
@@ -126,18 +126,11 @@ def test_a_preset_trains_from_the_hub_s_cache(name, tiny_data, tmp_path):
     for stage in preset["stages"]:
         stage["batch_photos"] = 4
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))
-    command = [
-        "training.train",
-        "--config",
-        "preset.yaml",
-        "--data",
-        str(tiny_data),
-        "--run",
-        "preset",
-    ]
-    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    done = run_program(*command, "--epochs", "1", cwd=tmp_path, **offline)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = load_config("preset.yaml", epochs=1)
+    train(config, read_manifest(tiny_data), Path("build/checkpoints/preset"))
     folder = tmp_path / "build/checkpoints/preset"
     captioner = load_captioner(folder)
     manifest = read_manifest(tiny_data)
@@ -146,9 +139,8 @@ def test_a_preset_trains_from_the_hub_s_cache(name, tiny_data, tmp_path):
     # From the hub's file, not from nowhere: one step at a small rate leaves it near.
     ours = captioner.encoder.patch_embed.weight.detach()
     torch.testing.assert_close(ours, weights["patch_embed.proj.weight"], atol=1e-4, rtol=0)
-    assert os.environ.get("HF_HUB_CACHE") != str(hub)
 
     (repository / "snapshots/0/model.safetensors").unlink()
-    done = run_program(*command, "--run", "none", cwd=tmp_path, **offline)
-    assert done.returncode == 2 and "could not be downloaded" in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match="could not be downloaded") as refused:
+        train(config, manifest, Path("build/checkpoints/none"))
+    assert "\n" not in str(refused.value) and not Path("build/checkpoints/none").exists()

@@ -157,7 +157,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tiny_data, tmp_path):
     while not state.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     last = errors.strip().splitlines()[-1]
     assert process.returncode == 130, errors[-3000:]
     assert last == "error: interrupted; continue with --resume (make: ARGS=--resume)"

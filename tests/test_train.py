@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_training import config_of, train_killed
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.errors import UserError
+from handler.errors import UserError, run_command
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_captioner, load_model
 from training.config import Stage, load_config
@@ -31,6 +31,7 @@ from training.loop.distributed import Processes
 from training.loop.optimizer import learning_rate, set_checkpointing
 from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.train import main
 
 
 def test_a_run_leaves_a_whole_checkpoint(tiny_run, tiny_data):
@@ -245,10 +246,11 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients():
     assert "forward" not in vars(model.encoder.blocks[0])
 
 
-def test_faults_are_one_line_and_status_2(tiny_data, tmp_path):
+def test_faults_are_one_line_and_status_2(tiny_data, tmp_path, monkeypatch, capsys):
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({**TINY, "stages": [{"name": "x"}]}))
     (tmp_path / "typo.yaml").write_text(yaml.safe_dump({**TINY, "decodr": {}}))
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    monkeypatch.chdir(tmp_path)
     for arguments, words in (
         (["--config", "nothing"], "no such config"),
         (["--config", "wrong.yaml"], "epochs: missing"),
@@ -258,9 +260,12 @@ def test_faults_are_one_line_and_status_2(tiny_data, tmp_path):
         (["--config", "tiny.yaml", "--data", str(tiny_data), "--encoder-weights", "x"], "scratch"),
         (["--wrong-option"], "--wrong-option"),
     ):
-        done = run_program("training.train", *arguments, cwd=tmp_path)
-        assert done.returncode == 2, (arguments, done.stderr)
-        assert words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        monkeypatch.setattr("sys.argv", ["training.train", *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_command(main)
+        error = capsys.readouterr().err
+        assert end.value.code == 2, (arguments, error)
+        assert words in error and error.count("\n") == 1, error
 
 
 def test_damaged_checkpoints_are_refused_by_file(tiny_run, tmp_path):
