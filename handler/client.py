@@ -3,6 +3,7 @@ one photo or of a whole folder, by REST or gRPC."""
 
 import contextlib
 import json
+import os
 import random
 import sys
 import threading
@@ -18,9 +19,9 @@ from tqdm import tqdm
 
 from handler.alt_text import NoAltText, write_alt_text
 from handler.errors import ArgumentParser, UserError, run_command
-from handler.files import write_atomic
+from handler.files import locked, write_atomic
 from handler.grpc_stubs import load
-from handler.image_preprocess import PHOTO_SUFFIXES, sniff
+from handler.image_preprocess import MAX_BYTES, PHOTO_SUFFIXES, sniff
 from handler.request import OPTION_TYPES
 from handler.serve import KEY_FILE, Server, running
 
@@ -112,6 +113,10 @@ class Client:
 
     def caption_grpc(self, photo: bytes, **options: Any) -> dict[str, Any]:
         """The answer by gRPC; the same errors."""
+        if len(photo) > MAX_BYTES:  # TorchServe would end the call without a reason
+            raise ServerError(
+                "ImageTooLarge", 413, f"the image has more than {MAX_BYTES >> 20} MiB"
+            )
         messages, stubs = load()
         form = {name: text.encode() for name, text in as_text(options).items()}
         request = messages.PredictionsRequest(model_name=self.model, input={"image": photo, **form})
@@ -307,6 +312,15 @@ def find_photos(folder: Path) -> list[Path]:
     return found
 
 
+def check_writable(path: Path) -> None:
+    """Refuses a path that no file can be written to, before anything is asked."""
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; give the path of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path}: it cannot be written; give another path")
+
+
 def captioned(out: Path) -> set[str]:
     """The photos that stand in `out` already; a last line that a killed run left half is cut."""
     if not out.is_file():
@@ -334,6 +348,7 @@ def caption_folder(
     lines, in order; what stands there is not asked for again. Returns the photos that could not be
     read, or were refused, and why."""
     photos = {path.relative_to(folder).as_posix(): path for path in find_photos(folder)}
+    check_writable(out)
     done = captioned(out)
     names = [name for name in photos if name not in done]
     refused: list[tuple[str, UserError]] = []
@@ -476,8 +491,9 @@ def main() -> None:
     if arguments.images:
         if arguments.attention:
             raise UserError("--attention draws one photo; give --image instead of --images")
-        refused = caption_folder(ask, arguments.images, arguments.out, options)
-        without = write_alt_texts(arguments.images, arguments.out) if arguments.alt_text else []
+        with locked(arguments.out):
+            refused = caption_folder(ask, arguments.images, arguments.out, options)
+            without = write_alt_texts(arguments.images, arguments.out) if arguments.alt_text else []
         if refused:
             raise UserError(
                 f"{arguments.images}: {len(refused)} photos without a caption (listed above); "
@@ -492,6 +508,8 @@ def main() -> None:
     if arguments.alt_text:
         raise UserError("--alt-text is for a folder; give --images instead of --image")
     photo = read_file(arguments.image)
+    if arguments.attention:
+        check_writable(arguments.attention)
     if arguments.attention and options["do_sample"] and options["seed"] is None:
         # The picture is asked for apart, and must be of the same caption.
         options["seed"] = random.randrange(2**31)

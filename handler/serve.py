@@ -82,7 +82,7 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
         settings = with_tls(settings, certificate, key)
     folder = (home / STATE).parent
     config = folder / "config.properties"
-    write_atomic(config, "".join(f"{name}={value}\n" for name, value in settings.items()))
+    write_atomic(config, "".join(f"{name}={escaped(value)}\n" for name, value in settings.items()))
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     (home / LOG).parent.mkdir(exist_ok=True)
     (home / LOG).unlink(missing_ok=True)  # an older run's errors are not this one's
@@ -292,6 +292,14 @@ def environment(temporary: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
     return {**inherited, "PATH": path, "TMPDIR": temporary, "TEMP": temporary}
+
+
+def escaped(value: str) -> str:
+    """A value of a Java properties file, which Java reads as Latin-1: what is not ASCII is written
+    as its UTF-16 units."""
+    data = value.encode("utf-16-be")
+    units = [int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data), 2)]
+    return "".join(chr(unit) if unit < 128 else f"\\u{unit:04x}" for unit in units)
 
 
 def with_tls(settings: dict[str, str], certificate: Path, key: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ TYPES = {
     "InvalidImage": 400,
     "UnsupportedMediaType": 415,
     "ImageTooLarge": 413,
+    "ImageTooComplex": 413,
     "InvalidParameter": 400,
 }
 BATCH = 8

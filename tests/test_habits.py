@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.scores.habits import describe, little_learnt
+from training.scores.habits import copied, describe, little_learnt
 
 PREDICTIONS = {
     "1": "A dog runs on the grass.",
@@ -63,3 +63,10 @@ def test_a_model_that_has_learnt_little_is_recognised(distinct, photos, cider, r
     """One caption for every photo went through training, evaluation and export in silence."""
     found = little_learnt(distinct_captions=distinct, photos=photos, CIDEr=cider, METEOR=0.1)
     assert found is None if reason is None else reason in found
+
+
+def test_a_caption_that_is_copied_but_for_its_full_stop_is_copied():
+    """metrics.json said 100 %, the report, with a comparison of its own, 0 %."""
+    assert copied(["A dog runs .", "a cat"], ["a dog runs", "a dog sleeps"]) == 0.5
+    figures = describe({"1": "A dog runs ."}, {"1": ["x"]}, ["a dog runs"])
+    assert figures["copied_captions"] == 1.0

@@ -94,3 +94,12 @@ def test_corpus_bleu_is_scored_again_on_resampled_photos(monkeypatch):
         # 60 resamples of the 1,000: their spread is the whole one's, roughly.
         spread = np.std([s[name] for s in scores])
         assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.3)
+
+
+def test_intervals_stay_within_what_a_metric_can_be():
+    """METEOR's interval on eight photos began at -0.007."""
+    tokens = Tokens("ptb", {str(n): ["a"] for n in range(8)}, {str(n): ["a"] for n in range(8)})
+    each = {str(n): {"METEOR": 0.9 * (n == 0), "CIDEr": 10.0 * (n < 7)} for n in range(8)}
+    found = bootstrap_scores(tokens, {"METEOR": 0.02, "CIDEr": 9.9}, each)
+    assert found["METEOR"].min() == 0 and found["METEOR"].max() <= 1
+    assert found["CIDEr"].min() >= 0 and found["CIDEr"].max() == 10

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import ssl
 import zipfile
@@ -226,3 +227,12 @@ def test_a_model_that_cannot_be_loaded_is_told_and_nothing_is_left(tiny_export, 
     with pytest.raises(UserError, match=r"the (archive|model) cannot be loaded|did not start"):
         serve.start(config, home=tmp_path)
     assert serve.running(tmp_path) is None
+
+
+@pytest.mark.parametrize("path", ["/plain/key.pem", "/büro/犬/key.pem", "/🐕/é.pem"])
+def test_paths_in_a_properties_file_are_read_by_java(path):
+    """TLS=1 under a path with other letters than ASCII: Java looked for another file."""
+    written = serve.escaped(path)
+    assert written.isascii()
+    read = re.sub(r"\\u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), written)
+    assert read.encode("utf-16", "surrogatepass").decode("utf-16") == path

@@ -13,6 +13,8 @@ from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart
 from training.pages.system import System
+from training.scores.captions import training_captions
+from training.scores.habits import copied
 from training.scores.intervals import CONFIDENCE, interval
 from training.scores.metrics import plain_words
 from training.scores.mistakes import Mistakes
@@ -263,17 +265,16 @@ def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[
         name: [counts[word] / max(1, len(words[name])) for word in frequent]
         for name, counts in presence.items()
     }
-    known = {c.lower() for row in manifest.rows if row.split == "train" for c in row.captions}
+    learnt = training_captions(manifest)
     lines = []
     for name, texts in words.items():
         flat = [word for text in texts for word in text]
         captions = said[name]
-        copied = sum(c.lower() in known for c in captions) / len(captions)
         lines.append(
             f'<tr><th scope=row>{escape(name)}</th><td class="number">{len(set(flat)):,}</td>'
             f'<td class="number">{len(flat) / len(texts):.1f}</td>'
             f'<td class="number">{len(set(captions)) / len(captions):.0%}</td>'
-            f'<td class="number">{copied:.0%}</td></tr>'
+            f'<td class="number">{copied(captions, learnt):.0%}</td></tr>'
         )
     table = (
         '<div class="wide"><table><thead><tr><th></th><th class="number">different words</th>'

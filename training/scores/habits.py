@@ -66,11 +66,16 @@ def describe(
     }
     if training:
         learnt = [plain_words(caption) for caption in training]
-        known = set(map(tuple, learnt))
-        result["copied_captions"] = sum(tuple(caption) in known for caption in spoken) / count
+        result["copied_captions"] = copied(list(predictions.values()), training)
         frequency = Counter(word for caption in learnt for word in caption)
         result["recall_by_training_count"] = recall_by_count(words, references, frequency)
     return result
+
+
+def copied(captions: Sequence[str], training: Sequence[str]) -> float:
+    """The share of captions that stand in training, word by word."""
+    known = {tuple(plain_words(caption)) for caption in training}
+    return sum(tuple(plain_words(text)) in known for text in captions) / max(1, len(captions))
 
 
 def repeats_a_bigram(words: Sequence[str]) -> bool:

@@ -21,6 +21,8 @@ BLEU = tuple(f"BLEU-{n}" for n in range(1, 5))
 TINY, SMALL = 1e-15, 1e-9
 
 Floats = NDArray[np.float64]
+# The most that a metric can be; the others end at 1.
+HIGHEST = {"CIDEr": 10.0}
 
 
 def resampled(photos: int, seed: int = 0) -> NDArray[np.float64]:
@@ -55,7 +57,10 @@ def bootstrap_scores(
     for name, score in scores.items():
         if isinstance(score, float) and name not in found and name in each[ids[0]]:
             own_N = np.array([each[i][name] for i in ids])
-            found[name] = draws_RN @ own_N / len(ids) + (score - own_N.mean())
+            # The corpus score need not be the mean of the photos' own; moved there, a resample
+            # stays within what the metric can be.
+            moved_R = draws_RN @ own_N / len(ids) + (score - own_N.mean())
+            found[name] = moved_R.clip(0, HIGHEST.get(name, 1.0))
     return found
 
 
