@@ -25,6 +25,7 @@ from handler.client import (
     write_alt_texts,
 )
 from handler.errors import UserError, run_command
+from handler.files import locked
 from handler.grpc_stubs import load
 from handler.serve import Server
 
@@ -501,3 +502,25 @@ def test_every_decoding_option_is_an_option_of_the_command(run):
     _, usage, _ = run("--help")
     for name in DecodeOptions.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in usage
+
+
+def test_a_folder_that_another_run_captions_is_refused(server, key_file, run):
+    """Two at once wrote rows twice."""
+    photos = key_file.parent / "two"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"\xff\xd8\xffPHOTO")
+    with locked(key_file.parent / "two.jsonl"):
+        status, _, error = run("--images", "two", "--out", "two.jsonl")
+    assert status == 2 and "two.jsonl: another process is writing it" in error
+    assert not (key_file.parent / "two.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", ["--out", "--attention"])
+def test_an_output_that_is_a_folder_is_refused_first(option, server, key_file, run):
+    (key_file.parent / "taken").mkdir(exist_ok=True)
+    photos = key_file.parent / "some"
+    photos.mkdir(exist_ok=True)
+    (photos / "a.jpg").write_bytes(b"\xff\xd8\xffPHOTO")
+    what = ["--images", "some"] if option == "--out" else ["--image", "some/a.jpg"]
+    status, out, error = run(*what, option, "taken")
+    assert (status, out) == (2, "") and "taken: this is a folder" in error

@@ -13,7 +13,7 @@ from training.scores.intervals import (
     resampled,
     score_with_intervals,
 )
-from training.scores.metrics import score, score_tokens, tokenize
+from training.scores.metrics import Tokens, score, score_tokens, tokenize
 
 CAPTIONS = {
     "1": "a dog runs across the green grass",

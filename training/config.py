@@ -24,8 +24,8 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_fields(section: Any, where: str, **ranges: tuple[float, float, str]) -> None:
-    """Refuses a value that is none of its field's `Literal`, and a number outside its range (lowest,
-    highest, how it is said); None stays for the default."""
+    """Refuses a value that is none of its field's `Literal`, and a number outside its range
+    (lowest, highest, how it is said); None stays for the default."""
     for name, kind in typing.get_type_hints(type(section)).items():
         kinds = typing.get_args(kind) if typing.get_origin(kind) is typing.Union else (kind,)
         choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
