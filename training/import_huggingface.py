@@ -17,7 +17,14 @@ from torch import Tensor
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import check_replaceable, replace_folder
-from training.checkpoint import CHECKPOINTS, IMPORTED, save_checkpoint
+from training.checkpoint import (
+    CHECKPOINTS,
+    IMPORTED,
+    LOG_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    save_checkpoint,
+)
 from training.huggingface_model import import_model, model_configs
 from training.huggingface_settings import (
     TOKENIZER_FILES,
@@ -44,6 +51,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     trained. Raises UserError naming the file and the field or parameter that does not fit, and then
     writes nothing."""
     folder = fetch(name_or_folder)
+    check_untrained(out)
     check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
@@ -83,6 +91,19 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             {"imported_from": name_or_folder},
         )
     return model
+
+
+def check_untrained(out: Path) -> None:
+    """Refuses a run that was trained here, logged or not. Raises UserError."""
+    trained = (out / LOG_FILE).exists() or (out / STATE_FILE).exists()
+    if not trained and (out / CONFIG).exists() and (out / WEIGHTS_FILE).exists():
+        training = read_json(out / CONFIG).get("training")
+        trained = isinstance(training, dict) and "imported_from" not in training
+    if trained:
+        raise UserError(
+            f"{out}: a run that was trained is there; choose another folder with --out (make: "
+            "RUN=NAME)"
+        )
 
 
 def fetch(name_or_folder: str) -> Path:
