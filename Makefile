@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+BATCH_STAMP := .venv/.installed-batch
 IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # The first that runs in a supported version: a name on PATH need not do either (pyenv's shims).
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
@@ -50,15 +51,15 @@ override CHECKPOINT = $(or $(CHECKPOINT_GIVEN),build/checkpoints/$(RUN))
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data shards distil train export mar serve stop caption web evaluate report \
-	review review-score bench demo test test-slow lint clean
+.PHONY: help setup data shards distil train export mar serve stop caption batch web evaluate \
+	report review review-score bench demo test test-slow lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## .venv from the pinned requirements, Java where it is missing, gRPC stubs
 
-$(STAMP): requirements.txt requirements-dev.txt requirements-java.txt
+$(STAMP): requirements.txt requirements-batch.txt requirements-dev.txt requirements-java.txt
 	@$(BIN)/python -c 'import pip; $(IS_SUPPORTED)' 2>/dev/null || { \
 		$(call quote,$(PYTHON)) -c '$(IS_SUPPORTED)' 2>/dev/null || { \
 			version=$$($(call quote,$(or $(PYTHON),python3)) --version 2>&1 | head -n 1); \
@@ -110,6 +111,15 @@ stop: setup ## stop TorchServe
 caption: setup ## ask the server: IMAGE=FILE, or IMAGES=DIR OUT=captions.jsonl; ARGS="--grpc"
 	@python -m handler.client $(call option,--image,$(IMAGE)) \
 		$(if $(IMAGES),$(call option,--images,$(IMAGES)) $(call option,--out,$(OUT))) $(ARGS)
+
+batch: $(BATCH_STAMP) ## captions for millions of photos: SOURCE=URL OUT=DIR EXPORT=DIR ADDRESS= ARGS="--workers 8"
+	@python -m handler.batch --source $(call quote,$(SOURCE)) --export $(call quote,$(EXPORT)) \
+		--out $(call quote,$(if $(filter file,$(origin OUT)),build/captions,$(OUT))) \
+		$(call option,--address,$(ADDRESS)) $(ARGS)
+
+$(BATCH_STAMP): $(STAMP) requirements-batch.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-batch.txt
+	@touch $@
 
 web: setup ## demo page in front of the running server: PORT=8090
 	@python -m handler.web $(call option,--port,$(PORT)) $(ARGS)

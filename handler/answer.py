@@ -13,6 +13,7 @@ from ts.handler_utils.utils import send_intermediate_predict_response
 
 from handler.attention_maps import overlay, png_bytes
 from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.caption_tokenizer import PieceStream
 from handler.captioner import Caption, Captioner, caption_as_dict
 from handler.request import OPTION_TYPES, Request, describe_error, to_json
 
@@ -53,23 +54,21 @@ class TokenStream:
     """Sends the tokens of the jobs that asked for them, one JSON line each, as they are decided."""
 
     def __init__(self, captioner: Captioner, jobs: Sequence[Job], context: Any) -> None:
-        self.tokenizer, self.context = captioner.tokenizer, context
-        # The number of a job among its batch -> its place among the requests, its ids so far.
-        self.jobs: dict[int, tuple[int, list[int]]] = {
-            number: (job.place, []) for number, job in enumerate(jobs) if job.request.stream
+        self.context = context
+        # The number of a job among its batch -> its place among the requests, its text so far.
+        self.jobs: dict[int, tuple[int, PieceStream]] = {
+            number: (job.place, PieceStream(captioner.tokenizer))
+            for number, job in enumerate(jobs)
+            if job.request.stream
         }
 
     def on_token(self, number: int, token_id: int) -> None:
         if number not in self.jobs:
             return
-        place, ids = self.jobs[number]
-        ids.append(token_id)
-        piece = self.tokenizer.pieces(ids)[-1]
-        if piece.endswith("\ufffd"):
-            piece = ""  # part of a character: the token that completes it says all of it
+        place, pieces = self.jobs[number]
         self.context.set_response_content_type(place, "application/x-ndjson")
         send_intermediate_predict_response(
-            {place: to_json({"token": piece}) + "\n"},
+            {place: to_json({"token": pieces.add(token_id)}) + "\n"},
             {place: self.context.request_ids[place]},
             "ok",
             200,
@@ -78,23 +77,28 @@ class TokenStream:
 
 
 def answer(
-    captioner: Captioner, job: Job, captions: Sequence[Caption], model: dict[str, str]
+    captioner: Captioner,
+    job: Job,
+    memory_PD: Tensor,
+    captions: Sequence[Caption],
+    model: dict[str, str],
 ) -> str | bytes:
-    """The body of an answer: JSON, or the PNG of its attention."""
+    """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's."""
     if job.as_picture:
-        maps_Tgg = captioner.attention(job.pixels_3SS, captions[0].ids)
+        [maps_Tgg] = captioner.attention_memory(memory_PD.unsqueeze(0), [captions[0].ids])
         return png_bytes(overlay(job.image, captions[0].tokens, maps_Tgg))
     entries = [caption_as_dict(caption) for caption in captions]
     if job.request.attention:
-        for entry, caption in zip(entries, captions, strict=True):
-            maps_Tgg = captioner.attention(job.pixels_3SS, caption.ids)
-            maps = [[round(weight, 8) for weight in row] for row in maps_Tgg.flatten(1).tolist()]
-            entry["attention"] = {"grid": list(maps_Tgg.shape[1:]), "maps": maps}
+        memory_NPD = memory_PD.expand(len(captions), -1, -1)
+        maps = captioner.attention_memory(memory_NPD, [caption.ids for caption in captions])
+        for entry, maps_Tgg in zip(entries, maps, strict=True):
+            rows = [[round(weight, 8) for weight in row] for row in maps_Tgg.flatten(1).tolist()]
+            entry["attention"] = {"grid": list(maps_Tgg.shape[1:]), "maps": rows}
     body = {"caption": captions[0].text, "captions": entries, "model": model}
     return to_json(body) + ("\n" if job.request.stream else "")
 
 
-def model_card(captioner: Captioner, model: dict[str, str]) -> str:
+def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int) -> str:
     """What this model is and takes: for `?customized=true` of the management API."""
     decoder, defaults = captioner.decoder, captioner.options()
     limits = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
@@ -107,6 +111,7 @@ def model_card(captioner: Captioner, model: dict[str, str]) -> str:
     card = {
         "model": model,
         "options": options,
+        "max_beam_tokens": max_beam_tokens,
         "preprocessing": captioner.preprocessing.to_dict(),
         "validation": captioner.config.get("training", {}).get("validation", {}),
     }

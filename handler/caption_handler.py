@@ -13,13 +13,13 @@ from PIL import Image
 from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
 from handler.captioner import Captioner
 from handler.image_preprocess import ImageTooComplex, decode, resize, to_tensor
-from handler.request import parse_request, to_json
+from handler.request import HandlerSettings, parse_request, to_json, within
 from handler.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
-# The share of its time that a photo gets which may be slow, once another of its batch took too long:
-# good neighbours wait for one of them.
+# The share of its time that a photo gets which may be slow, once another of its batch took too
+# long: good neighbours wait for one of them.
 IN_A_HURRY = 1 / 8
 # The status line must be plain ASCII without line feeds: anything else kills the worker.
 PHRASES = {400: "Bad Request", 413: "Payload Too Large", 415: "Unsupported Media Type"}
@@ -30,19 +30,20 @@ class CaptionHandler:
 
     def initialize(self, context: Any) -> None:
         """Loads the export that lies in the archive's folder. `handler:` in `model-config.yaml`
-        sets `threads` (of torch) and `decoding` (defaults below the checkpoint's own)."""
+        sets `threads` (of torch), `decoding` (defaults below the checkpoint's own) and
+        `max_beam_tokens` (see `handler.request.HandlerSettings`)."""
         # TorchServe would decode JSON bodies itself, whatever they hold: see parse_json().
         os.environ["TS_DECODE_INPUT_REQUEST"] = "false"
-        settings = (context.model_yaml_config or {}).get("handler") or {}
+        settings = HandlerSettings.read((context.model_yaml_config or {}).get("handler"))
         properties = context.system_properties
         gpu = properties.get("gpu_id")
         self.captioner = Captioner.load(
             Path(properties["model_dir"]),
             device=f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu",
-            threads=settings.get("threads"),
+            threads=settings.threads,
         )
-        defaults = settings.get("decoding") or {}
-        self.captioner.decoding = {**defaults, **self.captioner.decoding}
+        self.captioner.decoding = {**settings.decoding, **self.captioner.decoding}
+        self.max_beam_tokens = settings.max_beam_tokens
         manifest, config = context.manifest["model"], self.captioner.config
         self.model = {
             "name": manifest["modelName"],
@@ -71,7 +72,7 @@ class CaptionHandler:
                     context.set_response_header(place, "ts_stream_next", "false")
                 if not fields and header(headers, "describe"):
                     # From the management API; a client's own "describe" header comes with a body.
-                    answers[place] = model_card(self.captioner, self.model)
+                    answers[place] = model_card(self.captioner, self.model, self.max_beam_tokens)
                 else:
                     jobs.append(self._understand(place, fields, headers, grpc))
             except Exception as error:
@@ -89,8 +90,11 @@ class CaptionHandler:
     ) -> Job:
         """Parses, checks and preprocesses one request. Raises what the client did wrong."""
         request = parse_request(fields, header(headers, "content-type"))
+        decoder = self.captioner.decoder
         options = self.captioner.options(**request.options)
-        options.limits(self.captioner.decoder.vocab_size, self.captioner.decoder.max_positions)
+        options.limits(decoder.vocab_size, decoder.max_positions)
+        asked = "max_new_tokens" in request.options
+        options = within(options, decoder.max_positions - 1, self.max_beam_tokens, asked)
         explain = not grpc and header(headers, "explain") == "True"
         if request.stream:
             check_stream(options, grpc, explain)
@@ -124,9 +128,9 @@ class CaptionHandler:
             return [said for job in jobs for said in self._caption([job], context)]
         answers: list[Any] = []
         tokens = []
-        for job, captions in zip(jobs, found, strict=True):
+        for job, memory_PD, captions in zip(jobs, memory_BPD, found, strict=True):
             try:
-                answers.append(answer(self.captioner, job, captions, self.model))
+                answers.append(answer(self.captioner, job, memory_PD, captions, self.model))
                 tokens.append(sum(len(caption.tokens) for caption in captions))
             except Exception as error:
                 answers.append(failure(error))

@@ -47,7 +47,7 @@ class CaptionTokenizer:
             suppressed_ids = sorted(set(suppressed_ids) - {end_id})
         self.suppressed_ids = list(suppressed_ids)
         # A word-level vocabulary has no decoder: its words are joined by spaces.
-        self._words = tokenizer.decoder is None
+        self.is_word_level = tokenizer.decoder is None
 
     @classmethod
     def load(
@@ -135,17 +135,51 @@ class CaptionTokenizer:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """One piece of text a token. A byte-pair piece keeps its leading space, and a character
         that is spread over several tokens belongs to the last of them."""
-        if self._words:
+        if self.is_word_level:
             return [self._tokenizer.id_to_token(i) or "" for i in ids]
-        pieces, done = [], ""
-        for end in range(1, len(ids) + 1):
-            text = self._tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
-            if text.endswith("\ufffd") and end < len(ids):
-                pieces.append("")
-                continue
-            pieces.append(text[len(done) :])
-            done = text
+        stream = PieceStream(self)
+        pieces = [stream.add(token_id) for token_id in ids]
+        if pieces:
+            pieces[-1] += stream.rest()
         return pieces
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of ids, spaces at its ends included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class PieceStream:
+    """The piece of text that each token adds, one token at a time and in constant time: only the
+    last tokens are decoded again, from where a piece began."""
+
+    def __init__(self, tokenizer: CaptionTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        # Text up to `done` has been given; what is decoded again begins one piece earlier.
+        self.start = self.done = 0
+
+    def add(self, token_id: int) -> str:
+        """The text of the next token; empty where it is part of a character that a later token
+        completes, which then gives all of it."""
+        if self.tokenizer.is_word_level:
+            return self.tokenizer.pieces([token_id])[0]
+        self.ids.append(token_id)
+        text = self.tokenizer.text_of(self.ids[self.start :])
+        # A character has at most four bytes: what is not whole by then is none.
+        if text.endswith("\ufffd") and len(self.ids) - self.done < 4:
+            return ""
+        return self._take(text)
+
+    def rest(self) -> str:
+        """What is left of a character that nothing completed."""
+        if self.done == len(self.ids):
+            return ""
+        return self._take(self.tokenizer.text_of(self.ids[self.start :]))
+
+    def _take(self, text: str) -> str:
+        before = self.tokenizer.text_of(self.ids[self.start : self.done])
+        self.start, self.done = self.done, len(self.ids)
+        return text[len(before) :]
 
 
 def is_written_without_spaces(caption: str) -> bool:

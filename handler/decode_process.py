@@ -26,8 +26,7 @@ from typing import Any
 
 from PIL import Image
 
-from handler import image_decode
-from handler.image_decode import ImageTooComplex, InvalidImage
+from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
 
 # Processor seconds and bytes of memory that a photo may take: 2 s in all, of which a quarter of a
 # second goes to the start of the process, and some to the walk and the way there and back.
@@ -36,6 +35,8 @@ MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 # A process that waits for a processor is not slow; one that waits for ever is.
 WALL_FACTOR, WALL_SECONDS = 4, 5
 HEADER = struct.Struct("<Qqd4s")  # bytes of the photo, min_side, patience, kind
+# What the process may answer instead of a photo.
+REFUSALS = {kind.__name__: kind for kind in (InvalidImage, ImageTooLarge, ImageTooComplex)}
 TOO_COMPLEX = "decoding the image would take too much time or memory"
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -114,7 +115,7 @@ class DecodeProcess:
             line += byte
         answer = json.loads(line)
         if "error" in answer:
-            raise getattr(image_decode, answer["error"])(answer["message"])
+            raise REFUSALS[answer["error"]](answer["message"])
         return dict(answer)
 
     def _reason(self) -> InvalidImage:

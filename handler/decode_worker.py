@@ -20,7 +20,8 @@ from handler.decode_process import (
     TOO_COMPLEX,
     seconds_for,
 )
-from handler.image_decode import InvalidImage, bands, decode_photo, open_photo
+from handler.errors import InvalidImage
+from handler.image_decode import bands, decode_photo, open_photo
 
 # Address space that is mapped and never touched: stacks of threads, arenas of the allocator.
 UNTOUCHED = 128 * 2**20

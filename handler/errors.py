@@ -19,6 +19,22 @@ class UserError(ValueError):
     and the way out."""
 
 
+class InvalidImage(UserError):
+    """It starts like a photo of a known format but cannot be decoded."""
+
+
+class UnsupportedMediaType(InvalidImage):
+    """It is not of a known format at all."""
+
+
+class ImageTooLarge(InvalidImage):
+    """More bytes or more pixels than are taken."""
+
+
+class ImageTooComplex(InvalidImage):
+    """Decoding it would take more time or memory than a photo of its size may take."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse, but an error is one line on standard error and exit status 2."""
 

@@ -15,7 +15,7 @@ import numpy as np
 # Pillow registers these only with all of its other plugins, none of which is wanted here.
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
-from handler.errors import UserError
+from handler.errors import ImageTooLarge, InvalidImage
 
 MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 64_000_000
@@ -52,22 +52,6 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1
 # Big-endian 32-bit unsigned integers, which Pillow only knows in the other order: the bits are the
 # same as those of signed ones.
 TiffImagePlugin.OPEN_INFO[TiffImagePlugin.MM, 1, (1,), 1, (32,), ()] = ("I", "I;32BS")
-
-
-class InvalidImage(UserError):
-    """It starts like a photo of a known format but cannot be decoded."""
-
-
-class UnsupportedMediaType(InvalidImage):
-    """It is not of a known format at all."""
-
-
-class ImageTooLarge(InvalidImage):
-    """More bytes or more pixels than are taken."""
-
-
-class ImageTooComplex(InvalidImage):
-    """Decoding it would take more time or memory than a photo of its size may take."""
 
 
 def open_photo(data: bytes, kind: str) -> Image.Image:

@@ -14,15 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from handler.decode_process import decode_elsewhere
-from handler.errors import UserError
-from handler.image_decode import (
-    FORMATS,
-    MAX_BYTES,
-    PHOTO_SUFFIXES,
+from handler.errors import (
     ImageTooComplex,
     ImageTooLarge,
     InvalidImage,
     UnsupportedMediaType,
+    UserError,
+)
+from handler.image_decode import (
+    FORMATS,
+    MAX_BYTES,
+    PHOTO_SUFFIXES,
     check_size,
     decode_photo,
     open_photo,

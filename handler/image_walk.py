@@ -66,7 +66,7 @@ def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
             break
     else:
         return data, False
-    # By numpy: to look for two bytes in a photo of 2 MB takes bytes.find() 2 ms, and this a quarter.
+    # By numpy: bytes.find() needs 2 ms to look for two bytes in a photo of 2 MB, this a quarter.
     bytes_N = np.frombuffer(data, np.uint8, offset=position)
     where_M = np.flatnonzero(bytes_N[:-1] == 0xFF)
     codes_M = bytes_N[where_M + 1]

@@ -5,18 +5,18 @@ import argparse
 import base64
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from handler.beam_search import DecodeOptions, InvalidParameter
-from handler.errors import UserError
-from handler.image_preprocess import (
+from handler.errors import (
     ImageTooComplex,
     ImageTooLarge,
     InvalidImage,
     UnsupportedMediaType,
-    sniff,
+    UserError,
 )
+from handler.image_decode import sniff
 
 IMAGE_FIELDS = ("image", "data")
 FLAGS = ("attention", "stream")
@@ -52,6 +52,52 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     attention: bool = False
     stream: bool = False
+
+
+@dataclass(frozen=True)
+class HandlerSettings:
+    """`handler:` in `model-config.yaml`: torch's threads (all cores without it), decoding defaults
+    below the checkpoint's own, and the most beams or samples times `max_new_tokens` of a request:
+    each of these tokens keeps its keys and values until the caption ends."""
+
+    threads: int | None = None
+    decoding: dict[str, Any] = field(default_factory=dict)
+    max_beam_tokens: int = 4096
+
+    @classmethod
+    def read(cls, values: Any) -> "HandlerSettings":
+        """Raises UserError naming the field that is unknown or wrong."""
+        where, values = "model-config.yaml: handler", {} if values is None else values
+        known = [one.name for one in fields(cls)]
+        if not isinstance(values, dict) or (unknown := set(map(str, values)) - set(known)):
+            names = "" if not isinstance(values, dict) else f"{min(unknown)!r} is unknown; "
+            raise UserError(f"{where}: {names}the fields are {', '.join(known)}")
+        settings = cls(**{name: value for name, value in values.items() if value is not None})
+        for name, least in (("threads", 1), ("max_beam_tokens", 16)):
+            value = getattr(settings, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise UserError(f"{where}.{name} must be a whole number, {least} or more")
+        if not isinstance(settings.decoding, dict):
+            raise UserError(f"{where}.decoding must be a mapping of decoding options")
+        return settings
+
+
+def within(
+    options: DecodeOptions, positions: int, max_beam_tokens: int, asked: bool
+) -> DecodeOptions:
+    """The options of a request within the server's limit on beams (or samples) times tokens. What
+    the client `asked` for is refused above it, a default length is shortened."""
+    longest = options.max_new_tokens or positions
+    if options.rows * longest <= max_beam_tokens:
+        return options
+    if asked:
+        many = "num_return_sequences" if options.do_sample else "num_beams"
+        raise InvalidParameter(
+            "max_new_tokens",
+            f"{many} {options.rows} x max_new_tokens {longest} is above the server's limit of "
+            f"{max_beam_tokens} (max_beam_tokens); lower one of them",
+        )
+    return replace(options, max_new_tokens=max_beam_tokens // options.rows)
 
 
 def describe_error(error: Exception) -> dict[str, Any]:

@@ -21,7 +21,7 @@
     result.setAttribute("aria-busy", "true");
     let status, text;
     try {
-      const answer = await fetch("/caption", { method: "POST", body: photo });
+      const answer = await fetch("/caption" + location.search, { method: "POST", body: photo });
       [status, text] = [answer.status, await answer.text()];
     } catch {
       [status, text] = [0, "The page's own server has ended; start it again with make web."];

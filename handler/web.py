@@ -3,13 +3,16 @@ photo on it, or take one, and see the captions and where the model looked for ea
 
 A browser cannot ask TorchServe itself, which wants a token and refuses preflights. This process
 holds the token, listens on loopback alone, and forwards. It answers only to its own names (a name
-of somebody else's that resolves to 127.0.0.1 is refused) and takes photos only from its own page.
+of somebody else's that resolves to 127.0.0.1 is refused), only with the key in its address, and
+takes photos only from its own page.
 """
 
+import secrets
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 
@@ -68,6 +71,8 @@ class WebServer(ThreadingHTTPServer):
         self.client = client
         super().__init__((HOST, port), PageHandler)
         self.port = self.server_address[1]
+        # As Jupyter's: other users of this machine, and other pages, do not know it.
+        self.key = secrets.token_urlsafe(24)
         self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
         self.page = page("Captioner", BODY, [HERE / "web.css"], [HEAT, HERE / "web.js"]).encode()
         self.fits: dict[str, str] = {}
@@ -93,7 +98,7 @@ class PageHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self.is_ours():
             return
-        if self.path != "/":
+        if urlsplit(self.path).path != "/":
             self.answer(404, "There is only the page at /.")
             return
         self.answer(200, self.server.page, "text/html")
@@ -104,7 +109,7 @@ class PageHandler(BaseHTTPRequestHandler):
         host = self.headers.get("Host", "")
         if self.headers.get("Origin") != f"http://{host}":
             self.refuse(403, "Photos are taken from this server's own page alone.")
-        elif self.path != "/caption":
+        elif urlsplit(self.path).path != "/caption":
             self.refuse(404, "Photos go to /caption.")
         elif not self.headers.get("Content-Length", "").isdecimal():
             self.refuse(411, "The length of the photo is missing.")
@@ -119,12 +124,16 @@ class PageHandler(BaseHTTPRequestHandler):
                 self.answer(status, said)
 
     def is_ours(self) -> bool:
-        """Whether the request was meant for this server; another name gets an answer that says no.
-        A page of that name could read what is answered to it (DNS rebinding)."""
-        if self.headers.get("Host") in self.server.names:
-            return True
-        self.refuse(421, f"This server answers to http://{HOST}:{self.server.port}/ alone.")
-        return False
+        """Whether the request was meant for this server and has its key. A page of another name
+        could read what is answered to it (DNS rebinding); other users have no key."""
+        if self.headers.get("Host") not in self.server.names:
+            self.refuse(421, f"This server answers to http://{HOST}:{self.server.port}/ alone.")
+            return False
+        [key] = parse_qs(urlsplit(self.path).query).get("key", [""])[:1]
+        if not secrets.compare_digest(key.encode(), self.server.key.encode()):
+            self.refuse(403, "The key is missing; open the address that make web printed.")
+            return False
+        return True
 
     def refuse(self, status: int, said: str) -> None:
         """Answers without reading the body, which ends the connection."""
@@ -198,7 +207,7 @@ def serve_page(client: Client, port: int) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"port {port}: {reason}; name another with PORT=") from error
-    print(f"http://{HOST}:{server.port}/ (Ctrl-C ends it)", flush=True)
+    print(f"http://{HOST}:{server.port}/?key={server.key} (Ctrl-C ends it)", flush=True)
     with server:
         try:
             server.serve_forever()

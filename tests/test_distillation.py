@@ -24,10 +24,11 @@ from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest, write_manifest
 from training.data.scenes import make_rows
 from training.distil_captions import main, with_captions
+from training.loop.teachers import ensemble_captioner
 from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.objectives.distillation import DistillationLoss
-from training.objectives.ensemble import Ensemble, ensemble_captioner
+from training.objectives.ensemble import Ensemble
 from training.objectives.objective import Objective
 
 ROWS = [

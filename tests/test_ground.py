@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, make_targets
 
-REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-java.txt")
+REQUIREMENTS = (
+    *("requirements.txt", "requirements-batch.txt"),
+    *("requirements-dev.txt", "requirements-java.txt"),
+)
 PACKAGES = ("handler", "training", "export")
 TARGETS = {
     *("setup", "demo", "test", "test-slow", "data", "train", "export", "mar", "serve", "stop"),
@@ -41,7 +44,7 @@ def imports(path: Path) -> set[str]:
 def test_every_requirement_is_pinned_and_comes_from_an_index(name):
     pin = r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*(; platform_system == \"Linux\")?"
     for line in (REPOSITORY / name).read_text().splitlines():
-        assert not line or line.startswith("#") or line == "-r requirements.txt" or (
+        assert not line or line.startswith("#") or re.fullmatch("-r requirements(-batch)?.txt", line) or (
             re.fullmatch(pin, line)
         ), line  # fmt: skip
 
@@ -55,10 +58,12 @@ def test_the_pins_that_belong_together():
 
 
 def test_what_is_imported_is_pinned():
-    pinned = {name.lower() for name in pins("requirements.txt")}
+    serving = {name.lower() for name in pins("requirements.txt")}
+    batch = serving | {name.lower() for name in pins("requirements-batch.txt")}
     # Modules come from packages of other names: PIL from pillow, yaml from PyYAML.
     known = packages_distributions()
     for path in (path for name in PACKAGES for path in (REPOSITORY / name).rglob("*.py")):
+        pinned = batch if path.parent.name == "batch" else serving
         for module in imports(path) - set(sys.stdlib_module_names) - set(PACKAGES):
             if module not in ("inference_pb2", "inference_pb2_grpc"):  # generated
                 names = {name.lower() for name in known.get(module, [module])}

@@ -22,15 +22,17 @@ from handler.captioner import Captioner
 from handler.errors import UserError, run_command
 from handler.image_preprocess import preprocess
 from training.checkpoint import load_captioner, load_model
-from training.huggingface_model import import_model
-from training.huggingface_settings import (
+from training.import_huggingface import main
+from training.weights.huggingface import import_huggingface
+from training.weights.huggingface_files import read_json
+from training.weights.huggingface_model import import_model
+from training.weights.huggingface_settings import (
     import_decoding,
     import_ids,
     import_preprocessing,
     import_tokenizer,
     legacy_generation,
 )
-from training.import_huggingface import import_huggingface, main, read_json
 
 PHOTOS = [natural(*size) for size in ((40, 30), (30, 40), (64, 20))]
 

@@ -126,7 +126,15 @@ def test_a_preset_trains_from_the_hub_s_cache(name, tiny_data, tmp_path):
     for stage in preset["stages"]:
         stage["batch_photos"] = 4
     (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))
-    command = ["training.train", "--config", "preset.yaml", "--data", str(tiny_data)]
+    command = [
+        "training.train",
+        "--config",
+        "preset.yaml",
+        "--data",
+        str(tiny_data),
+        "--run",
+        "preset",
+    ]
     offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
     done = run_program(*command, "--epochs", "1", cwd=tmp_path, **offline)
     assert done.returncode == 0, done.stderr

@@ -99,7 +99,7 @@ def test_weights_are_never_deleted_for_a_run_without(config, tiny_data, old_run,
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.loop.stage.validate", interrupt)
+    monkeypatch.setattr("training.loop.train.validate", interrupt)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt, match="ARGS=--resume"):
             train(config, read_manifest(tiny_data), old_run, overwrite=True)

@@ -3,6 +3,7 @@ browser by file, camera and keyboard."""
 
 import http.client
 import io
+import re
 import threading
 
 import pytest
@@ -16,7 +17,7 @@ from handler import serve
 from handler.client import ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES
-from handler.web import WebServer
+from handler.web import WebServer, serve_page
 
 TOKENS = ["a", "red", "<b>"]
 MAPS = [[1 / 16] * 16, [0.85] + [0.01] * 15, [0.01] * 15 + [0.85]]
@@ -73,8 +74,10 @@ def photo_file(tmp_path_factory):
     return path
 
 
-def ask(page, method="POST", path="/caption", body=b"", **headers):
+def ask(page, method="POST", path="/caption", body=b"", key=None, **headers):
     """(status, headers, body) of a request as the page itself would send it, but for `headers`."""
+    key = page.key if key is None else key
+    path += f"?key={key}" if key else ""
     given = {"Host": f"127.0.0.1:{page.port}", "Origin": f"http://127.0.0.1:{page.port}"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=30)
@@ -97,6 +100,26 @@ def test_a_photo_becomes_a_card(page, client, photo_file):
     assert html.count('class="word"') == 6 and "score -0.90" in html
     assert "<b>" not in html and "&lt;b&gt;" in html
     assert 'width="480" height="320"' in html and 'data-fit="squash"' in html
+
+
+@pytest.mark.parametrize("key", ["", "x", "é"])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/"), ("POST", "/caption"), ("GET", "/x"), ("POST", "/x")]
+)
+def test_without_the_key_nothing_is_answered(page, client, photo_file, method, path, key):
+    """Other users of the machine could caption with the key of the one who started the page."""
+    key = key.encode().hex() if key == "é" else key
+    status, _, said = ask(page, method, path, photo_file.read_bytes(), key=key)
+    assert (status, "make web" in said) == (403, True)
+    assert client.photos == [] and page.key not in said
+
+
+def test_the_key_is_in_the_address_that_is_printed(client, monkeypatch, capsys):
+    monkeypatch.setattr(WebServer, "serve_forever", lambda self: None)
+    serve_page(client, 0)
+    [key] = re.findall(r"http://127\.0\.0\.1:\d+/\?key=([\w-]{32})\b", capsys.readouterr().out)
+    with WebServer(client, port=0) as other:
+        assert other.key != key
 
 
 def test_the_map_lies_where_the_model_saw(page, client, photo_file):
@@ -184,7 +207,7 @@ def test_a_taken_port_is_one_line_and_status_2(page, tmp_path):
 @needs_chromium
 def test_a_file_by_keyboard_alone(page, photo_file):
     with Browser() as browser:
-        browser.open(f"http://127.0.0.1:{page.port}/")
+        browser.open(f"http://127.0.0.1:{page.port}/?key={page.key}")
         browser.press("Tab")
         assert browser.run("document.activeElement.id") == "file"
         browser.give_files("#file", photo_file)
@@ -209,7 +232,7 @@ def test_camera_and_drop(page, client, width):
     """The fake camera of Chromium, on a desk and a phone; a drop of a file."""
     with Browser() as browser:
         browser.resize(width, 800, mobile=width < 500)
-        browser.open(f"http://localhost:{page.port}/")
+        browser.open(f"http://localhost:{page.port}/?key={page.key}")
         browser.run("document.getElementById('camera').click()")
         browser.wait("document.getElementById('video').videoWidth > 0")
         browser.run("document.getElementById('shoot').click()")
@@ -229,7 +252,7 @@ def test_camera_and_drop(page, client, width):
 def test_an_error_is_read_out_and_the_page_goes_on(page, client, photo_file):
     client.failure = ServerError("InvalidImage", 400, "the image is damaged")
     with Browser() as browser:
-        browser.open(f"http://127.0.0.1:{page.port}/")
+        browser.open(f"http://127.0.0.1:{page.port}/?key={page.key}")
         browser.give_files("#file", photo_file)
         said = "document.querySelector('[role=alert]').textContent"
         assert "the image is damaged." in browser.wait(said)
@@ -252,7 +275,7 @@ def test_a_photo_through_a_live_server(tiny_export, tiny_data, tmp_path):
         photo = tiny_data / "images/18.png"
         expected = client.caption(photo.read_bytes(), num_beams=5, num_return_sequences=3)
         with Browser() as browser:
-            browser.open(f"http://127.0.0.1:{page.port}/")
+            browser.open(f"http://127.0.0.1:{page.port}/?key={page.key}")
             browser.give_files("#file", photo)
             browser.wait("document.querySelector('#result .card')")
             for number, caption in enumerate(expected["captions"], start=1):

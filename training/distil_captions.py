@@ -26,7 +26,7 @@ from training.data.manifest import (
     summary,
     write_manifest,
 )
-from training.objectives.ensemble import ensemble_captioner
+from training.loop.teachers import ensemble_captioner
 from training.scores.captions import caption_rows, dataset_of
 
 DISTILLED = FolderKind(

@@ -8,6 +8,7 @@ from training.checkpoint import CHECKPOINTS
 from training.config import load_config
 from training.data.manifest import data_folder, read_manifest
 from training.loop.allocator import keep_freed_memory
+from training.loop.run import pick_device
 from training.loop.train import train
 
 
@@ -37,6 +38,7 @@ def main() -> None:
         precision=arguments.precision,
         device=arguments.device,
     )
+    pick_device(config)  # refused before anything is read
     keep_freed_memory()
     manifest = read_manifest(data_folder(config.data))
     is_own = arguments.data is None or own.data in (arguments.data, manifest.name)

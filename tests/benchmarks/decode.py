@@ -1,5 +1,5 @@
-"""What the limits on decoding cost on ordinary photos, in pairs: the photo as it is decoded, and the
-same without a walk and without a process, as Pillow alone would be asked.
+"""What the limits on decoding cost on ordinary photos, in pairs: the photo as it is decoded, and
+the same without a walk and without a process, as Pillow alone would be asked.
 
     python -m tests.benchmarks.decode [--rounds 15]
 """

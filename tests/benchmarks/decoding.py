@@ -57,7 +57,7 @@ def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, di
     theirs = None
     checkpoint = Path(name)
     if name == "yardstick":
-        from training.import_huggingface import import_huggingface
+        from training.weights.huggingface import import_huggingface
 
         theirs, checkpoint = ROOT / "yardstick-huggingface", ROOT / "yardstick"
         if not theirs.exists():

@@ -18,7 +18,7 @@ from tests.benchmarks.timing import machine, medians, report, table
 from training.checkpoint import load_captioner
 from training.data.photos import read_bytes
 from training.evaluate import model_size
-from training.objectives.ensemble import ensemble_captioner
+from training.loop.teachers import ensemble_captioner
 from training.scores.captions import caption_rows, dataset_of
 from training.scores.metrics import score
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from training.data.captions import Batch, Captions
 from training.data.manifest import Manifest, Row
-from training.data.photos import Augment, PhotoDataset, loaded, seed_of, stamp
+from training.data.photos import Augment, PhotoDataset, loaded, stamp
+from training.data.seeds import seed_of
 
 
 class FeatureCache:

@@ -5,7 +5,6 @@ tail. What is random depends on (seed, epoch, photo) alone, so that a resumed ru
 uninterrupted one would have seen.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from handler.image_preprocess import (
 )
 from training.data.captions import Batch, Captions
 from training.data.manifest import Manifest, Row
-from training.data.shards import read_member
+from training.data.member import read_member
+from training.data.seeds import seed_of
 
 # An epoch goes through the shards of a dataset in windows of so many.
 SHARDS_AT_ONCE = 16
@@ -64,12 +64,6 @@ class Augment:
         if mirror:
             photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_tensor(resize(photo, self.preprocessing), self.preprocessing), mirror
-
-
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from any mixture of numbers and names."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def read_bytes(manifest: Manifest, row: Row) -> bytes:

@@ -13,17 +13,17 @@ where they are given, as `training.shards` writes them.
 import io
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES, PHOTO_SUFFIXES, InvalidImage, decode
 from training.data.folder import CAPTION_FIELDS, captions_of, has_caption
 from training.data.manifest import is_url
-from training.data.ranged import RangedFile, read_range
+from training.data.member import is_header
+from training.data.ranged import RangedFile
 from training.data.source import (
     SPLIT_NAMES,
     Photo,
@@ -179,7 +179,7 @@ def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto
     if not any(s in members for s in CAPTION_SUFFIXES):
         raise UserError("photo has no captions (.json or .txt)")
     entry, content = members[suffix].entry, members[suffix].content
-    if not _is_header(entry.header, entry.name, entry.size):
+    if not is_header(entry.header, entry.name, entry.size):
         raise UserError("name is too long or not in the form of a plain tar (ustar)")
     kind = CAPTION_SUFFIXES[0] if CAPTION_SUFFIXES[0] in members else CAPTION_SUFFIXES[1]
     record = _read_record(members)
@@ -237,32 +237,3 @@ def split_of_shards(shards: list[str]) -> dict[str, str] | None:
         return None
     found = {shard: next(iter(splits)) for shard, splits in said.items()}
     return found if len(set(found.values())) > 1 else None
-
-
-def read_member(place: Path | str, member: str, span: tuple[int, int]) -> bytes:
-    """A photo's bytes out of its shard. The tar's header before them is read too and must name the
-    photo, for a shard may have been replaced since it was read. Raises UserError naming both."""
-    offset, length = span
-    if length > MAX_BYTES:
-        raise UserError(
-            f"{place}: field 'span' of {member} is {length} bytes; no photo is so large"
-        )
-    try:
-        data = read_range(place, max(0, offset - BLOCK), BLOCK + length)
-    except UserError as error:
-        raise UserError(f"{error} (for {member})") from None
-    if not _is_header(data[:BLOCK], member, length):
-        raise UserError(f"{place}: {member} is not where it was; prepare the data again")
-    if len(data) < BLOCK + length:
-        raise UserError(f"{place}: cut off within {member}; copy the shard again")
-    return data[BLOCK:]
-
-
-def _is_header(block: bytes, member: str, length: int) -> bool:
-    """Whether these bytes, taken alone, are the tar's header of that file."""
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError, OverflowError):
-        return False
-    same = PurePosixPath(header.name) == PurePosixPath(member)
-    return same and header.size == length

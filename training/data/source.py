@@ -29,7 +29,7 @@ SPLIT_NAMES = {
 HELD_OUT = {"val": 0.1, "test": 0.1}
 HASHED = "by a hash of the id: 80 % train, 10 % val, 10 % test"
 
-Json = TypeVar("Json", str, int, list, dict)
+Json = TypeVar("Json", str, int, list[Any], dict[str, Any])
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 Every process calls the same methods; only the first one's log does anything."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from training.checkpoint import LOG_FILE
-from training.loop.folder import RunFolder
 
 
 class Log:
     """Appends to `metrics.jsonl` of a run's folder, and draws the bar of a stage."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        """`folder()` is where the run's files are now."""
         self.folder = folder
         self.bar: tqdm[Any] = tqdm(disable=True)
 
@@ -26,7 +28,7 @@ class Log:
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, False)
 
     def write(self, entry: dict[str, Any]) -> None:
-        with (self.folder.path / LOG_FILE).open("a", encoding="utf-8") as file:
+        with (self.folder() / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def say(self, line: str) -> None:

@@ -31,8 +31,8 @@ from training.data.manifest import Manifest
 from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
 from training.loop.log import Log, NullLog
+from training.loop.teachers import Student
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
-from training.objectives.distillation import Student
 
 # What `Run` counts, and keeps in its state.
 PROGRESS = (
@@ -42,13 +42,17 @@ PROGRESS = (
 
 
 def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
-    """The device, and whether to run in bfloat16 there."""
+    """The device, and whether to run in bfloat16 there. Raises UserError for one that is not
+    there."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise UserError(f"device {name}: this machine has {there} GPUs; set device: auto or cpu")
     if config.precision != "auto":
         return device, config.precision == "bf16"
     if device.type == "cuda":
@@ -70,7 +74,7 @@ class Run:
         workers = 1 if self.device.type == "cpu" else min(8, max(1, cores))
         self.workers = workers if config.workers is None else config.workers
         self.processes: Processes = join(self.device)
-        self.log = (Log if self.processes.first else NullLog)(folder)
+        self.log = (Log if self.processes.first else NullLog)(lambda: folder.path)
         self.stage = self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one
         self.best: dict[str, Any] | None = None  # validation figures of the checkpoint

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,8 @@ from handler.errors import UserError
 from training.config import Stage
 from training.data.captions import Batch, Captions
 from training.data.features import FeatureCache
-from training.data.photos import (
-    Augment,
-    PhotoDataset,
-    epoch_order,
-    photo_batches,
-    seed_of,
-    shard_numbers,
-)
+from training.data.photos import Augment, PhotoDataset, epoch_order, photo_batches, shard_numbers
+from training.data.seeds import seed_of
 from training.loop.distributed import without_exchange
 from training.loop.optimizer import (
     learning_rate_factor,
@@ -30,7 +24,7 @@ from training.loop.optimizer import (
     update_average,
 )
 from training.loop.run import Run
-from training.loop.validation import validate
+from training.loop.teachers import load_teachers
 from training.objectives.objective import Objective, make_loss
 
 FEATURES = Path("build/features")
@@ -49,7 +43,11 @@ class Work:
             parameter_groups(run.model, stage), betas=(0.9, 0.98), lr=0.0
         )
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        loss = make_loss(stage, run.student(), run.train_rows, self.seed)
+        teachers = None
+        if stage.distillation is not None:
+            teachers = load_teachers(stage, run.student(), stage.encoder == "frozen")
+        longest = run.config.decoder.max_tokens - 1
+        loss = make_loss(stage, teachers, run.train_rows, run.tokenizer, longest, self.seed)
         self.whole = Objective(run.model, loss, stage.encoder == "frozen")
         self.objective = run.processes.parallel(self.whole)
         self.shard_of_N = shard_numbers(run.train_rows)
@@ -78,7 +76,12 @@ class Work:
         return self.stage.decoder_lr * factor
 
 
-def run_stage(run: Run, captions: Captions, state: dict[str, Any] | None) -> None:
+def run_stage(
+    run: Run,
+    captions: Captions,
+    state: dict[str, Any] | None,
+    validate: Callable[[Run], None],
+) -> None:
     """One stage: batch, loss, step, log, save, validate. `state` is where a resumed run goes on."""
     stage = run.config.stages[run.stage]
     run.model.encoder.requires_grad_(stage.encoder == "trained")

@@ -23,8 +23,8 @@ from training.loop.folder import RunFolder
 from training.loop.run import Run, read_state, restore_parts
 from training.loop.stage import run_stage
 from training.loop.start import make_model, make_tokenizer
-from training.loop.validation import announce, warn_of_little_learnt
-from training.objectives.distillation import check_teachers
+from training.loop.teachers import check_teachers
+from training.loop.validation import announce, validate, warn_of_little_learnt
 
 
 def train(
@@ -93,7 +93,7 @@ def train_stages(run: Run, state: dict[str, Any] | None) -> None:
     first = 0 if state is None else state["stage"]
     for stage in range(first, len(run.config.stages)):
         run.stage = stage
-        run_stage(run, captions, state)
+        run_stage(run, captions, state, validate)
         state = None
     assert run.best is not None
     figure = run.best["chosen_by"]

@@ -17,33 +17,14 @@ Dimension key: B photos, Q packed tokens of a photo, N the tokens of all caption
 memory tokens, D width, S image side, V vocabulary.
 """
 
-from pathlib import Path
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handler.caption_tokenizer import CaptionTokenizer
-from handler.errors import UserError
-from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import WEIGHTS_FILE
-from training.config import Distillation, Stage, TrainConfig
+from training.config import Distillation
 from training.data.captions import IGNORED, Batch
-from training.model import CaptioningModel, Decoder
-from training.objectives.ensemble import Ensemble, Interface, encoder_difference, load_ensemble
-
-
-class Student(NamedTuple):
-    """The model that a run trains, and what its teachers must share with it. `folders` are those
-    that the run writes."""
-
-    model: CaptioningModel
-    tokenizer: CaptionTokenizer
-    preprocessing: PreprocessConfig
-    max_tokens: int
-    device: torch.device
-    folders: tuple[Path, ...]
+from training.model import Decoder
+from training.objectives.ensemble import Ensemble
 
 
 class DistillationLoss:
@@ -90,56 +71,3 @@ class DistillationLoss:
             "divergence": divergence.detach() / tokens,
         }
         return (1 - weight) * truth + weight * divergence, tokens, figures
-
-
-def check_teachers(config: TrainConfig, student: Student) -> None:
-    """Refuses at the start of a run what one of its stages would refuse hours later."""
-    for number, stage in enumerate(config.stages):
-        if stage.distillation is not None:
-            as_it_is = all(s.encoder == "frozen" for s in config.stages[: number + 1])
-            load_teachers(stage, student, as_it_is)
-
-
-def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensemble:
-    """The teachers of a stage.
-
-    With `shared_encoder` all teachers must have the student's encoder, which is frozen, because
-    its features are all that they see. Raises UserError naming the teacher's file and field that
-    do not fit the student, and for a teacher that the run itself would overwrite.
-    """
-    assert stage.distillation is not None
-    folders = [Path(folder) for folder in stage.distillation.teachers]
-    written = [folder.resolve() for folder in student.folders]
-    for folder in folders:
-        if folder.resolve() in written:
-            raise UserError(
-                f"{folder}: teacher of stage {stage.name!r}, but this run would overwrite it; give "
-                "the run another name"
-            )
-    vocab_size = student.model.decoder_config.vocab_size
-    shared = Interface("the student", student.tokenizer, vocab_size, student.preprocessing)
-    ensemble, _, _ = load_ensemble(folders, shared)
-    longest = student.max_tokens
-    for folder, decoder, number in zip(
-        folders, ensemble.decoders, ensemble.encoder_of, strict=True
-    ):
-        if decoder.max_positions < longest:
-            raise UserError(
-                f"{folder / 'config.json'}: field 'model.decoder.max_positions' is "
-                f"{decoder.max_positions}, and the student's captions have up to {longest} tokens; "
-                "lower decoder.max_tokens"
-            )
-        if not shared_encoder:
-            continue
-        difference = encoder_difference(ensemble.encoders[number], student.model.encoder)
-        if difference is not None:
-            what = (
-                f"{folder / WEIGHTS_FILE}: the encoder's weights are"
-                if difference == "weights"
-                else f"{folder / 'config.json'}: field 'model.encoder.{difference}' is"
-            )
-            raise UserError(
-                f"{what} not the student's, whose features are all that there is with a frozen "
-                f"encoder; set encoder: trained in stage {stage.name!r}"
-            )
-    return ensemble.to(student.device)

@@ -12,30 +12,11 @@ of all memories of a photo.
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import Captioner
-from handler.errors import UserError
-from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import load_model
 from training.model import CaptioningModel, Encoder
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What captioners must share so that one can learn from the others' distributions. `vocab_size`
-    is the decoder's, which may have more rows than its tokenizer has entries."""
-
-    owner: str
-    tokenizer: CaptionTokenizer
-    vocab_size: int
-    preprocessing: PreprocessConfig
 
 
 class Ensemble:
@@ -135,63 +116,3 @@ def encoder_difference(one: Encoder, other: Encoder) -> str | None:
     state = other.state_dict()
     same = all(torch.equal(w.cpu(), state[name].cpu()) for name, w in one.state_dict().items())
     return None if same else "weights"
-
-
-def load_ensemble(
-    folders: Sequence[Path], like: Interface | None = None
-) -> tuple[Ensemble, Interface, dict[str, Any]]:
-    """The checkpoints in `folders` as one, for inference; what they share, and the config of the
-    first.
-
-    They must share it with `like`, or else with the first of them. Raises UserError naming the
-    file and the field that is another.
-    """
-    models = []
-    configs = []
-    for folder in folders:
-        model, config, tokenizer = load_model(folder)
-        preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
-        vocab_size = model.decoder_config.vocab_size
-        own = Interface(str(folder), tokenizer, vocab_size, preprocessing)
-        like = like or own
-        refuse_difference(folder, own, like)
-        models.append(model.requires_grad_(False))
-        configs.append(config)
-    assert like is not None, "an ensemble has at least one member"
-    return Ensemble(models), like, configs[0]
-
-
-def refuse_difference(folder: Path, own: Interface, like: Interface) -> None:
-    """UserError, naming file and field, for a checkpoint that has another vocabulary or another
-    preprocessing than `like`."""
-    tokenizer, config = folder / "tokenizer.json", folder / "config.json"
-    if own.tokenizer.vocabulary != like.tokenizer.vocabulary:
-        raise UserError(
-            f"{tokenizer}: field 'model.vocab' is not that of {like.owner}, and words can only be "
-            "compared in one vocabulary; train one with tokenizer.checkpoint set to the other"
-        )
-    for name in ("begin_id", "end_id"):
-        mine, theirs = getattr(own.tokenizer, name), getattr(like.tokenizer, name)
-        if mine != theirs:
-            raise UserError(
-                f"{config}: field 'tokenizer.{name}' is {mine}, {like.owner} has {theirs}"
-            )
-    if own.vocab_size != like.vocab_size:
-        raise UserError(
-            f"{config}: field 'model.decoder.vocab_size' is {own.vocab_size}, {like.owner} has "
-            f"{like.vocab_size}; choose a checkpoint of the same vocabulary"
-        )
-    theirs = like.preprocessing.to_dict()
-    for name, value in own.preprocessing.to_dict().items():
-        if value != theirs[name]:
-            raise UserError(
-                f"{config}: field 'preprocessing.{name}' is {value}, {like.owner} has "
-                f"{theirs[name]}; both look at the same pixels, so the field must be the same"
-            )
-
-
-def ensemble_captioner(folders: Sequence[Path]) -> Captioner:
-    """The captioner of one checkpoint or of several as one, with the decoding defaults of the
-    first."""
-    ensemble, shared, config = load_ensemble(folders)
-    return Captioner(ensemble.encode_flat, ensemble, shared.tokenizer, config)

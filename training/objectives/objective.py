@@ -8,12 +8,14 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from handler.caption_tokenizer import CaptionTokenizer
 from training.config import Stage
 from training.data.captions import Batch
 from training.data.manifest import Row
 from training.model import CaptioningModel, Decoder
 from training.objectives.cross_entropy import CrossEntropyLoss
-from training.objectives.distillation import DistillationLoss, Student, load_teachers
+from training.objectives.distillation import DistillationLoss
+from training.objectives.ensemble import Ensemble
 from training.objectives.self_critical import SelfCriticalLoss
 
 
@@ -44,14 +46,19 @@ class Objective(nn.Module):
         return self.loss(self.model.decoder, memory_BPD, batch, epoch)
 
 
-def make_loss(stage: Stage, student: Student, rows: Sequence[Row], seed: int) -> Loss:
-    """The loss of a stage that trains `student` on `rows`. Raises UserError for teachers that do
-    not fit."""
+def make_loss(
+    stage: Stage,
+    teachers: Ensemble | None,
+    rows: Sequence[Row],
+    tokenizer: CaptionTokenizer,
+    max_new_tokens: int,
+    seed: int,
+) -> Loss:
+    """The loss of a stage that trains on `rows`; `teachers` where it has distillation."""
     if stage.distillation is not None:
+        assert teachers is not None
         frozen = stage.encoder == "frozen"
-        teachers = load_teachers(stage, student, frozen)
         return DistillationLoss(stage.distillation, teachers, stage.smoothing, frozen)
     if stage.self_critical is not None:
-        longest = student.max_tokens - 1
-        return SelfCriticalLoss(stage.self_critical, rows, student.tokenizer, longest, seed)
+        return SelfCriticalLoss(stage.self_critical, rows, tokenizer, max_new_tokens, seed)
     return CrossEntropyLoss(stage.smoothing)

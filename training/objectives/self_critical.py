@@ -37,7 +37,7 @@ from handler.caption_tokenizer import CaptionTokenizer
 from training.config import SelfCritical
 from training.data.captions import IGNORED, Batch, mirrored, pack_captions
 from training.data.manifest import Row
-from training.data.photos import seed_of
+from training.data.seeds import seed_of
 from training.model import Decoder
 from training.scores.cider_d import CiderD
 from training.scores.metrics import plain_words

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from handler.errors import UserError
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
-from training.rename import fill, rename, their_names
+from training.weights.rename import fill, rename, their_names
 
 VALUE = TypeVar("VALUE", int, float, bool, str)
 

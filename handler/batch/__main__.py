@@ -1,0 +1,133 @@
+"""`python -m handler.batch`, behind `make batch`: captions for millions of photos, on this machine
+or a Ray cluster. It can be killed at any moment and started again: every photo gives one row.
+
+Exit status: 0 all captioned, 1 some rows have errors or shards failed, 2 nothing could be started.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handler.batch import namespace
+from handler.batch.output import Output
+from handler.batch.pool import Pool, connected
+from handler.batch.process import caption_shards
+from handler.batch.record import describe, open_run
+from handler.batch.shard import Job, part_name
+from handler.batch.source import Shard, absolute
+from handler.batch.summary import Progress, line, totals
+from handler.errors import ArgumentParser, run_command
+from handler.files import locked, write_atomic
+from handler.request import add_decoding_options, decoding_options
+
+
+def parse() -> argparse.Namespace:
+    parser = ArgumentParser(prog="handler.batch", description=__doc__)
+    parser.add_argument(
+        "--source",
+        required=True,
+        help="photos, .tar shards or Parquet: a folder, glob, URL or list",
+    )
+    parser.add_argument("--out", required=True, help="folder or URL of the captions, resumed from")
+    parser.add_argument("--export", type=Path, required=True, help="folder of an export")
+    parser.add_argument("--workers", type=int, help="default: one a core, or one a GPU")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, a worker (default 1)")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs to use, one a worker (default 0)")
+    parser.add_argument("--shards", metavar="I/N", help="this part of the shards, without Ray")
+    parser.add_argument("--address", help="a Ray cluster (default: Ray on this machine)")
+    parser.add_argument("--extend", action="store_true", help="caption photos that came since, too")
+    parser.add_argument("--metrics", type=Path, metavar="FILE", help="figures at the end, as JSON")
+    add_decoding_options(parser, "export")
+    arguments = parser.parse_args()
+    for name in ("workers", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; give 1 or more")
+    if arguments.gpus < 0:
+        parser.error(f"--gpus is {arguments.gpus}; give 0 or more")
+    if arguments.shards and not re.fullmatch(r"[0-9]{1,9}/[1-9][0-9]{0,8}", arguments.shards):
+        parser.error(f"--shards is {arguments.shards!r}; give I/N, as 0/8")
+    if arguments.shards and (arguments.address or arguments.workers):
+        parser.error("--shards runs one worker without Ray; leave --address and --workers out")
+    return arguments
+
+
+def share(shards: list[Shard], part: str | None) -> list[Shard]:
+    """The shards of job I of N, counted from 0 or from 1: N is 0 again."""
+    if part is None:
+        return shards
+    index, count = map(int, part.split("/"))
+    return shards[index % count :: count]
+
+
+def caption(
+    arguments: argparse.Namespace, job: Job, shards: list[Shard]
+) -> Iterator[tuple[Shard, dict[str, Any]]]:
+    if arguments.shards:
+        yield from caption_shards(job, shards)
+        return
+    cores = len(os.sched_getaffinity(0))
+    workers = arguments.workers or arguments.gpus or max(1, cores // job.threads)
+    gpus = arguments.gpus / workers
+    with connected(arguments.address, max(cores, workers * job.threads), arguments.gpus) as ray:
+        yield from Pool(ray, job, workers, gpus).caption(shards)
+
+
+def secure(arguments: argparse.Namespace) -> None:
+    """Keeps the ports of a Ray on this machine to it, or tells that they are open."""
+    if arguments.shards or arguments.address or namespace.is_alone():
+        return
+    is_local = not any("://" in url for url in (arguments.source, arguments.out))
+    if is_local and namespace.is_possible():
+        namespace.restart()
+    why = "this system allows no network namespace" if is_local else "the photos need the network"
+    print(
+        f"warning: Ray's ports are open on every interface ({why}); they ask for a token of this "
+        "job. Use a firewall, or --shards, which opens none",
+        file=sys.stderr,
+    )
+
+
+def main() -> None:
+    arguments = parse()
+    options = decoding_options(arguments)
+    run = describe(arguments.export, options, arguments.source)
+    secure(arguments)
+    output = Output(absolute(arguments.out))
+    with ExitStack() as stack:
+        if output.folder:
+            # One driver a folder, or one of each job of an array.
+            part = (
+                arguments.shards and output.folder / f"shards-{arguments.shards.replace('/', '-')}"
+            )
+            stack.enter_context(locked(part or output.folder))
+        shards, news = open_run(output, run, arguments.extend)
+        for told in news:
+            print(told, file=sys.stderr)
+        shards = share(shards, arguments.shards)
+        done = output.names()
+        waiting = [shard for shard in shards if part_name(shard) not in done]
+        device = "cuda" if arguments.gpus and torch.version.cuda else "cpu"
+        export = str(arguments.export.absolute())
+        job = Job(export, options, output.url, device, arguments.threads)
+        progress = Progress(shards, waiting)
+        if waiting:
+            for _, summary in caption(arguments, job, waiting):
+                progress.add(summary)
+        figures = totals(output, shards) | progress.close()
+    if arguments.metrics:
+        write_atomic(arguments.metrics, json.dumps(figures, indent=2) + "\n")
+    print(f"{output.url}: {line(figures)}")
+    sys.exit(1 if figures["errors"] or figures["shards_failed"] else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,122 @@
+"""A pool of Ray actors, each a worker. Ray hands shards out and tells which actor died; what a
+shard is, and that it is written once, is `handler.batch.shard`'s."""
+
+import importlib
+import logging
+import os
+import secrets
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from handler.batch.process import caption_singly
+from handler.batch.shard import Job, Worker
+from handler.batch.source import Shard
+from handler.errors import UserError
+
+OBJECT_STORE_BYTES = 100_000_000  # shards' names and summaries: photos never pass through it
+STARTS = 3  # actors in a row that may die while loading before the job is given up
+
+
+class Actor:
+    """A worker within Ray. Its model is loaded by `load`, whose end says that it is placed."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def load(self) -> None:
+        self.worker = Worker(self.job)
+
+    def caption(self, shard: Shard) -> dict[str, Any]:
+        return self.worker.caption(shard)
+
+    def caption_singly(self, shard: Shard) -> dict[str, Any]:
+        return caption_singly(self.job, shard)
+
+
+@contextmanager
+def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
+    """The module `ray`, connected to a Ray on this machine that ends with the block, or to the
+    cluster at `address`."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if not address:
+        # Whoever can reach a port of Ray runs code here: nobody without this token.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Imported here: Ray reads the environment once, when it is imported.
+    ray = importlib.import_module("ray")
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+class Pool:
+    """`workers` actors over the shards of a job, by the module that `connected` yields."""
+
+    def __init__(self, ray: Any, job: Job, workers: int, gpus: float) -> None:
+        self.ray, self.job, self.workers = ray, job, workers
+        self.actor: Any = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_restarts=0)(Actor)
+        # What each actor is at: a shard, or None while it loads.
+        self.tasks: dict[Any, tuple[Any, Shard | None]] = {}
+        self.deaths: Counter[str] = Counter()
+        self.failed_starts = 0
+
+    def caption(self, shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
+        """Yields each shard with its summary as it ends."""
+        self.waiting = deque(shards)
+        for _ in range(min(self.workers, len(shards))):
+            self._start()
+        while self.tasks:
+            [task], _ = self.ray.wait(list(self.tasks))
+            actor, shard = self.tasks.pop(task)
+            try:
+                summary = self.ray.get(task)
+            except self.ray.exceptions.RayActorError as error:
+                self._died(shard, error)
+                continue
+            except self.ray.exceptions.RayTaskError as error:
+                # What the worker itself raised: a full disk, a damaged export.
+                raise error.cause from None
+            self.failed_starts = 0
+            if shard is not None:
+                yield shard, summary
+            self._next(actor)
+
+    def _start(self) -> None:
+        actor = self.actor.remote(self.job)
+        self.tasks[actor.load.remote()] = (actor, None)
+
+    def _next(self, actor: Any) -> None:
+        if not self.waiting:
+            return
+        shard = self.waiting.popleft()
+        careful = self.deaths[shard.address] >= 2
+        method = actor.caption_singly if careful else actor.caption
+        self.tasks[method.remote(shard)] = (actor, shard)
+
+    def _died(self, shard: Shard | None, error: Exception) -> None:
+        if shard is None:
+            self.failed_starts += 1
+            if self.failed_starts >= STARTS:
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"workers die while they load {self.job.export} ({reason})")
+        else:
+            self.deaths[shard.address] += 1
+            self.waiting.append(shard)
+        if self.waiting:
+            self._start()

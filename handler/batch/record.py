@@ -1,0 +1,148 @@
+"""What a job is, kept in its OUT: `run.json` (checkpoint, precision, options, source) and
+`shards.json` (how the source was cut), so that every start means the same photos and model."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from handler.batch.output import Output
+from handler.batch.source import Shard, absolute, cut, find
+from handler.beam_search import DecodeOptions
+from handler.captioner import read_config
+from handler.errors import UserError
+from handler.files import FORMAT, locked
+
+RUN, SHARDS = "run.json", "shards.json"
+FIELDS = ("checkpoint", "precision", "options", "source")
+PATIENCE_S = 600.0  # how long a job of an array waits for the one that cuts the source
+
+
+def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, Any]:
+    """The content of run.json. Raises UserError for an export or options that cannot be used."""
+    config = read_config(export)
+    for name in ("encoder.pt", "decoder.pt", "tokenizer.json"):
+        if not (export / name).is_file():
+            raise UserError(f"{export / name}: missing; export the checkpoint again")
+    for field in ("checkpoint", "precision"):
+        if field not in config:
+            raise UserError(
+                f"{export / 'config.json'}: no field {field!r}; give an export's folder"
+            )
+    defaults = dict(config.get("decoding", {}))
+    if options.get("do_sample") is True:
+        defaults.pop("num_beams", None)
+    return {
+        "format": FORMAT,
+        "checkpoint": config["checkpoint"],
+        "precision": config["precision"],
+        "options": asdict(DecodeOptions(**{**defaults, **options})),
+        "source": "::".join(absolute(part) for part in source.split("::"))
+        if "://" not in source
+        else source,
+    }
+
+
+def open_run(output: Output, run: dict[str, Any], extend: bool) -> tuple[list[Shard], list[str]]:
+    """The shards of the job in `output`, cut now where this is its first start, and what to tell
+    about photos that are new. Raises UserError where OUT holds another job."""
+    with _alone(output):
+        content = output.read(RUN)
+        if content is None:
+            others = sorted(n for n in output.names() if not n.startswith("."))
+            if set(others) - {SHARDS}:
+                raise UserError(
+                    f"{output.url}: the folder is not empty and holds no run.json ({others[0]}); "
+                    "choose another --out"
+                )
+            shards, root, photos = find(run["source"])
+            shards = shards or cut(root, photos)
+            # The cut first: a run.json always has one.
+            _write_shards(output, shards)
+            output.write(RUN, json.dumps(run, indent=2).encode())
+            return shards, []
+        _check_same(output, json.loads(json.dumps(run)), _parse(output, RUN, content))
+        shards = _read_shards(output)
+        return _compare(output, run["source"], shards, extend)
+
+
+@contextmanager
+def _alone(output: Output) -> Iterator[None]:
+    """One job at a time cuts the source; the others wait for it. An object store has no locks:
+    there the first start is to be one job's."""
+    deadline = time.monotonic() + PATIENCE_S
+    if output.folder is None:
+        with nullcontext():
+            yield
+        return
+    while True:
+        lock = locked(output.folder / RUN)
+        try:
+            lock.__enter__()
+            break
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _parse(output: Output, name: str, content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"{output.url}/{name}: not readable as JSON; choose another --out"
+        ) from error
+
+
+def _check_same(output: Output, run: dict[str, Any], before: Any) -> None:
+    for field in FIELDS:
+        old = before.get(field) if isinstance(before, dict) else None
+        if old == run[field]:
+            continue
+        new = run[field]
+        if isinstance(old, dict):
+            differing = sorted(k for k in new if old.get(k) != new[k])
+            field = f"{field} ({', '.join(differing)})"
+            old, new = ({k: d.get(k) for k in differing} for d in (old, new))
+        raise UserError(
+            f"{output.url}/{RUN}: {field} was {old}, and is {new} now; give the same, or choose "
+            "another --out"
+        )
+
+
+def _write_shards(output: Output, shards: list[Shard]) -> None:
+    rows = [asdict(shard) for shard in shards]
+    output.write(SHARDS, json.dumps({"format": FORMAT, "shards": rows}).encode())
+
+
+def _read_shards(output: Output) -> list[Shard]:
+    content = _parse(output, SHARDS, output.read(SHARDS) or b"")
+    return [Shard(**{**row, "photos": tuple(row["photos"])}) for row in content["shards"]]
+
+
+def _compare(
+    output: Output, source: str, shards: list[Shard], extend: bool
+) -> tuple[list[Shard], list[str]]:
+    """Photos that came since the cut: told by number, or with `extend` cut into further shards.
+    Those that went are rows with an error already, by way of their shards."""
+    found, root, photos = find(source)
+    known = {photo for shard in shards for photo in shard.photos}
+    addresses = {shard.address for shard in shards}
+    fresh = [photo for photo in photos if photo not in known]
+    added = [shard for shard in found if shard.address not in addresses]
+    added += cut(root, fresh, first=len(shards))
+    if not added:
+        return shards, []
+    what = f"{len(fresh)} photos" if fresh else f"{len(added)} shards"
+    if not extend:
+        return shards, [f"{what} are new since the first start; --extend captions them, too"]
+    _write_shards(output, shards + added)
+    return shards + added, [f"{what} are new since the first start and are captioned now"]

@@ -1,0 +1,183 @@
+"""One shard in, one Parquet file out, whole or not at all. No engine is needed: whoever calls it,
+however often, the rows are the same."""
+
+import hashlib
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from handler.batch.output import Output
+from handler.batch.source import Photo, Shard, read
+from handler.captioner import Captioner
+from handler.errors import UserError
+from handler.request import describe_error
+
+# Photos captioned at once; tests/benchmarks/batch.py compares sizes.
+BATCH = {"cpu": 32, "cuda": 64}
+DECODERS = 2  # threads that decode beside the model
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("shard", pa.string()),
+        ("caption", pa.string()),
+        (
+            "captions",
+            pa.list_(
+                pa.struct(
+                    [("caption", pa.string()), ("score", pa.float64()), ("log_prob", pa.float64())]
+                )
+            ),
+        ),
+        ("error", pa.struct([("type", pa.string()), ("message", pa.string())])),
+    ]
+)
+COUNTS = b"captioner"  # the key of a part's own summary in its footer
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to begin: an export, options of `Captioner.options`, where parts go, the
+    device and torch's threads."""
+
+    export: str
+    options: dict[str, Any]
+    out: str
+    device: str = "cpu"
+    threads: int = 1
+
+
+def part_name(shard: Shard) -> str:
+    return f"part-{hashlib.sha256(shard.address.encode()).hexdigest()[:24]}.parquet"
+
+
+def failed_name(shard: Shard) -> str:
+    return part_name(shard).replace(".parquet", ".failed.json")
+
+
+def error_row(photo_id: str, kind: str, message: str) -> Row:
+    error = {"type": kind, "message": message}
+    return {"id": photo_id, "caption": None, "captions": None, "error": error}
+
+
+class Worker:
+    """Captions shards, one after another, with one loaded export."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.output = job, Output(job.out)
+        self.captioner = Captioner.load(job.export, job.device, job.threads)
+        self.options = self.captioner.options(**job.options)
+        self.batch = BATCH[torch.device(job.device).type]
+
+    def caption(self, shard: Shard) -> dict[str, Any]:
+        """Captions a shard and writes its part. Returns what `finish` returns."""
+        return finish(self.output, shard, self._rows(shard))
+
+    def caption_photo(self, photo: Photo) -> Row:
+        return self._caption_batch([(photo.id, self._prepare(photo))])[0]
+
+    def _rows(self, shard: Shard) -> Iterator[Row]:
+        with ThreadPoolExecutor(DECODERS) as decoders:
+            ready = _ahead(self._prepare, read(shard), decoders, 2 * self.batch)
+            while batch := list(itertools.islice(ready, self.batch)):
+                yield from self._caption_batch(batch)
+
+    def _prepare(self, photo: Photo) -> Tensor | Exception:
+        if isinstance(photo.content, Exception):
+            return photo.content
+        try:
+            return self.captioner.preprocess(photo.content)
+        except Exception as error:  # a row, never the end of the job
+            return error
+
+    def _caption_batch(self, batch: list[tuple[str, Tensor | Exception]]) -> list[Row]:
+        good = [image for _, image in batch if isinstance(image, Tensor)]
+        captions = iter(self._captions(good))
+        rows = []
+        for photo_id, image in batch:
+            answer = next(captions) if isinstance(image, Tensor) else image
+            if isinstance(answer, Exception):
+                body = describe_error(answer)
+                rows.append(error_row(photo_id, body["type"], body["message"]))
+            else:
+                rows.append(
+                    {"id": photo_id, "caption": answer[0]["caption"], "captions": answer}
+                    | {"error": None}
+                )
+        return rows
+
+    def _captions(self, images: list[Tensor]) -> list[list[Row] | Exception]:
+        if not images:
+            return []
+        try:
+            found = self.captioner.caption_tensors(
+                torch.stack(images), [self.options] * len(images)
+            )
+        except Exception as error:
+            # What fails together is tried alone, so that one photo harms no other.
+            if len(images) == 1:
+                return [error]
+            return [answer for image in images for answer in self._captions([image])]
+        return [
+            [{"caption": c.text, "score": c.score, "log_prob": c.log_prob} for c in photo]
+            for photo in found
+        ]
+
+
+def _ahead(
+    prepare: Callable[[Photo], Any],
+    photos: Iterable[Photo],
+    decoders: ThreadPoolExecutor,
+    depth: int,
+) -> Iterator[tuple[str, Any]]:
+    """(id, prepared) in order; up to `depth` are read and decoded while the model is at work."""
+    waiting: list[Any] = []
+    for photo in photos:
+        waiting.append((photo.id, decoders.submit(prepare, photo)))
+        if len(waiting) >= depth:
+            photo_id, future = waiting.pop(0)
+            yield photo_id, future.result()
+    for photo_id, future in waiting:
+        yield photo_id, future.result()
+
+
+def finish(output: Output, shard: Shard, rows: Iterable[Row]) -> dict[str, Any]:
+    """Writes the part of a shard once all its rows are there, or `.failed.json` where it cannot be
+    read. Returns {rows, errors: {type: count}, seconds}, or {failed: message, seconds}."""
+    started = time.perf_counter()
+    try:
+        done = [{**row, "shard": shard.address} for row in rows]
+    except (UserError, OSError, ValueError) as error:
+        message = f"{shard.address}: {' '.join(str(error).split())}"
+        failure = {"shard": shard.address, "error": {"type": "ShardError", "message": message}}
+        output.write(failed_name(shard), json.dumps(failure).encode())
+        return {"failed": message, "seconds": time.perf_counter() - started}
+    counts: dict[str, int] = {}
+    for row in done:
+        if row["error"]:
+            counts[row["error"]["type"]] = counts.get(row["error"]["type"], 0) + 1
+    summary = {"rows": len(done), "errors": counts}
+    table = pa.Table.from_pylist(done, SCHEMA.with_metadata({COUNTS: json.dumps(summary)}))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    output.write(part_name(shard), buffer.getvalue())
+    output.remove(failed_name(shard))
+    return summary | {"seconds": time.perf_counter() - started}
+
+
+def part_summary(output: Output, shard: Shard) -> dict[str, Any]:
+    """{rows, errors} of a part that is there, from its footer."""
+    with output.open(part_name(shard)) as file:
+        return json.loads(pq.read_metadata(file).metadata[COUNTS])

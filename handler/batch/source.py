@@ -1,0 +1,248 @@
+"""Where the photos of a job are, cut into shards, and the photos of one shard.
+
+A source is anything that fsspec opens: a folder or glob of photos, webdataset tars, or Parquet
+files. A tar and a row group are shards as they are; photos in a folder are cut into shards of
+`PHOTOS` each.
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from handler.errors import UserError
+from handler.image_preprocess import MAX_BYTES
+from handler.request import MissingImage
+
+# Photos of a folder in one shard: what is done again when its worker dies, a minute or less.
+PHOTOS = 256
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif"),
+)
+PARQUET_ROWS = 64  # rows of a row group that are read at once
+URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work. `address` is unique in its job; `url` is the tar, the Parquet file or the
+    folder; `row_group` belongs to Parquet, `photos` (paths relative to `url`) to a folder."""
+
+    address: str
+    kind: str
+    url: str
+    row_group: int = 0
+    photos: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo's id and its bytes, or why they cannot be read."""
+
+    id: str
+    content: bytes | Exception
+
+
+def absolute(url: str) -> str:
+    """A local path in full, so that a job means the same photos from every folder."""
+    return url if URL.match(url) else str(Path(url).absolute())
+
+
+def expand(source: str) -> list[str]:
+    """The parts of a `::` list, `{000..112}` counted out, as webdataset writes them."""
+    parts = re.split(r"::(?=/|\.|[a-z][a-z0-9+.-]*://)", source)
+    return [absolute(url) for part in parts for url in _count_out(part)]
+
+
+def _count_out(pattern: str) -> Iterator[str]:
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last = found[1], found[2]
+    for number in range(int(first), int(last) + 1):
+        for rest in _count_out(pattern[found.end() :]):
+            yield pattern[: found.start()] + str(number).zfill(len(first)) + rest
+
+
+def find(source: str) -> tuple[list[Shard], str, list[str]]:
+    """What lies at a source: its tars and row groups as shards, or the root of a folder and the
+    photos below it. Raises UserError where there is nothing, or both."""
+    files = [file for url in expand(source) for file in _files(url)]
+    packed = [file for file in files if file.endswith((".tar", ".parquet"))]
+    photos = [file for file in files if file.lower().endswith(PHOTO_SUFFIXES)]
+    if not packed and not photos:
+        raise UserError(
+            f"{source}: no photos, .tar or .parquet files there; set --source to a folder, a glob "
+            "or a list of them"
+        )
+    if packed and photos:
+        raise UserError(
+            f"{source}: holds photos and also {packed[0]}; name one kind, as FOLDER/**/*.jpg"
+        )
+    if packed:
+        return [shard for url in dict.fromkeys(packed) for shard in _packed(url)], "", []
+    root = _root(source, photos)
+    return [], root, sorted({photo.removeprefix(root).lstrip("/") for photo in photos})
+
+
+def _root(source: str, photos: list[str]) -> str:
+    """The folder that ids are relative to: the source itself, or the fixed part of a glob."""
+    urls = [_canonical(url) for url in expand(source)]
+    if len(urls) > 1:
+        folders = [photo.rpartition("/")[0].split("/") for photo in photos]
+        shared = next(
+            (i for i, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1),
+            min(map(len, folders)),
+        )
+        return "/".join(folders[0][:shared])
+    fixed = re.split(r"[*?\[]", urls[0])[0]
+    is_whole = fixed == urls[0] and urls[0] not in photos
+    return fixed.rstrip("/") if is_whole else fixed.rpartition("/")[0]
+
+
+def _canonical(url: str) -> str:
+    """As its filesystem writes it (`memory://x` is `memory:///x`), so that paths begin with it."""
+    if not URL.match(url):
+        return url
+    system, path = fsspec.url_to_fs(url)
+    return system.unstrip_protocol(path)
+
+
+def _files(url: str) -> list[str]:
+    """The files that a URL names, as URLs of the same kind."""
+    try:
+        system, path = fsspec.url_to_fs(url)
+        if re.search(r"[*?\[]", path):
+            paths = [path for path in system.glob(path) if system.isfile(path)]
+        elif url.lower().endswith((".tar", ".parquet", *PHOTO_SUFFIXES)) and not system.isdir(path):
+            paths = [path]
+        else:
+            paths = system.find(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{url}: {error}") from error
+    return [system.unstrip_protocol(path) if URL.match(url) else path for path in sorted(paths)]
+
+
+def _packed(url: str) -> list[Shard]:
+    if url.endswith(".tar"):
+        return [Shard(url, "tar", url)]
+    try:
+        with fsspec.open(url) as file:
+            groups = pq.ParquetFile(file).num_row_groups
+    except (OSError, ValueError):
+        groups = 1  # the shard's own run tells what is wrong with the file
+    return [Shard(f"{url}#{group}", "parquet", url, group) for group in range(groups)]
+
+
+def cut(root: str, photos: list[str], first: int = 0) -> list[Shard]:
+    """A folder's photos in shards of equal size, numbered from `first`."""
+    return [
+        Shard(f"{root}#{first + index}", "folder", root, photos=tuple(photos[start:][:PHOTOS]))
+        for index, start in enumerate(range(0, len(photos), PHOTOS))
+    ]
+
+
+def read(shard: Shard) -> Iterator[Photo]:
+    """The photos of a shard in its order, every id once. Raises UserError, OSError or ValueError
+    where the shard as a whole cannot be read."""
+    names: dict[str, int] = {}
+    read_kind = {"tar": _read_tar, "parquet": _read_parquet, "folder": _read_folder}[shard.kind]
+    for photo in read_kind(shard):
+        names[photo.id] = names.get(photo.id, 0) + 1
+        again = names[photo.id]
+        yield Photo(f"{photo.id}#{again}", photo.content) if again > 1 else photo
+
+
+def _read_folder(shard: Shard) -> Iterator[Photo]:
+    for name in shard.photos:
+        yield Photo(name, _content(f"{shard.url}/{name}"))
+
+
+def _content(url: str) -> bytes | Exception:
+    """A photo's bytes; one more than is taken, where there are too many."""
+    try:
+        with fsspec.open(url) as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return MissingImage("the photo is no longer there")
+    except (OSError, ValueError) as error:
+        return MissingImage(f"the photo cannot be read ({error})")
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes any damaged header after the first for the end of the tar, and what lies behind
+    it would be lost without a word. Here only the block of zeros that ends every tar ends it."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise UserError(f"no whole tar ({error})") from error
+        if info.size < 0:
+            raise UserError(f"no whole tar (negative size of {info.name})")
+        return info
+
+
+def _read_tar(shard: Shard) -> Iterator[Photo]:
+    """Reads the tar once, front to back, as it comes."""
+    try:
+        with (
+            fsspec.open(shard.url) as file,
+            tarfile.open(fileobj=file, mode="r|", tarinfo=StrictTarInfo) as tar,
+        ):
+            for member in tar:
+                if member.isfile() and member.name.lower().endswith(PHOTO_SUFFIXES):
+                    yield Photo(member.name, _member(tar, member))
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"no whole tar ({error})") from error
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    stream: IO[bytes] | None = tar.extractfile(member)
+    wanted = min(member.size, MAX_BYTES + 1)
+    content = stream.read(wanted) if stream else b""
+    if len(content) < wanted:
+        raise UserError(f"no whole tar (cut off within {member.name})")
+    return content
+
+
+def _read_parquet(shard: Shard) -> Iterator[Photo]:
+    with fsspec.open(shard.url) as file:
+        table = pq.ParquetFile(file)
+        columns = table.schema_arrow.names
+        if "image" not in columns:
+            raise UserError(f"no column 'image'; the columns are {', '.join(columns)}")
+        wanted = [name for name in ("id", "image") if name in columns]
+        rows = table.iter_batches(PARQUET_ROWS, row_groups=[shard.row_group], columns=wanted)
+        index = 0
+        for batch in rows:
+            for row in batch.to_pylist():
+                photo_id, content = _cell(row, shard)
+                yield Photo(photo_id or f"{shard.address}/{index}", content)
+                index += 1
+
+
+def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | Exception]:
+    """The id ("" where there is none) and the photo of one row."""
+    image = row["image"]
+    path = image.get("path") if isinstance(image, dict) else image
+    content = image.get("bytes") if isinstance(image, dict) else image
+    name = row.get("id")
+    if name is None:
+        name = path if isinstance(path, str) else ""
+    if isinstance(content, bytes):
+        return str(name), content[: MAX_BYTES + 1]
+    if not isinstance(path, str) or not path:
+        return str(name), MissingImage("the column 'image' holds no photo in this row")
+    is_full = URL.match(path) or path.startswith("/")
+    return str(name), _content(path if is_full else f"{shard.url.rpartition('/')[0]}/{path}")

@@ -1,0 +1,200 @@
+"""The search against an enumeration of all captions, on random tables of probabilities."""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from handler.beam_search import DecodeOptions, search
+
+BEGIN, END = 0, 1
+
+
+class Table:
+    """A decoder whose next token depends on the whole text so far, by a table: log-probabilities of
+    each token after each text, drawn from a seed. Two photos have two tables."""
+
+    def __init__(self, vocabulary: int, length: int, seed: int, photos: int = 1) -> None:
+        self.vocab_size, self.max_positions = vocabulary, length + 1
+        generator = torch.Generator().manual_seed(seed)
+        self.logs: list[dict[tuple[int, ...], Tensor]] = [
+            {
+                text: torch.randn(vocabulary, generator=generator).mul(2).log_softmax(0)
+                for size in range(length + 1)
+                for text in itertools.product(range(vocabulary), repeat=size)
+            }
+            for _ in range(photos)
+        ]
+
+    def begin(self, memory_BPD: Tensor) -> list[Tensor]:
+        """The number of each photo's table is its memory."""
+        return [memory_BPD]
+
+    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
+        """A slot holds its token, in the shape of keys (photos, 1, slots, 1)."""
+        return [torch.zeros(photos, 1, slots, 1)]
+
+    def step(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        cache: list[Tensor],
+        used: int,
+        cross: list[Tensor],
+    ) -> Tensor:
+        photos, queries = tokens_BQ.shape
+        cache[0][:, 0, used : used + queries, 0] = tokens_BQ
+        logits = torch.empty(photos, queries, self.vocab_size)
+        for b, q in itertools.product(range(photos), range(queries)):
+            seen = cache[0][b, 0, : used + queries, 0][mask_BQS[b, q]].long().tolist()
+            assert len(seen) == int(positions_BQ[b, q]) + 1, "a query sees its own history"
+            logits[b, q] = self.logs[int(cross[0][b, 0, 0])][tuple(seen[1:])]
+        return logits
+
+
+def memory(*tables: int) -> Tensor:
+    return torch.tensor(tables, dtype=torch.float).view(-1, 1, 1)
+
+
+def repeats(text: tuple[int, ...], size: int) -> bool:
+    """Whether some n-gram is said twice; the begin token is part of the text."""
+    whole = (BEGIN, *text)
+    grams = [whole[i : i + size] for i in range(len(whole) - size + 1)]
+    return len(set(grams)) < len(grams)
+
+
+def penalised(logs: Tensor, text: tuple[int, ...], penalty: float) -> Tensor:
+    """Scores after the repetition penalty (Keskar et al. 2019): log-probabilities are below 0."""
+    scores = logs.clone()
+    for token in {BEGIN, *text}:
+        scores[token] *= penalty
+    return scores
+
+
+def every_caption(
+    table: dict[tuple[int, ...], Tensor], options: DecodeOptions, vocabulary: int, longest: int
+) -> Iterator[tuple[float, tuple[int, ...]]]:
+    """(score, ids with the end where there is one) of every caption that the options allow."""
+    size = options.no_repeat_ngram_size
+    for length in range(longest + 1):
+        for text in itertools.product(
+            (t for t in range(vocabulary) if t not in (BEGIN, END)), repeat=length
+        ):
+            whole = text if length == longest else (*text, END)
+            if length < options.min_new_tokens and whole[-1:] == (END,):
+                continue
+            if size and repeats(whole, size):
+                continue
+            total = 0.0
+            for position, token in enumerate(whole):
+                before = whole[:position]
+                scores = penalised(table[before], before, options.repetition_penalty)
+                total += float(scores[token])
+            yield total / len(whole) ** options.length_penalty, whole
+
+
+CASES = [
+    {},
+    {"length_penalty": 0.0},
+    {"length_penalty": -1.5},
+    {"length_penalty": 2.0},
+    {"early_stopping": False},
+    {"min_new_tokens": 2},
+    {"no_repeat_ngram_size": 2},
+    {"no_repeat_ngram_size": 1},
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_a_wide_beam_finds_the_best_captions(fields, seed):
+    """Vocabularies of 4 with captions of 3 tokens have fewer texts than 16 beams hold."""
+    vocabulary, longest = 4, 3
+    table = Table(vocabulary, longest, seed)
+    options = DecodeOptions(num_beams=16, num_return_sequences=3, max_new_tokens=longest, **fields)
+    found = search(table, memory(0), [options], BEGIN, END, suppress=[BEGIN])[0]
+    exact = sorted(every_caption(table.logs[0], options, vocabulary, longest), reverse=True)
+    for hypothesis, (score, ids) in zip(found, exact, strict=False):
+        ended = (*hypothesis.ids, END) if hypothesis.finished else tuple(hypothesis.ids)
+        assert ended == ids
+        assert hypothesis.score == pytest.approx(score, abs=1e-5)
+        own = [float(table.logs[0][ids[:i]][token]) for i, token in enumerate(ids)]
+        assert hypothesis.token_log_probs == pytest.approx(own, abs=1e-5)
+    assert len(found) == min(3, len(exact))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_beam_is_greedy(seed):
+    table = Table(5, 4, seed)
+    [found] = search(
+        table, memory(0), [DecodeOptions(num_beams=1, max_new_tokens=4)], BEGIN, END, [BEGIN]
+    )[0]
+    text: tuple[int, ...] = ()
+    while len(text) < 4 and END not in text:
+        logs = table.logs[0][text].clone()
+        logs[BEGIN] = -math.inf
+        text = (*text, int(logs.argmax()))
+    assert tuple(found.ids) == tuple(token for token in text if token != END)
+
+
+def test_a_batch_is_as_one_at_a_time():
+    """Rows of one batch with options of their own: every kind beside every other."""
+    photos = 12
+    table = Table(4, 4, 99, photos)
+    chance = random.Random(0)
+    options = []
+    for _ in range(photos):
+        fields = dict(chance.choice(CASES))
+        beams = chance.choice([1, 2, 3, 5])
+        sampling = chance.random() < 0.3
+        if sampling:
+            fields |= {"do_sample": True, "seed": chance.randrange(100), "temperature": 0.8}
+        else:
+            fields |= {"num_beams": beams}
+        options.append(DecodeOptions(max_new_tokens=chance.choice([1, 3, 4]), **fields))
+        if options[-1].min_new_tokens > (options[-1].max_new_tokens or 0):
+            options[-1] = DecodeOptions(num_beams=2, max_new_tokens=4)
+    together = search(table, memory(*range(photos)), options, BEGIN, END, [BEGIN])
+    for number, (own, found) in enumerate(zip(options, together, strict=True)):
+        [alone] = search(table, memory(number), [own], BEGIN, END, [BEGIN])
+        assert [h.ids for h in alone] == [h.ids for h in found]
+        assert [h.score for h in alone] == pytest.approx([h.score for h in found], abs=1e-6)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_dead_end_has_the_score_of_what_was_said(beams):
+    """Where everything is banned the text so far is the caption, with its own score."""
+    table = Table(3, 4, 5)
+    fields = {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "max_new_tokens": 4}
+    [[found]] = search(
+        table, memory(0), [DecodeOptions(num_beams=beams, length_penalty=1.5, **fields)],
+        BEGIN, END, [BEGIN],
+    )  # fmt: skip
+    log = float(table.logs[0][()][2])
+    assert found.ids == [2] and not found.finished
+    # Of one sequence alone the score is that of the distribution it was drawn from, which has no
+    # other token left here.
+    assert found.score == pytest.approx(log if beams > 1 else 0.0, abs=1e-6)
+    assert found.token_log_probs == pytest.approx([log], abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 1}, {"do_sample": True}])
+@pytest.mark.parametrize("position", [0, 2])
+def test_a_model_whose_output_is_no_number_is_an_error(options, position):
+    """Both guards: in the beam search's pool, and where a sequence is read."""
+    table = Table(4, 3, 1)
+    for text in table.logs[0]:
+        if len(text) == position:
+            table.logs[0][text] = torch.full((4,), math.nan)
+    with pytest.raises(RuntimeError, match="not a number|no number|NaN"):
+        search(
+            table, memory(0), [DecodeOptions(max_new_tokens=3, min_new_tokens=3, **options)],
+            BEGIN, END, [BEGIN],
+        )  # fmt: skip

@@ -1,0 +1,102 @@
+"""What training promises of rates, averages and patience; a change of any was seen by no test."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import config_of
+
+from training.data.manifest import read_manifest
+from training.loop.optimizer import learning_rate_factor, update_average
+from training.loop.train import train
+from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+
+
+def tiny_model() -> CaptioningModel:
+    encoder = EncoderConfig(width=8, layers=1, heads=2, mlp_width=16, image_size=16, patch_size=8)
+    decoder = DecoderConfig(
+        vocab_size=7, max_positions=5, width=8, layers=1, heads=2, mlp_width=16, memory_width=8
+    )
+    return CaptioningModel(encoder, decoder)
+
+
+def test_the_average_of_the_weights_follows_slowly():
+    """A copy of the newest weights in its place passed every test."""
+    average, model = tiny_model(), tiny_model()
+    names = [name for name, _ in model.named_parameters()]
+    expected = {name: p.detach().clone() for name, p in average.named_parameters()}
+    for step in range(1, 60):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        update_average(average, model, 0.9, step)
+        # Short-sighted at first, so that the random beginning is soon forgotten.
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, parameter in model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
+    averaged = dict(average.named_parameters())
+    for name in names:
+        assert torch.allclose(averaged[name], expected[name], atol=1e-4), name
+    newest = dict(model.named_parameters())
+    assert not any(torch.allclose(averaged[name], newest[name], atol=0.1) for name in names)
+
+
+def test_the_checkpoint_holds_the_averaged_weights(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stages = [{"name": "a", "epochs": 1, "batch_photos": 4, "ema": 0.9}]
+    config = config_of(Path("c.yaml"), data=str(tiny_data), stages=stages)
+    train(config, read_manifest(tiny_data), Path("run"))
+    state = torch.load("run/train_state.pt", weights_only=True)
+    saved = load_file("run/model.safetensors")
+    differs = 0
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, state["average"][name]), name
+        differs += not torch.equal(tensor, state["model"][name])
+    assert differs > 10
+
+
+def test_the_rate_rises_and_then_falls_as_half_a_cosine():
+    steps, warmup = 200, 0.1
+    factors = [learning_rate_factor(step, steps, warmup) for step in range(steps)]
+    assert factors[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    expected = [0.5 * (1 + math.cos(math.pi * (step - 20) / 180)) for step in range(20, steps)]
+    assert factors[20:] == pytest.approx(expected)
+    assert factors[-1] < 1e-3
+
+
+def test_the_rates_of_a_run_are_those_of_the_schedule(tiny_data, tmp_path, monkeypatch):
+    """A constant rate passed every test."""
+    monkeypatch.chdir(tmp_path)
+    stages = [{"name": "a", "epochs": 3, "batch_photos": 4, "decoder_lr": 1e-3, "warmup": 0.25}]
+    config = config_of(Path("c.yaml"), data=str(tiny_data), stages=stages)
+    train(config, read_manifest(tiny_data), Path("run"))
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx([1e-3 * learning_rate_factor(s, 12, 0.25) for s in range(12)])
+    # AdamW moves a weight by about the rate of its group: those of the optimizer are these.
+    state = torch.load("run/train_state.pt", weights_only=True)
+    groups = state["optimizer"]["param_groups"]
+    last = learning_rate_factor(11, 12, 0.25)
+    assert groups and all(g["lr"] == pytest.approx(last * g["base_lr"]) for g in groups)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 6), (2, 3), (3, 4)])
+def test_training_stops_after_its_patience(patience, epochs, tiny_data, tmp_path, monkeypatch):
+    """Patience that never stopped, or at once, passed every test: validations get worse from the
+    first on, and equal ones are no better."""
+    monkeypatch.chdir(tmp_path)
+    figures = iter([0.5, 0.4, 0.5, 0.3, 0.2, 0.1])
+    monkeypatch.setattr("training.loop.validation.LEAST_PHOTOS_FOR_CIDER", 1)
+    monkeypatch.setattr(
+        "training.loop.validation.score",
+        lambda *_, **__: {"BLEU-4": 0.0, "CIDEr": next(figures)},
+    )
+    stages = [{"name": "a", "epochs": 6, "batch_photos": 8}]
+    validation = {"num_beams": 1, "patience": patience}
+    config = config_of(Path("c.yaml"), data=str(tiny_data), stages=stages, validation=validation)
+    train(config, read_manifest(tiny_data), Path("run"))
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert sum("val" in line for line in lines) == epochs

@@ -1,0 +1,153 @@
+"""The teachers of a run: checkpoints that are read and checked against the student."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from handler.caption_tokenizer import CaptionTokenizer
+from handler.captioner import Captioner
+from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
+from training.checkpoint import WEIGHTS_FILE, load_model
+from training.config import Stage, TrainConfig
+from training.model import CaptioningModel
+from training.objectives.ensemble import Ensemble, encoder_difference
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What captioners must share so that one can learn from the others' distributions. `vocab_size`
+    is the decoder's, which may have more rows than its tokenizer has entries."""
+
+    owner: str
+    tokenizer: CaptionTokenizer
+    vocab_size: int
+    preprocessing: PreprocessConfig
+
+
+class Student(NamedTuple):
+    """The model that a run trains, and what its teachers must share with it. `folders` are those
+    that the run writes."""
+
+    model: CaptioningModel
+    tokenizer: CaptionTokenizer
+    preprocessing: PreprocessConfig
+    max_tokens: int
+    device: torch.device
+    folders: tuple[Path, ...]
+
+
+def check_teachers(config: TrainConfig, student: Student) -> None:
+    """Refuses at the start of a run what one of its stages would refuse hours later."""
+    for number, stage in enumerate(config.stages):
+        if stage.distillation is not None:
+            as_it_is = all(s.encoder == "frozen" for s in config.stages[: number + 1])
+            load_teachers(stage, student, as_it_is)
+
+
+def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensemble:
+    """The teachers of a stage.
+
+    With `shared_encoder` all teachers must have the student's encoder, which is frozen, because
+    its features are all that they see. Raises UserError naming the teacher's file and field that
+    do not fit the student, and for a teacher that the run itself would overwrite.
+    """
+    assert stage.distillation is not None
+    folders = [Path(folder) for folder in stage.distillation.teachers]
+    written = [folder.resolve() for folder in student.folders]
+    for folder in folders:
+        if folder.resolve() in written:
+            raise UserError(
+                f"{folder}: teacher of stage {stage.name!r}, but this run would overwrite it; give "
+                "the run another name"
+            )
+    vocab_size = student.model.decoder_config.vocab_size
+    shared = Interface("the student", student.tokenizer, vocab_size, student.preprocessing)
+    ensemble, _, _ = load_ensemble(folders, shared)
+    longest = student.max_tokens
+    for folder, decoder, number in zip(
+        folders, ensemble.decoders, ensemble.encoder_of, strict=True
+    ):
+        if decoder.max_positions < longest:
+            raise UserError(
+                f"{folder / 'config.json'}: field 'model.decoder.max_positions' is "
+                f"{decoder.max_positions}, and the student's captions have up to {longest} tokens; "
+                "lower decoder.max_tokens"
+            )
+        if not shared_encoder:
+            continue
+        difference = encoder_difference(ensemble.encoders[number], student.model.encoder)
+        if difference is not None:
+            what = (
+                f"{folder / WEIGHTS_FILE}: the encoder's weights are"
+                if difference == "weights"
+                else f"{folder / 'config.json'}: field 'model.encoder.{difference}' is"
+            )
+            raise UserError(
+                f"{what} not the student's, whose features are all that there is with a frozen "
+                f"encoder; set encoder: trained in stage {stage.name!r}"
+            )
+    return ensemble.to(student.device)
+
+
+def load_ensemble(
+    folders: Sequence[Path], like: Interface | None = None
+) -> tuple[Ensemble, Interface, dict[str, Any]]:
+    """The checkpoints in `folders` as one, for inference; what they share, and the config of the
+    first.
+
+    They must share it with `like`, or else with the first of them. Raises UserError naming the
+    file and the field that is another.
+    """
+    models = []
+    configs = []
+    for folder in folders:
+        model, config, tokenizer = load_model(folder)
+        preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
+        vocab_size = model.decoder_config.vocab_size
+        own = Interface(str(folder), tokenizer, vocab_size, preprocessing)
+        like = like or own
+        refuse_difference(folder, own, like)
+        models.append(model.requires_grad_(False))
+        configs.append(config)
+    assert like is not None, "an ensemble has at least one member"
+    return Ensemble(models), like, configs[0]
+
+
+def refuse_difference(folder: Path, own: Interface, like: Interface) -> None:
+    """UserError, naming file and field, for a checkpoint that has another vocabulary or another
+    preprocessing than `like`."""
+    tokenizer, config = folder / "tokenizer.json", folder / "config.json"
+    if own.tokenizer.vocabulary != like.tokenizer.vocabulary:
+        raise UserError(
+            f"{tokenizer}: field 'model.vocab' is not that of {like.owner}, and words can only be "
+            "compared in one vocabulary; train one with tokenizer.checkpoint set to the other"
+        )
+    for name in ("begin_id", "end_id"):
+        mine, theirs = getattr(own.tokenizer, name), getattr(like.tokenizer, name)
+        if mine != theirs:
+            raise UserError(
+                f"{config}: field 'tokenizer.{name}' is {mine}, {like.owner} has {theirs}"
+            )
+    if own.vocab_size != like.vocab_size:
+        raise UserError(
+            f"{config}: field 'model.decoder.vocab_size' is {own.vocab_size}, {like.owner} has "
+            f"{like.vocab_size}; choose a checkpoint of the same vocabulary"
+        )
+    theirs = like.preprocessing.to_dict()
+    for name, value in own.preprocessing.to_dict().items():
+        if value != theirs[name]:
+            raise UserError(
+                f"{config}: field 'preprocessing.{name}' is {value}, {like.owner} has "
+                f"{theirs[name]}; both look at the same pixels, so the field must be the same"
+            )
+
+
+def ensemble_captioner(folders: Sequence[Path]) -> Captioner:
+    """The captioner of one checkpoint or of several as one, with the decoding defaults of the
+    first."""
+    ensemble, shared, config = load_ensemble(folders)
+    return Captioner(ensemble.encode_flat, ensemble, shared.tokenizer, config)
