@@ -24,7 +24,12 @@ option = $(if $(2),$(1) $(call quote,$(2)))
 # $(call stem,PATH): its last part without .yaml; make's own functions would split at spaces.
 empty :=
 space := $(empty) $(empty)
-stem = $(subst ?,$(space),$(notdir $(patsubst %/,%,$(patsubst %.yaml,%,$(subst $(space),?,$(1))))))
+hash := \#
+stem = $(subst ?,$(space),$(notdir $(patsubst %/,%,$(patsubst %.yml,%,$(patsubst %.yaml,%,$(subst \
+	$(space),?,$(1)))))))
+# $(call config_field,FIELD): a string at the top level of the config, without quotes and comment.
+config_field = $(shell sed -n $(call quote,s/^$(1): *["']*\([^"'$(hash)]*[^"'$(hash) ]\).*/\1/p) \
+	$(call quote,$(CONFIG)) $(call quote,training/configs/$(CONFIG).yaml) 2>/dev/null | head -n 1)
 
 CONFIG ?= scenes
 SPLIT ?= val
@@ -34,13 +39,14 @@ TS_CONFIG ?= config.properties
 # What names the run, and so where its export goes: a checkpoint's folder, a model that is imported,
 # a dataset that is not the config's own, or else the config.
 CHECKPOINT_GIVEN := $(CHECKPOINT)
-CONFIG_DATA = $(shell sed -n 's/^data: *//p' $(call quote,$(CONFIG)) \
-	$(call quote,training/configs/$(CONFIG).yaml) 2>/dev/null | head -n 1)
+CONFIG_DATA = $(call config_field,data)
 DATA_NAME = $(or $(shell sed -n 's/^  "name": "\(.*\)",$$/\1/p' \
 	$(call quote,build/data/$(DATA)/dataset.json) $(call quote,$(DATA)/dataset.json) \
 	2>/dev/null | head -n 1),$(call stem,$(DATA)))
-OTHER_DATA = $(if $(DATA),$(if $(filter-out $(CONFIG_DATA),$(DATA_NAME)),$(DATA_NAME)))
-RUN ?= $(call stem,$(or $(CHECKPOINT_GIVEN),$(MODEL),$(OTHER_DATA),$(CONFIG)))
+OTHER_DATA = $(if $(filter-out $(CONFIG_DATA),$(DATA)),$(if \
+	$(filter-out $(CONFIG_DATA),$(DATA_NAME)),$(DATA_NAME)))
+CONFIG_NAME = $(or $(call config_field,name),$(CONFIG))
+RUN ?= $(call stem,$(or $(CHECKPOINT_GIVEN),$(MODEL),$(OTHER_DATA),$(CONFIG_NAME)))
 override CHECKPOINT = $(or $(CHECKPOINT_GIVEN),build/checkpoints/$(RUN))
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
@@ -141,10 +147,7 @@ review-score: setup ## what the ratings say: FILES="ratings-*.json" KEY=FILE
 demo: setup ## the whole road on drawn scenes, as run "demo"
 	@python -c 'from pathlib import Path; from handler.serve import running; \
 	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
-	@python -c 'import sys; from handler.files import read_object; from pathlib import Path; \
-	config = Path("build/checkpoints/demo/config.json"); \
-	made = read_object(config)["training"].get("config", {}).get("name") if config.exists() else None; \
-	made in (None, "scenes") or sys.exit("error: build/checkpoints/demo is a run of your own; rename it")'
+	@python -m training.demo
 	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 ARGS=--overwrite \
 		CHECKPOINT= EXPORT=build/export/demo
 	@set -e; python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)); \

@@ -21,6 +21,7 @@ from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import atomic_path, check_apart, locked
 
 HANDLER = Path(handler.__file__).parent
+DEMO = "demo"  # the run of `make demo`
 # Tools of the client's side; the worker never needs them.
 LEFT_OUT = (
     *("alt_text.py", "client.py", "grpc_stubs.py"),
@@ -39,9 +40,15 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
         raise UserError(f"{out}: an archive's name ends in .mar")
     if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", version):
         raise UserError(f"version {version!r}: give letters, digits, dots and dashes, as 1.0")
+    if out.is_dir():
+        raise UserError(f"{out}: this is a folder; give the archive another name")
     check_apart(out, [export])
     # Loaded once, so that a damaged file is found here and not by a worker that never comes up.
     config = Captioner.load(export).config
+    for field in ("name", "checkpoint", "precision"):
+        if not isinstance(config.get(field), str):
+            path = export / "config.json"
+            raise UserError(f"{path}: field {field!r} is missing; export the checkpoint again")
     with locked(out), tempfile.TemporaryDirectory() as temporary:
         extra = Path(temporary) / "extra"
         package = extra / "handler"
@@ -59,8 +66,8 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
 
 
 def _keep_previous(out: Path, config: dict[str, Any]) -> None:
-    """Renames an archive of another checkpoint before the new one takes its place. One of an older
-    training of the same run makes room for it only where nothing is kept yet."""
+    """Renames an archive of another checkpoint before the new one takes its place. One that an
+    earlier demo made is not worth the archive that is kept already."""
     if not out.exists():
         return
     try:
@@ -69,8 +76,8 @@ def _keep_previous(out: Path, config: dict[str, Any]) -> None:
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
         old = {}  # no archive of this project
     previous = out.with_name(f"{out.stem}.previous.mar")
-    same_run = old.get("name") == config["name"]
-    if old.get("checkpoint") == config["checkpoint"] or (same_run and previous.exists()):
+    demos = old.get("name") == config["name"] == DEMO
+    if old.get("checkpoint") == config["checkpoint"] or (demos and previous.exists()):
         return
     out.replace(previous)
     print(f"{previous}: the archive of another checkpoint, which was {out.name} before")

@@ -60,6 +60,7 @@ def run_command(main: Callable[[], None]) -> None:
         # A full disk, a folder without permission: nothing that a traceback would explain.
         if error.errno not in NOT_OURS:
             raise
-        name = f"{error.filename}: " if error.filename else ""
+        path = error.filename2 or error.filename  # of two, the one that was to be written
+        name = f"{path}: " if path else ""
         print(f"error: {name}{error.strerror}; what existed before is unchanged", file=sys.stderr)
         sys.exit(2)

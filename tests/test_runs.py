@@ -17,15 +17,19 @@ import yaml
 from conftest import REPOSITORY, TINY, make_targets
 from tiny_training import config_of
 
+import training.loop.train
 import training.loop.validation
 from export.archive import build_archive
 from export.export import export_checkpoint
 from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.files import locked
-from training.checkpoint import WEIGHTS_FILE, load_captioner
+from training.checkpoint import WEIGHTS_FILE, load_captioner, load_model, save_checkpoint
 from training.data.manifest import Row, read_manifest, write_manifest
+from training.demo import is_of_demo
+from training.demo import main as training_demo
 from training.loop.train import train
+from training.train import main as training_main
 
 ONE_STAGE = [{"name": "scratch", "epochs": 2, "batch_photos": 4}]
 
@@ -60,6 +64,7 @@ def test_a_run_that_exists_is_replaced_only_when_asked(config, tiny_data, old_ru
     with pytest.raises(UserError, match="--resume.*--overwrite") as refused:
         train(config, read_manifest(tiny_data), old_run)
     assert "ARGS=--overwrite" in str(refused.value) and "RUN=" in str(refused.value)
+    assert "interrupted" not in str(refused.value)  # it was finished
     assert contents(old_run) == before
     train(config, read_manifest(tiny_data), old_run, overwrite=True)
     assert contents(old_run)[WEIGHTS_FILE] != before[WEIGHTS_FILE]
@@ -100,6 +105,40 @@ def test_weights_are_never_deleted_for_a_run_without(config, tiny_data, old_run,
             train(config, read_manifest(tiny_data), old_run, overwrite=True)
         assert not (old_run / WEIGHTS_FILE).exists()
         assert contents(old_run.with_name("run.previous")) == before
+
+
+def test_nothing_of_the_users_in_run_previous_is_deleted(config, tiny_data, old_run, monkeypatch):
+    """RUN.previous made room for the run that was replaced, whatever was in it."""
+    monkeypatch.setattr("training.loop.train.run_stage", lambda *_: pytest.fail("trained"))
+    thesis = old_run.with_name("run.previous") / "thesis.txt"
+    for marker in (False, True):  # a folder of the user's own, and a run with a file of theirs
+        shutil.rmtree(thesis.parent, ignore_errors=True)
+        if marker:
+            shutil.copytree(old_run, thesis.parent)
+        thesis.parent.mkdir(exist_ok=True)
+        thesis.write_text("x")
+        before = contents(old_run.parent)
+        with pytest.raises(UserError, match=r"run\.previous: .*choose another folder"):
+            train(config, read_manifest(tiny_data), old_run, overwrite=True)
+        assert contents(old_run.parent) == before
+
+
+def test_nothing_that_came_into_run_previous_meanwhile_is_deleted(
+    config, tiny_data, old_run, monkeypatch
+):
+    thesis = old_run.with_name("run.previous") / "thesis.txt"
+    run_stage = training.loop.train.run_stage
+
+    def write_and_train(*arguments):
+        thesis.parent.mkdir()
+        thesis.write_text("x")
+        run_stage(*arguments)
+
+    monkeypatch.setattr("training.loop.train.run_stage", write_and_train)
+    before = contents(old_run)
+    with pytest.raises(UserError, match=r"run\.previous: .*choose another folder"):
+        train(config, read_manifest(tiny_data), old_run, overwrite=True)
+    assert thesis.exists() and contents(old_run) == before
 
 
 def test_a_folder_of_somebody_elses_is_refused(config, tiny_data, tmp_path):
@@ -350,6 +389,45 @@ def test_the_archive_of_another_checkpoint_is_kept(tiny_export, tmp_path, capsys
     assert sorted(os.listdir(tmp_path)) == ["captioner.mar", "captioner.previous.mar", "mine"]
 
 
+@pytest.mark.parametrize("field", ["name", "checkpoint", "precision"])
+def test_an_export_without_what_the_server_answers_is_not_packed(field, tiny_export, tmp_path):
+    """It was a KeyError, or an archive whose every answer was an error."""
+    shutil.copytree(tiny_export, tmp_path / "export")
+    config = json.loads((tmp_path / "export/config.json").read_text())
+    # Without its precision it would be a checkpoint's.
+    config[field] = None
+    (tmp_path / "export/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"config.json: field '{field}' is missing; export the"):
+        build_archive(tmp_path / "export", tmp_path / "captioner.mar", "1.0")
+    assert not (tmp_path / "captioner.mar").exists()
+
+
+def test_a_folder_with_an_archives_name_is_left_alone(tiny_export, tmp_path):
+    """It was renamed, as if it were an older archive."""
+    (tmp_path / "captioner.mar").mkdir()
+    (tmp_path / "captioner.mar/thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="captioner.mar: this is a folder"):
+        build_archive(tiny_export, tmp_path / "captioner.mar", "1.0")
+    assert contents(tmp_path) == {"captioner.mar/thesis.txt": b"x"}
+
+
+@pytest.mark.parametrize(("run", "kept"), [("tiny", "sha256:1"), ("demo", "sha256:0")])
+def test_every_archive_of_another_checkpoint_is_kept(run, kept, tiny_export, tmp_path, capsys):
+    """The third training of a run replaced the archive of the second, and said nothing. What a demo
+    made is replaced by the next demo, and not the archive that is kept since the first."""
+    config = json.loads((tiny_export / "config.json").read_text())
+    out, previous = (tmp_path / f"captioner{part}.mar" for part in ("", ".previous"))
+    for number, name in enumerate(["mine", run, run]):
+        export = tmp_path / f"export{number}"
+        shutil.copytree(tiny_export, export)
+        changed = {**config, "name": name, "checkpoint": f"sha256:{number}"}
+        (export / "config.json").write_text(json.dumps(changed))
+        build_archive(export, out, "1.0")
+    with zipfile.ZipFile(previous) as archive:
+        assert json.loads(archive.read("config.json"))["checkpoint"] == kept
+    assert capsys.readouterr().out.count("captioner.previous.mar") == (2 if run == "tiny" else 1)
+
+
 # --- a full disk ---
 
 
@@ -385,6 +463,74 @@ def test_a_full_disk_ends_training_and_keeps_the_old_run(config, tiny_data, old_
     assert sorted(os.listdir(old_run.parent)) == ["run", "tiny.yaml"]
 
 
+def test_a_full_disk_ends_a_checkpoint_and_keeps_the_old_one(tiny_run, tmp_path, small_files):
+    """config.json was of the new weights, which did not fit, and the weights were the old ones."""
+    model, config, tokenizer = load_model(tiny_run / "build/checkpoints/tiny")
+    shutil.copytree(tiny_run / "build/checkpoints/tiny", tmp_path / "run", copy_function=os.symlink)
+    before = contents(tmp_path)
+    with pytest.raises(OSError):
+        save_checkpoint(tmp_path / "run", model, tokenizer, config["preprocessing"], {}, {})
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_ends_the_features_of_a_frozen_encoder(
+    tiny_data, tmp_path, monkeypatch, small_files
+):
+    """The mapped file had no blocks to write to: the process died of SIGBUS, without a line, and
+    left its hidden folders."""
+    monkeypatch.chdir(tmp_path)
+    stages = [{**ONE_STAGE[0], "encoder": "frozen", "views": 16, "augment": True}]
+    config = config_of(Path("tiny.yaml"), data=str(tiny_data), stages=stages)
+    with pytest.raises(OSError, match=r"File too large: 'build/features/.*\.partial'"):
+        train(config, read_manifest(tiny_data), Path("run"))
+    assert sorted(os.listdir()) == ["build", "tiny.yaml"] and not os.listdir("build/features")
+
+
+# --- the demo ---
+
+
+@pytest.fixture
+def demo(config, tiny_data, monkeypatch) -> Path:
+    """A run of the demo, which here has the tiny config."""
+    monkeypatch.setattr("training.demo.load_config", lambda *_, **__: config)
+    train(config, read_manifest(tiny_data), Path("build/checkpoints/demo"))
+    return Path("build/checkpoints/demo")
+
+
+def test_the_demo_replaces_what_a_demo_made(demo, tiny_data):
+    assert is_of_demo(demo) and is_of_demo(Path("absent"))
+    for name in ("config.json", WEIGHTS_FILE):
+        (demo / name).unlink()
+    assert is_of_demo(demo)  # interrupted before its first validation
+
+
+@pytest.mark.parametrize("own", ["other config", "import", "stripped", "export", "thesis", "file"])
+def test_the_demo_replaces_nothing_else(own, demo, config, tiny_data, tmp_path, monkeypatch):
+    """A run, an import or an export that a user called `demo` was replaced by the second demo."""
+    place = demo
+    training = {"imported_from": "x"}
+    if own in ("other config", "stripped", "export"):
+        config = config_of(Path("other.yaml"), data=str(tiny_data), stages=ONE_STAGE, seed=7)
+        train(config, read_manifest(tiny_data), demo, overwrite=True)
+        training = json.loads((demo / "config.json").read_text())["training"]
+    if own == "export":
+        place = Path("build/export/demo")
+        demo.rename("build/checkpoints/mine")
+    if own not in ("other config", "export"):
+        shutil.rmtree(demo)
+    if own == "file":
+        demo.write_text("x")
+    elif own == "thesis":
+        demo.mkdir()
+        (demo / "thesis.txt").write_text("x")
+    elif own != "other config":
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps({"training": training}))
+    monkeypatch.setattr("sys.argv", ["training.demo"])
+    with pytest.raises(UserError, match=f"{place}: was not made by this demo; rename or remove"):
+        training_demo()
+
+
 # --- names of runs ---
 
 
@@ -405,6 +551,43 @@ def test_a_line_of_targets_agrees_on_the_name_of_the_run(variables, run):
     assert f"--run '{run}'" in said
     assert f"--checkpoint 'build/checkpoints/{run}' --out 'build/export/{run}'" in said
     assert f"--export 'build/export/{run}'" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "data", "run"),
+    [
+        ("data: 'pets'  # mine", "pets", "own"),
+        ('data: "pets"', "other", "other"),
+        ("data: FOLDER", None, "own"),
+        ("data: FOLDER", "FOLDER", "own"),
+        ("name: pet names\ndata: pets", None, "pet names"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+def test_make_and_the_program_name_a_run_alike(
+    content, data, run, suffix, tiny_data, tmp_path, monkeypatch
+):
+    """A config whose `data` was quoted, had a comment or was a folder gave two names."""
+    monkeypatch.chdir(tmp_path)
+    manifest = read_manifest(tiny_data)
+    for name in ("pets", "other"):
+        folder = Path("build/data") / name
+        write_manifest(folder, name, manifest.rows, manifest.image_root, [])
+    content, data = (
+        text and text.replace("FOLDER", f"{tmp_path}/build/data/pets") for text in (content, data)
+    )
+    path = tmp_path / f"own.{suffix}"
+    fields = yaml.safe_dump({name: value for name, value in TINY.items() if name != "data"})
+    path.write_text(f"{content}\n{fields}")
+    variables = [f"CONFIG={path}", *([f"DATA={data}"] if data else [])]
+    assert f"--run '{run}'" in make_targets("train", *variables)
+    trained = []
+    monkeypatch.setattr("training.train.train", lambda *given: trained.append(given[2].name))
+    monkeypatch.setattr("training.train.keep_freed_memory", lambda: None)
+    arguments = ["--config", str(path), *(["--data", data] if data else [])]
+    monkeypatch.setattr("sys.argv", ["training.train", *arguments])
+    training_main()
+    assert trained == [run]
 
 
 def test_train_takes_no_checkpoint():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, check_config, load_tokenizer, read_config
 from handler.errors import UserError
-from handler.files import FORMAT, FolderKind, write_atomic
+from handler.files import FORMAT, FolderKind, atomic_path, write_atomic
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
 CHECKPOINTS = Path("build/checkpoints")
@@ -49,7 +49,8 @@ def save_checkpoint(
     decoding: dict[str, Any],
     training: dict[str, Any],
 ) -> None:
-    """Writes the folder. The weights come last: where they are new, the rest is too."""
+    """Writes the folder. The weights are written first and take their place last: a full disk is
+    met before anything is replaced, and where the weights are new, the rest is too."""
     config = {
         "format": FORMAT,
         "model": {
@@ -66,14 +67,16 @@ def save_checkpoint(
         "decoding": decoding,
         "training": training,
     }
-    tokenizer.save(directory / "tokenizer.json")
-    write_atomic(directory / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
     state = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
         if name != TIED
     }
-    write_atomic(directory / WEIGHTS_FILE, save(state))
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    with atomic_path(directory / WEIGHTS_FILE) as weights:
+        weights.write_bytes(save(state))
+        tokenizer.save(directory / "tokenizer.json")
+        write_atomic(directory / "config.json", text)
 
 
 def update_training(directory: Path, fields: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ def main() -> None:
     pick_device(config)  # refused before anything is read
     keep_freed_memory()
     manifest = read_manifest(data_folder(config.data))
-    name = arguments.run or (config.name if manifest.name == own.data else manifest.name)
+    is_own = arguments.data is None or own.data in (arguments.data, manifest.name)
+    name = arguments.run or (config.name if is_own else manifest.name)  # as in the Makefile
     train(
         config,
         manifest,

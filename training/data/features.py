@@ -5,6 +5,8 @@ Dimension key: P memory tokens, D width.
 
 import fcntl
 import hashlib
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -63,7 +65,12 @@ class FeatureCache:
                         PhotoDataset(manifest, rows, augment if view else plain, seed, view)
                         for view in range(views)
                     ]
-                    self._make(_mapped(partial, size), photos, encode, workers)
+                    try:
+                        _reserve(partial, size)
+                        self._make(_mapped(partial, size), photos, encode, workers)
+                    except BaseException:
+                        partial.unlink(missing_ok=True)
+                        raise
                     partial.replace(self.path)
         self.memory = _mapped(self.path, size)
 
@@ -97,8 +104,18 @@ class FeatureCache:
             yield captions.batch(features, indices, self.mirror[indices, view].tolist())
 
 
+def _reserve(path: Path, size: tuple[int, ...]) -> None:
+    """Gives a file all its blocks: writing to mapped memory that has none when the disk is full
+    kills the process (SIGBUS). Raises OSError where they do not fit."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with path.open("ab") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, math.prod(size) * torch.bfloat16.itemsize)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def _mapped(path: Path, size: tuple[int, ...]) -> Tensor:
-    count = 1
-    for side in size:
-        count *= side
+    count = math.prod(size)
     return torch.from_file(str(path), shared=True, size=count, dtype=torch.bfloat16).view(size)

@@ -47,9 +47,8 @@ class RunFolder:
     def _check_new(self, overwrite: bool) -> None:
         taken = self.final.is_dir() and any(self.final.iterdir())
         if taken and not overwrite and (self.final / LOG_FILE).exists():
-            state = "was interrupted" if (self.final / STATE_FILE).exists() else "exists"
             raise UserError(
-                f"{self.final}: a run of this name {state}; continue it with --resume (make: "
+                f"{self.final}: a run of this name exists; continue it with --resume (make: "
                 "ARGS=--resume), replace it with --overwrite (make: ARGS=--overwrite), or give the "
                 "new one another name with --run (make: RUN=NAME)"
             )
@@ -59,12 +58,15 @@ class RunFolder:
                 "(make: ARGS=--overwrite), or give the run another name with --run (make: RUN=NAME)"
             )
         check_replaceable(self.final, CHECKPOINT)
+        if taken:
+            check_replaceable(self.previous, CHECKPOINT)  # what is there makes room for this run
 
     def publish(self) -> None:
         """Takes the final place once something is saved, and keeps an older run as `previous`."""
         if self.path == self.final:
             return
         if self.final.exists() and any(self.final.iterdir()):
+            check_replaceable(self.previous, CHECKPOINT)
             kept = (self.previous / WEIGHTS_FILE).exists()
             if kept and not (self.final / WEIGHTS_FILE).exists():
                 shutil.rmtree(self.final)  # it never had weights; the one before it has

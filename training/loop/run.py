@@ -235,15 +235,21 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"{path}: written by another version; train again with --overwrite")
     if missing := set(PROGRESS) - state.keys():
         raise UserError(f"{path}: field {min(missing)!r} is missing; train again with --overwrite")
-    given = json.loads(json.dumps(dataclasses.asdict(config)))
-    saved = json.loads(json.dumps(state["config"]))
+    given, saved = dataclasses.asdict(config), dict(state["config"])
     for fields in (given, saved):
-        del fields["name"], fields["workers"]
         fields["stages"] = fields["stages"][: state["stage"] + 1]
-    for name, value in given.items():
-        if saved.get(name) != value:
-            raise UserError(f"{path}: field {name!r} of the config has changed; resume as it was")
+    if (name := changed_field(given, saved)) is not None:
+        raise UserError(f"{path}: field {name!r} of the config has changed; resume as it was")
     return dict(state)
+
+
+def changed_field(given: dict[str, Any], saved: dict[str, Any]) -> str | None:
+    """The first field of a config as a dict that differs from the saved one's, of those that change
+    a weight: `name` and `workers` do not."""
+    # A tuple is a list in JSON.
+    given, saved = json.loads(json.dumps([given, saved]))
+    fields = (name for name in given if name not in ("name", "workers"))
+    return next((name for name in fields if saved.get(name) != given[name]), None)
 
 
 def restore_parts(

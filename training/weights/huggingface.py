@@ -7,7 +7,7 @@ from typing import Any
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
 from handler.files import check_replaceable, replace_folder
-from training.checkpoint import IMPORTED, save_checkpoint
+from training.checkpoint import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE, save_checkpoint
 from training.model import CaptioningModel
 from training.weights.huggingface_files import (
     ADDED,
@@ -36,6 +36,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     trained. Raises UserError naming the file and the field or parameter that does not fit, and then
     writes nothing."""
     folder = fetch(name_or_folder)
+    check_untrained(out)
     check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
@@ -75,3 +76,16 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             {"imported_from": name_or_folder},
         )
     return model
+
+
+def check_untrained(out: Path) -> None:
+    """Refuses a run that was trained here, logged or not. Raises UserError."""
+    trained = (out / LOG_FILE).exists() or (out / STATE_FILE).exists()
+    if not trained and (out / CONFIG).exists() and (out / WEIGHTS_FILE).exists():
+        training = read_json(out / CONFIG).get("training")
+        trained = isinstance(training, dict) and "imported_from" not in training
+    if trained:
+        raise UserError(
+            f"{out}: a run that was trained is there; choose another folder with --out (make: "
+            "RUN=NAME)"
+        )
