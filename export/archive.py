@@ -22,11 +22,6 @@ from handler.files import atomic_path, check_apart, locked
 
 HANDLER = Path(handler.__file__).parent
 DEMO = "demo"  # the run of `make demo`
-# Tools of the client's side; the worker never needs them.
-LEFT_OUT = (
-    *("alt_text.py", "client.py", "grpc_stubs.py"),
-    *("page.py", "serve.py", "web.py", "word_maps.py"),
-)
 # The earliest date that a zip can hold, in its form and in the manifest's.
 EPOCH, CREATED_ON = (1980, 1, 1, 0, 0, 0), "01/01/1980 00:00:00"
 
@@ -54,7 +49,7 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
         package = extra / "handler"
         package.mkdir(parents=True)
         for file in sorted(HANDLER.iterdir()):
-            if file.suffix in (".py", ".yaml") and file.name not in LEFT_OUT:
+            if file.is_file():  # folders are tools of the client's side
                 shutil.copyfile(file, package / file.name)
         for name in EXPORT_FILES:
             (extra / name).symlink_to((export / name).resolve())

@@ -10,8 +10,8 @@ import psutil
 import requests
 import yaml
 
-from handler import serve
-from handler.client import Client
+from handler.client.connection import Client
+from handler.serve import server as serve
 
 REPOSITORY = Path(__file__).parent.parent
 

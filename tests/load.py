@@ -15,8 +15,8 @@ import grpc
 import requests
 from live import key
 
-from handler.client import Client
-from handler.grpc_stubs import load
+from handler.client.connection import Client
+from handler.client.stubs import load
 
 SECONDS_TO_WAIT = 300
 OPTIONS: tuple[dict[str, Any], ...] = (

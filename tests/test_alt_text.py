@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from handler.alt_text import (
+from handler.client.alt_text import (
     IPTC,
     JPEG_XMP,
     MAX_SEGMENT,

@@ -14,20 +14,20 @@ from PIL import Image
 
 from handler import client as client_module
 from handler.beam_search import DecodeOptions
-from handler.client import (
+from handler.client.__main__ import main
+from handler.client.connection import (
     Client,
     ServerError,
     caption_folder,
     captioned,
     find_photos,
     in_order,
-    main,
     write_alt_texts,
 )
+from handler.client.stubs import load
 from handler.errors import UserError, run_command
 from handler.files import locked
-from handler.grpc_stubs import load
-from handler.serve import Server
+from handler.serve.server import Server
 
 ANSWER = {"caption": "a größe 猫", "captions": [{"caption": "a größe 猫"}], "model": {}}
 

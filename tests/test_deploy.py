@@ -22,7 +22,7 @@ from conftest import REPOSITORY
 from live import configure
 
 from export.archive import build_archive
-from handler.serve import environment, read_properties
+from handler.serve.server import environment, read_properties
 
 DEPLOY = REPOSITORY / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
@@ -211,7 +211,7 @@ def test_the_image_starts_torchserve_so(tiny_export, tiny_data, tmp_path):
     assert command[0] == "torchserve"
     places = {
         "/srv/config.properties": config,
-        "/srv/log4j2.xml": REPOSITORY / "handler/log4j2.xml",
+        "/srv/log4j2.xml": REPOSITORY / "handler/serve/log4j2.xml",
     }
     command = [sys.executable, "-m", "ts.model_server", *(places.get(w, w) for w in command[1:])]
     server = subprocess.Popen(

@@ -182,4 +182,5 @@ def test_every_command_of_the_readme_exists():
         goals = re.match(r"(?:[a-z][a-z-]*(?: +|$|,))+", line)
         assert goals and set(goals.group().replace(",", " ").split()) <= targets, line
     for module in re.findall(r"python -m ((?:handler|training|export)\.[\w.]*\w)", text):
-        assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").is_file(), module
+        path = REPOSITORY / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run_program
 
-from handler.word_maps import peak
+from handler.web.word_maps import peak
 from training.data.manifest import read_manifest, write_manifest
 from training.data.scene_language import referents
 from training.model import Encoder, EncoderConfig

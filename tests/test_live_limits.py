@@ -10,9 +10,9 @@ import pytest
 from live import change_settings, client_of, configure, key, post
 
 from export.archive import build_archive
-from handler import serve
 from handler.captioner import Captioner
-from handler.grpc_stubs import load
+from handler.client.stubs import load
+from handler.serve import server as serve
 
 pytestmark = pytest.mark.live
 

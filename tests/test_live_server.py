@@ -13,10 +13,10 @@ from live import client_of, configure, key, metrics_of, post, worker_processes
 from PIL import Image
 
 from export.archive import build_archive
-from handler import serve
-from handler.client import Client
+from handler.client.connection import Client
+from handler.client.stubs import load
 from handler.errors import UserError
-from handler.grpc_stubs import load
+from handler.serve import server as serve
 from training.checkpoint import load_captioner
 
 pytestmark = pytest.mark.live

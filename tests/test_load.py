@@ -12,7 +12,7 @@ from live import change_settings, client_of, configure, metrics_of, worker_proce
 from load import Outcome, bad_cases, good_cases, run_load
 
 from export.archive import build_archive
-from handler import serve
+from handler.serve import server as serve
 from training.checkpoint import load_captioner
 from training.data.manifest import read_manifest
 

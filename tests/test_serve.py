@@ -11,8 +11,8 @@ import pytest
 from conftest import REPOSITORY, run_program
 
 from export.archive import build_archive
-from handler import serve
 from handler.errors import UserError
+from handler.serve import server as serve
 
 
 def config_in(folder, **settings: str):

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from worker import Worker, rest
 
 from export.archive import build_archive
-from handler import serve
 from handler.beam_search import DecodeOptions, InvalidParameter
 from handler.caption_tokenizer import CaptionTokenizer, PieceStream
 from handler.errors import UserError
 from handler.request import HandlerSettings, within
+from handler.serve import server as serve
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import ts
 import yaml
 from conftest import REPOSITORY
 
-from handler.serve import read_properties
+from handler.serve.server import read_properties
 from handler.server_metrics import COUNTER, HISTOGRAM, METRICS
 
 DASHBOARD = json.loads((REPOSITORY / "deploy/grafana-dashboard.json").read_text())

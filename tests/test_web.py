@@ -13,11 +13,11 @@ from PIL import Image
 from test_live_server import client_of, configure
 
 from export.archive import build_archive
-from handler import serve
-from handler.client import ServerError
+from handler.client.connection import ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES
-from handler.web import WebServer, serve_page
+from handler.serve import server as serve
+from handler.web.server import WebServer, serve_page
 
 TOKENS = ["a", "red", "<b>"]
 MAPS = [[1 / 16] * 16, [0.85] + [0.01] * 15, [0.01] * 15 + [0.85]]

@@ -5,7 +5,7 @@ import base64
 import pytest
 import torch
 
-from handler.word_maps import Word, box, centre, peak, place_name, word_as_dict, words_of
+from handler.web.word_maps import Word, box, centre, peak, place_name, word_as_dict, words_of
 
 
 def spot(rows, columns, side=8) -> torch.Tensor:

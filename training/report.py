@@ -8,8 +8,8 @@ from pathlib import Path
 
 from handler.errors import ArgumentParser, run_command
 from handler.files import FORMAT, FolderKind, replace_folder, write_atomic
-from handler.page import photo_html
 from handler.request import add_decoding_options, decoding_options
+from handler.web.page import photo_html
 from training.data.manifest import Manifest, Row, inputs_of
 from training.data.photos import read_photo
 from training.pages.report import Shown, render

@@ -33,8 +33,8 @@ import torch
 import yaml
 
 from export.archive import build_archive
-from handler import serve
 from handler.captioner import Captioner
+from handler.serve import server as serve
 from tests.benchmarks.timing import machine, report, table
 from tests.live import REPOSITORY, change_settings, client_of, configure, key, metrics_of
 

@@ -31,7 +31,7 @@ from training.data.manifest import Manifest
 from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
 from training.loop.log import Log, NullLog
-from training.loop.teachers import Student
+from training.loop.student import Student
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
 # What `Run` counts, and keeps in its state.

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner
@@ -13,7 +11,7 @@ from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import WEIGHTS_FILE, load_model
 from training.config import Stage, TrainConfig
-from training.model import CaptioningModel
+from training.loop.student import Student
 from training.objectives.ensemble import Ensemble, encoder_difference
 
 
@@ -26,18 +24,6 @@ class Interface:
     tokenizer: CaptionTokenizer
     vocab_size: int
     preprocessing: PreprocessConfig
-
-
-class Student(NamedTuple):
-    """The model that a run trains, and what its teachers must share with it. `folders` are those
-    that the run writes."""
-
-    model: CaptioningModel
-    tokenizer: CaptionTokenizer
-    preprocessing: PreprocessConfig
-    max_tokens: int
-    device: torch.device
-    folders: tuple[Path, ...]
 
 
 def check_teachers(config: TrainConfig, student: Student) -> None:

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from handler.page import HEAT, HEAT_LEGEND, page, words_html
-from handler.word_maps import FUNCTION_WORDS, Word
+from handler.web.page import HEAT, HEAT_LEGEND, page, words_html
+from handler.web.word_maps import FUNCTION_WORDS, Word
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart

@@ -19,7 +19,7 @@ from typing import Any
 
 from handler.errors import UserError
 from handler.files import read_object
-from handler.page import page, photo_html
+from handler.web.page import page, photo_html
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.scores.captions import read_predictions

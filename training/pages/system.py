@@ -14,7 +14,7 @@ from tqdm import tqdm
 from handler.beam_search import DecodeOptions
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.word_maps import Word, words_of
+from handler.web.word_maps import Word, words_of
 from training.checkpoint import LOG_FILE, WEIGHTS_FILE, load_captioner
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo

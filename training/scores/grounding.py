@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.word_maps import box, peak, words_of
+from handler.web.word_maps import box, peak, words_of
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.data.scene_language import SceneObject, caption_words, referents

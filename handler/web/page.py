@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from handler.word_maps import Word, word_as_dict
+from handler.web.word_maps import Word, word_as_dict
 
 HERE = Path(__file__).parent
 STYLE, HEAT = HERE / "page.css", HERE / "heat.js"

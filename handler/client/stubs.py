@@ -1,4 +1,4 @@
-"""`python -m handler.grpc_stubs`, part of `make setup`: inference.proto -> build/grpc/.
+"""inference.proto -> the Python modules of the gRPC client, under build/grpc/.
 
 Generated at set-up and never committed: generated code needs a protobuf no older than its
 generator's.
@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from handler.errors import UserError, run_command
+from handler.errors import UserError
 
 PROTO = Path(__file__).with_name("inference.proto")
-STUBS = Path(__file__).parents[1] / "build" / "grpc"
+STUBS = Path(__file__).parents[2] / "build" / "grpc"
 
 
 def generate(out: Path = STUBS) -> None:
@@ -37,7 +37,3 @@ def load() -> tuple[ModuleType, ModuleType]:
         # The generated modules import each other by their bare names.
         sys.path.append(str(STUBS))
     return importlib.import_module("inference_pb2"), importlib.import_module("inference_pb2_grpc")
-
-
-if __name__ == "__main__":
-    run_command(generate)

@@ -1,5 +1,5 @@
-"""`python -m handler.serve`, behind `make serve` and `make stop`: starts TorchServe and returns
-when its workers are ready, which TorchServe's own start neither waits for nor reports.
+"""Starts TorchServe and returns when its workers are ready, which TorchServe's own start neither
+waits for nor reports.
 
 What runs is noted in `build/serve/server.json` (process, addresses, certificate): `stop` and the
 client find the server there.
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
-from handler.errors import ArgumentParser, UserError, run_command
+from handler.errors import UserError
 from handler.files import write_atomic
 
 START_SECONDS = 180
@@ -357,20 +357,3 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
         )
     write_atomic(certificate_file, certificate.public_bytes(serialization.Encoding.PEM))
     return certificate_file, key_file
-
-
-def main() -> None:
-    parser = ArgumentParser(prog="handler.serve", description=__doc__)
-    parser.add_argument("action", choices=("start", "stop"))
-    parser.add_argument("--ts-config", type=Path, default=Path("config.properties"))
-    parser.add_argument("--tls", action="store_true", help="https and TLS for gRPC, self-signed")
-    arguments = parser.parse_args()
-    if arguments.action == "stop":
-        print("stopped" if stop() else "no server runs here")
-        return
-    server = start(arguments.ts_config, arguments.tls)
-    print(f"ready: {server.inference} and gRPC on {server.grpc}; logs/ has its logs")
-
-
-if __name__ == "__main__":
-    run_command(main)

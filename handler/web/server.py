@@ -1,4 +1,4 @@
-"""`python -m handler.web`, behind `make web`: a page in front of the running TorchServe. Drop a
+"""A page in front of the running TorchServe. Drop a
 photo on it, or take one, and see the captions and where the model looked for each word.
 
 A browser cannot ask TorchServe itself, which wants a token and refuses preflights. This process
@@ -16,11 +16,11 @@ from urllib.parse import parse_qs, urlsplit
 
 import torch
 
-from handler.client import Client, ServerError, add_server_options, client_of
-from handler.errors import ArgumentParser, UserError, run_command
+from handler.client.connection import Client, ServerError
+from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode
-from handler.page import HEAT, HEAT_LEGEND, page, photo_html, words_html
-from handler.word_maps import words_of
+from handler.web.page import HEAT, HEAT_LEGEND, page, photo_html, words_html
+from handler.web.word_maps import words_of
 
 HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent
@@ -213,15 +213,3 @@ def serve_page(client: Client, port: int) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             print()
-
-
-def main() -> None:
-    parser = ArgumentParser(prog="handler.web", description=__doc__)
-    parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}")
-    add_server_options(parser)
-    arguments = parser.parse_args()
-    serve_page(client_of(arguments), arguments.port)
-
-
-if __name__ == "__main__":
-    run_command(main)

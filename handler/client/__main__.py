@@ -1,0 +1,97 @@
+"""`python -m handler.client`, behind `make caption`: asks a running TorchServe for the captions of
+one photo or of a whole folder, by REST or gRPC."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from handler.client.connection import (
+    ServerError,
+    add_server_options,
+    caption_folder,
+    check_writable,
+    client_of,
+    read_file,
+    write_alt_texts,
+)
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import locked, write_atomic
+from handler.request import OPTION_TYPES
+
+
+def parse_arguments() -> Any:
+    parser = ArgumentParser(prog="handler.client", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--image", type=Path, metavar="FILE", help="a photo")
+    what.add_argument("--images", type=Path, metavar="DIR", help="a folder of photos")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("captions.jsonl"),
+        metavar="FILE",
+        help="where the captions of a folder go; photos that stand there are not asked for again",
+    )
+    parser.add_argument(
+        "--alt-text",
+        action="store_true",
+        help="write each caption of a folder into its JPEG, PNG or WebP as alternative text (XMP); "
+        "pixels stay as they are, and a photo that has such a text keeps it",
+    )
+    parser.add_argument("--grpc", action="store_true", help="ask by gRPC instead of REST")
+    parser.add_argument("--json", action="store_true", help="print the whole answer")
+    parser.add_argument(
+        "--attention", type=Path, metavar="PNG", help="write the photo with a heat map per word"
+    )
+    add_server_options(parser)
+    group = parser.add_argument_group("decoding options (the server's defaults otherwise)")
+    for name in OPTION_TYPES:
+        # Ranges are the server's to check: it knows the model.
+        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    client = client_of(arguments)
+    ask = client.caption_grpc if arguments.grpc else client.caption
+    options = {name: getattr(arguments, name) for name in OPTION_TYPES}
+    if arguments.images:
+        if arguments.attention:
+            raise UserError("--attention draws one photo; give --image instead of --images")
+        with locked(arguments.out):
+            refused = caption_folder(ask, arguments.images, arguments.out, options)
+            without = write_alt_texts(arguments.images, arguments.out) if arguments.alt_text else []
+        if refused:
+            raise UserError(
+                f"{arguments.images}: {len(refused)} photos without a caption (listed above); "
+                "repair or remove them and run again"
+            )
+        if without:
+            raise UserError(
+                f"{arguments.images}: {len(without)} photos took no alternative text (listed "
+                f"above); their captions stand in {arguments.out}"
+            )
+        return
+    if arguments.alt_text:
+        raise UserError("--alt-text is for a folder; give --images instead of --image")
+    photo = read_file(arguments.image)
+    if arguments.attention:
+        check_writable(arguments.attention)
+    if arguments.attention and options["do_sample"] and options["seed"] is None:
+        # The picture is asked for apart, and must be of the same caption.
+        options["seed"] = random.randrange(2**31)
+    try:
+        answer = ask(photo, **options)
+        if arguments.attention:
+            write_atomic(arguments.attention, client.picture(photo, **options))
+    except ServerError as error:
+        raise UserError(f"{arguments.image}: {error}") from error
+    if arguments.json:
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        print("\n".join(caption["caption"] for caption in answer["captions"]))
+
+
+if __name__ == "__main__":
+    run_command(main)
