@@ -19,9 +19,10 @@ from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import EXPORT_FILES, Captioner
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import FORMAT, FolderKind, check_replaceable, replace_folder
-from training.checkpoint import WEIGHTS_FILE, captioner_of, load_model
+from training.checkpoint import captioner_of, load_model
 from training.data.manifest import data_folder, read_manifest
 from training.data.photos import read_photo
+from training.folders import WEIGHTS_FILE
 from training.model import CaptioningModel
 
 # The most that are compared: all of Flickr8k's, and no more than a minute or two of COCO's.

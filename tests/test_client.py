@@ -12,8 +12,8 @@ import pytest
 from conftest import run_program
 from PIL import Image
 
-from handler import client as client_module
 from handler.beam_search import DecodeOptions
+from handler.client import connection as client_module
 from handler.client.__main__ import main
 from handler.client.connection import (
     Client,

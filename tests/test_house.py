@@ -17,6 +17,7 @@ ROOMS = (
     "training.checkpoint",
     "training.model",
     "training.config",
+    "training.folders",
     "handler",
 )
 

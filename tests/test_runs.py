@@ -24,10 +24,11 @@ from export.export import export_checkpoint
 from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.files import locked
-from training.checkpoint import WEIGHTS_FILE, load_captioner, load_model, save_checkpoint
+from training.checkpoint import load_captioner, load_model, save_checkpoint
 from training.data.manifest import Row, read_manifest, write_manifest
 from training.demo import is_of_demo
 from training.demo import main as training_demo
+from training.folders import WEIGHTS_FILE
 from training.loop.train import train
 from training.train import main as training_main
 

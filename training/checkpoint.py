@@ -13,28 +13,10 @@ from safetensors.torch import load_file, save
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, check_config, load_tokenizer, read_config
 from handler.errors import UserError
-from handler.files import FORMAT, FolderKind, atomic_path, write_atomic
+from handler.files import FORMAT, atomic_path, write_atomic
+from training.folders import WEIGHTS_FILE
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
-CHECKPOINTS = Path("build/checkpoints")
-WEIGHTS_FILE = "model.safetensors"
-# What training keeps there for `--resume`, and what it logs.
-STATE_FILE, LOG_FILE = "train_state.pt", "metrics.jsonl"
-# All that training and import ever write, or wrote in version 1.0, into a run's folder.
-CHECKPOINT = FolderKind(
-    "a checkpoint",
-    "config.json",
-    ("model", "preprocessing", "tokenizer", "training"),
-    (WEIGHTS_FILE, "config.json", "tokenizer.json", STATE_FILE, LOG_FILE, "tensorboard"),
-    sure=(STATE_FILE,),  # a run that was interrupted before its first validation
-)
-# What an import writes: a run that was trained from it is never replaced by another import.
-IMPORTED = dataclasses.replace(
-    CHECKPOINT,
-    name="an imported checkpoint",
-    files=(WEIGHTS_FILE, "config.json", "tokenizer.json"),
-    sure=(),
-)
 # The output head is the token embedding (tied), so only one of the two is stored.
 TIED = "decoder.head.weight"
 FLOATS = ("F32", "F16", "BF16", "F64")

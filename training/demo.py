@@ -7,8 +7,8 @@ from typing import Any
 
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import read_object
-from training.checkpoint import CHECKPOINTS, STATE_FILE
 from training.config import load_config
+from training.folders import CHECKPOINTS, STATE_FILE
 from training.loop.run import changed_field, read_state
 
 # The config and the run of `make demo`.

@@ -15,8 +15,9 @@ from handler.captioner import Captioner
 from handler.errors import ArgumentParser, run_command
 from handler.files import FolderKind, replace_folder, write_atomic
 from handler.request import add_decoding_options, decoding_options
-from training.checkpoint import WEIGHTS_FILE, load_captioner
+from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, data_folder, inputs_of, read_manifest
+from training.folders import WEIGHTS_FILE
 from training.scores.captions import (
     caption_rows,
     dataset_of,

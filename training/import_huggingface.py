@@ -9,7 +9,7 @@ model's own generation config. Files are read as data: no code that comes with a
 from pathlib import Path
 
 from handler.errors import ArgumentParser, run_command
-from training.checkpoint import CHECKPOINTS
+from training.folders import CHECKPOINTS
 from training.weights.huggingface import import_huggingface
 
 

@@ -4,9 +4,9 @@
 from pathlib import Path
 
 from handler.errors import ArgumentParser, run_command
-from training.checkpoint import CHECKPOINTS
 from training.config import load_config
 from training.data.manifest import data_folder, read_manifest
+from training.folders import CHECKPOINTS
 from training.loop.allocator import keep_freed_memory
 from training.loop.run import pick_device
 from training.loop.train import train

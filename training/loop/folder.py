@@ -8,7 +8,7 @@ from pathlib import Path
 
 from handler.errors import UserError
 from handler.files import check_replaceable, locked
-from training.checkpoint import CHECKPOINT, LOG_FILE, STATE_FILE, WEIGHTS_FILE
+from training.folders import CHECKPOINT, LOG_FILE, STATE_FILE, WEIGHTS_FILE
 
 
 class RunFolder:

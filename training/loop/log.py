@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.checkpoint import LOG_FILE
+from training.folders import LOG_FILE
 
 
 class Log:

@@ -18,16 +18,10 @@ from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import (
-    LOG_FILE,
-    STATE_FILE,
-    WEIGHTS_FILE,
-    load_model,
-    save_checkpoint,
-    update_training,
-)
+from training.checkpoint import load_model, save_checkpoint, update_training
 from training.config import TrainConfig
 from training.data.manifest import Manifest
+from training.folders import LOG_FILE, STATE_FILE, WEIGHTS_FILE
 from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
 from training.loop.log import Log, NullLog

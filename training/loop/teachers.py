@@ -9,8 +9,9 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import WEIGHTS_FILE, load_model
+from training.checkpoint import load_model
 from training.config import Stage, TrainConfig
+from training.folders import WEIGHTS_FILE
 from training.loop.student import Student
 from training.objectives.ensemble import Ensemble, encoder_difference
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import STATE_FILE
 from training.config import TrainConfig
 from training.data.captions import Captions
 from training.data.manifest import Manifest
+from training.folders import STATE_FILE
 from training.loop.distributed import leave
 from training.loop.folder import RunFolder
 from training.loop.run import Run, read_state, restore_parts

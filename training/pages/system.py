@@ -15,10 +15,11 @@ from handler.beam_search import DecodeOptions
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
 from handler.web.word_maps import Word, words_of
-from training.checkpoint import LOG_FILE, WEIGHTS_FILE, load_captioner
+from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.data.scenes import check
+from training.folders import LOG_FILE, WEIGHTS_FILE
 from training.scores.claims import score_claims
 from training.scores.intervals import Floats, bootstrap_scores, resampled
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize

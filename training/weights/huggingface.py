@@ -7,7 +7,8 @@ from typing import Any
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError
 from handler.files import check_replaceable, replace_folder
-from training.checkpoint import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE, save_checkpoint
+from training.checkpoint import save_checkpoint
+from training.folders import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE
 from training.model import CaptioningModel
 from training.weights.huggingface_files import (
     ADDED,
