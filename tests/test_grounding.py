@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 from conftest import run_program
+from tiny_training import config_of
 
 from handler.web.word_maps import peak
 from training.data.manifest import read_manifest, write_manifest
 from training.data.scene_language import referents
+from training.loop.train import train
 from training.model import Encoder, EncoderConfig
 from training.scores.grounding import judge, overlap, rollout, ways
 
@@ -75,17 +77,20 @@ def test_the_rollout_is_of_the_encoders_own_attention():
     assert mixed.allclose((weights + torch.eye(17)) / 2, atol=1e-5)
 
 
-def test_the_command_prints_every_way(tiny_run, tiny_data, tmp_path):
+def test_the_command_prints_every_way(tiny_data, tmp_path, monkeypatch):
     """On pictures that are one square of any colour, whatever is said of a square points at it."""
+    monkeypatch.chdir(tmp_path)
+    stage = {"name": "a", "epochs": 12, "batch_photos": 4, "encoder_lr": 3e-3, "decoder_lr": 3e-3}
+    config = config_of(tmp_path / "named.yaml", stages=[{**stage, "ema": 0.5}])
+    train(config, read_manifest(tiny_data), tmp_path / "named")
     manifest = read_manifest(tiny_data)
     square = {**CIRCLE, "shape": "square", "box": [0, 0, 40, 30]}
     objects = [{**square, "colour": colour} for colour in ("red", "green", "blue", "yellow")]
     scene = {**SCENE, "size": [40, 30], "objects": objects}
     rows = [dataclasses.replace(row, scene=scene) for row in manifest.split("val")]
     write_manifest(tmp_path / "squares", "squares", rows, manifest.image_root, [])
-    checkpoint = str(tiny_run / "build/checkpoints/tiny")
     done = run_program(
-        "training.grounding", "--checkpoint", checkpoint, "--data", str(tmp_path / "squares"),
+        "training.grounding", "--checkpoint", "named", "--data", str(tmp_path / "squares"),
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -7,13 +7,12 @@ import re
 import socket
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 import requests
 import torch
 import yaml
-from live import change_settings, client_of, configure, key
+from live import REPOSITORY, change_settings, client_of, configure, key
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from worker import Worker, rest
 
@@ -109,7 +108,7 @@ def test_settings_of_the_handler_are_checked(values, message):
 
 
 def test_the_shipped_settings_are_read():
-    shipped = yaml.safe_load(Path(serve.__file__).with_name("model-config.yaml").read_text())
+    shipped = yaml.safe_load((REPOSITORY / "handler/model-config.yaml").read_text())
     assert HandlerSettings.read(shipped["handler"]).max_beam_tokens == 4096
     assert HandlerSettings.read(None) == HandlerSettings.read({}) == HandlerSettings()
 
