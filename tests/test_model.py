@@ -12,6 +12,7 @@ from training.model import (
     Dropout,
     Encoder,
     EncoderConfig,
+    Mlp,
     interpolate_positions,
 )
 
@@ -129,6 +130,14 @@ def test_positions_are_interpolated_but_the_class_token_is_not():
     assert grown.shape == (1, 37, 8)
     assert torch.equal(grown[:, 0], positions[:, 0])
     assert interpolate_positions(positions, prefix=1, grid=4) is positions
+
+
+def test_a_misspelt_activation_is_refused():
+    """It was the identity: the config's check was all that stood before it."""
+    with pytest.raises(UserError, match="decoder.activation 'gleu'"):
+        DecoderConfig(50, 12, 32, 1, 2, 8, 32, activation="gleu")
+    with pytest.raises(KeyError, match="gleu"):
+        Mlp(8, 8, "gleu")
 
 
 def test_contradictions_are_refused_by_name():

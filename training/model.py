@@ -15,14 +15,14 @@ Dimension key, used as suffixes:
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from handler.beam_search import KeysValues
 from handler.errors import UserError
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 def _refuse_unless(condition: bool, message: str) -> None:
@@ -118,18 +118,31 @@ def merge_heads(x_BHQd: Tensor) -> Tensor:
     return x_BHQd.transpose(1, 2).flatten(2)
 
 
-def spread(x: Tensor, place_N: Tensor | None, photos: int, queries: int) -> Tensor:
-    """(N, D) -> (B, Q, D): each token at its place among the B * Q, zeros between. Without places
-    `x` stays as it is."""
-    if place_N is None:
+class Packing(NamedTuple):
+    """The N real tokens among the B * Q of a batch, which has padding. Layers run on (N, D);
+    attention alone needs every token at its place. Two photos of Q = 4, `x` padding:
+
+        tokens (B, Q)      index (N,)         rows (N, D) of a layer
+        a b c x            0 1 2 4 5 6 7      a b c d e f g
+        d e f g
+    """
+
+    index_N: Tensor
+    photos: int
+    queries: int
+
+
+def unpack(x: Tensor, packing: Packing | None) -> Tensor:
+    """(N, D) -> (B, Q, D), zeros where there is padding. Without packing `x` stays as it is."""
+    if packing is None:
         return x
-    slots = x.new_zeros([photos * queries, x.size(-1)])
-    return slots.index_copy_(0, place_N, x).unflatten(0, (photos, queries))
+    rows = x.new_zeros([packing.photos * packing.queries, x.size(-1)])
+    return rows.index_copy_(0, packing.index_N, x).unflatten(0, (packing.photos, packing.queries))
 
 
-def collect(x_BQD: Tensor, place_N: Tensor | None) -> Tensor:
-    """(B, Q, D) -> (N, D): what `spread` put at these places. Without places as it is."""
-    return x_BQD if place_N is None else x_BQD.flatten(0, 1).index_select(0, place_N)
+def pack(x_BQD: Tensor, packing: Packing | None) -> Tensor:
+    """(B, Q, D) -> (N, D), the real tokens alone. Without packing as it is."""
+    return x_BQD if packing is None else x_BQD.flatten(0, 1).index_select(0, packing.index_N)
 
 
 def attend(
@@ -182,22 +195,29 @@ class Dropout(nn.Module):
         return x * kept.mul_(2**16 / (2**16 - self.dropped))
 
 
+class QuickGELU(nn.Module):
+    """The approximation of GELU that CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden)
+        self.activation = ACTIVATIONS[activation]()
         self.down = nn.Linear(hidden, width)
-        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if self.activation == "quick_gelu":
-            x = x * torch.sigmoid(1.702 * x)
-        elif self.activation == "gelu_tanh":
-            x = F.gelu(x, approximate="tanh")
-        elif self.activation == "gelu":
-            x = F.gelu(x)
-        return self.down(x)
+        return self.down(self.activation(self.up(x)))
 
 
 class SelfAttention(nn.Module):
@@ -216,12 +236,9 @@ class SelfAttention(nn.Module):
         cache_k_BHSd: Tensor | None = None,
         cache_v_BHSd: Tensor | None = None,
         used: int = 0,
-        place_N: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        qkv = self.qkv(x_BQD)
-        if mask_B1QS is not None:
-            qkv = spread(qkv, place_N, mask_B1QS.size(0), mask_B1QS.size(2))
-        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = unpack(self.qkv(x_BQD), packing).chunk(3, dim=-1)
         q = split_heads(q, self.heads)
         k = split_heads(k, self.heads)
         v = split_heads(v, self.heads)
@@ -231,7 +248,7 @@ class SelfAttention(nn.Module):
             cache_v_BHSd[:, :, used:end] = v
             k = cache_k_BHSd[:, :, :end]
             v = cache_v_BHSd[:, :, :end]
-        return self.out(collect(attend(q, k, v, mask_B1QS), place_N))
+        return self.out(pack(attend(q, k, v, mask_B1QS), packing))
 
 
 class CrossAttention(nn.Module):
@@ -250,12 +267,10 @@ class CrossAttention(nn.Module):
         k_BHPd: Tensor,
         v_BHPd: Tensor,
         weights: list[Tensor] | None = None,
-        place_N: Tensor | None = None,
-        queries: int = 0,
+        packing: Packing | None = None,
     ) -> Tensor:
-        q_BQD = spread(self.q(x_BQD), place_N, k_BHPd.size(0), queries)
-        q_BHQd = split_heads(q_BQD, self.heads)
-        return self.out(collect(attend(q_BHQd, k_BHPd, v_BHPd, None, weights), place_N))
+        q_BHQd = split_heads(unpack(self.q(x_BQD), packing), self.heads)
+        return self.out(pack(attend(q_BHQd, k_BHPd, v_BHPd, None, weights), packing))
 
 
 class EncoderBlock(nn.Module):
@@ -371,25 +386,22 @@ class DecoderBlock(nn.Module):
         self,
         x_BQD: Tensor,
         mask_B1QS: Tensor,
-        cross_k_BHPd: Tensor,
-        cross_v_BHPd: Tensor,
+        memory_k_BHPd: Tensor,
+        memory_v_BHPd: Tensor,
         cache_k_BHSd: Tensor | None,
         cache_v_BHSd: Tensor | None,
         used: int,
         weights: list[Tensor] | None,
-        place_N: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
-        x_BQD = x_BQD + self.dropout(
-            self.self_attention(
-                self.norm1(x_BQD), mask_B1QS, cache_k_BHSd, cache_v_BHSd, used, place_N
-            )
+        seen = self.self_attention(
+            self.norm1(x_BQD), mask_B1QS, cache_k_BHSd, cache_v_BHSd, used, packing
         )
-        queries = mask_B1QS.size(2)
-        x_BQD = x_BQD + self.dropout(
-            self.cross_attention(
-                self.norm2(x_BQD), cross_k_BHPd, cross_v_BHPd, weights, place_N, queries
-            )
+        x_BQD = x_BQD + self.dropout(seen)
+        looked_at = self.cross_attention(
+            self.norm2(x_BQD), memory_k_BHPd, memory_v_BHPd, weights, packing
         )
+        x_BQD = x_BQD + self.dropout(looked_at)
         return x_BQD + self.dropout(self.mlp(self.norm3(x_BQD)))
 
 
@@ -430,30 +442,28 @@ class Decoder(nn.Module):
                 weight.data.div_(math.sqrt(3 * config.layers))
 
     @torch.jit.export
-    def begin(self, memory_BPD: Tensor) -> list[Tensor]:
-        """Cross-attention keys and values of every layer, [k0, v0, k1, v1, ...], each
-        (B, H, P, d): computed once a photo and shared by all its beams or captions."""
-        cross: list[Tensor] = []
+    def begin(self, memory_BPD: Tensor) -> KeysValues:
+        """The keys and values of a photo, (B, H, P, d) in every layer: computed once and shared by
+        all its beams or captions."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         for block in self.blocks:
             k_BPD, v_BPD = block.cross_attention.kv(memory_BPD).chunk(2, dim=-1)
-            cross.append(split_heads(k_BPD, self.heads))
-            cross.append(split_heads(v_BPD, self.heads))
-        return cross
+            keys.append(split_heads(k_BPD, self.heads))
+            values.append(split_heads(v_BPD, self.heads))
+        return KeysValues(keys, values)
 
     @torch.jit.export
-    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
-        """Empty self-attention keys and values, [k0, v0, ...], each (photos, H, slots, d)."""
+    def new_cache(self, photos: int, slots: int) -> KeysValues:
+        """Empty keys and values of the text, (photos, H, slots, d) in every layer."""
         weight = self.norm.weight
-        cache: list[Tensor] = []
-        for _ in range(2 * len(self.blocks)):
-            cache.append(
-                torch.zeros(
-                    [photos, self.heads, slots, weight.size(0) // self.heads],
-                    dtype=weight.dtype,
-                    device=weight.device,
-                )
-            )
-        return cache
+        shape = [photos, self.heads, slots, weight.size(0) // self.heads]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for _ in range(len(self.blocks)):
+            keys.append(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+            values.append(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        return KeysValues(keys, values)
 
     @torch.jit.export
     def step(
@@ -461,9 +471,9 @@ class Decoder(nn.Module):
         tokens_BQ: Tensor,
         positions_BQ: Tensor,
         mask_BQS: Tensor,
-        cache: list[Tensor],
+        cache: KeysValues,
         used: int,
-        cross: list[Tensor],
+        memory: KeysValues,
     ) -> Tensor:
         """Runs Q new tokens a photo and writes their keys and values into the slots
         used .. used + Q - 1 of `cache`, in place.
@@ -471,7 +481,7 @@ class Decoder(nn.Module):
         tokens and positions (B, Q) int64; mask (B, Q, S) bool with S = used + Q, true where the
         query sees the slot. Returns the logits of the next tokens, (B, Q, V) float32.
         """
-        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, cache, used, cross, None, None)
+        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, cache, used, memory, None, None)
         return self.head(x_BQD).float()
 
     @torch.jit.export
@@ -488,8 +498,8 @@ class Decoder(nn.Module):
         self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
     ) -> Tensor:
         """Teacher forcing: logits (B, Q, V) float32 of the token after each of the Q tokens."""
-        cross = self.begin(memory_BPD)
-        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None, None)
+        memory = self.begin(memory_BPD)
+        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, None, None)
         return self.head(x_BQD).float()
 
     def hidden(
@@ -503,37 +513,39 @@ class Decoder(nn.Module):
         """Teacher forcing up to the head, (N, D), of the N tokens that `real_BQ` marks: padding
         (a quarter of a batch of Flickr8k) has its slots in attention, but no layer's product is
         spent on it. `head` makes logits of it."""
-        place_N = real_BQ.flatten().nonzero().squeeze(1)
-        cross = self.begin(memory_BPD)
-        return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None, place_N)
+        photos, queries = real_BQ.shape
+        packing = Packing(real_BQ.flatten().nonzero().squeeze(1), photos, queries)
+        memory = self.begin(memory_BPD)
+        return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, None, packing)
 
     def _run(
         self,
         tokens_BQ: Tensor,
         positions_BQ: Tensor,
         mask_BQS: Tensor,
-        cache: list[Tensor] | None,
+        cache: KeysValues | None,
         used: int,
-        cross: list[Tensor],
+        memory: KeysValues,
         weights: list[Tensor] | None,
-        place_N: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
-        if place_N is not None:
-            tokens_BQ, positions_BQ = tokens_BQ.flatten()[place_N], positions_BQ.flatten()[place_N]
+        if packing is not None:
+            tokens_BQ = tokens_BQ.flatten()[packing.index_N]
+            positions_BQ = positions_BQ.flatten()[packing.index_N]
         x_BQD = self.token_embedding(tokens_BQ) + self.position_embedding(positions_BQ)
         x_BQD = self.dropout(x_BQD)
         # One additive mask for all layers: a boolean one would be converted in each.
-        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=cross[0].dtype, device=mask_BQS.device)
+        dtype = memory.keys[0].dtype
+        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=dtype, device=mask_BQS.device)
         mask_B1QS = mask_B1QS.masked_fill(mask_BQS.logical_not(), float("-inf")).unsqueeze(1)
         cache_k: Tensor | None = None
         cache_v: Tensor | None = None
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                cache_k = cache[2 * i]
-                cache_v = cache[2 * i + 1]
+                cache_k, cache_v = cache.keys[i], cache.values[i]
             x_BQD = block(
-                x_BQD, mask_B1QS, cross[2 * i], cross[2 * i + 1], cache_k, cache_v, used, weights,
-                place_N,
+                x_BQD, mask_B1QS, memory.keys[i], memory.values[i], cache_k, cache_v, used, weights,
+                packing,
             )  # fmt: skip
         return self.norm(x_BQD)
 
