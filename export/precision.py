@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from export.layers import HalfLinear, Int8Linear, PackedLinear, RescoredHead
-from training.model import CaptioningModel, Mlp
+from training.model import CaptioningModel, HeadTransform, Mlp
 
 # The ways to try, (encoder, decoder).
 WAYS = {
@@ -43,9 +43,10 @@ def in_precision(model: CaptioningModel, encoder: str, decoder: str) -> Captioni
 
 def _replace(module: nn.Module, precision: str) -> None:
     gelus: dict[str, nn.GELU] = {}
-    if isinstance(module, Mlp) and isinstance(module.activation, nn.GELU):
+    if isinstance(module, Mlp | HeadTransform) and isinstance(module.activation, nn.GELU):
         # Computed by the layer before it, in the same pass.
-        gelus["up"], module.activation = module.activation, nn.Identity()
+        before = "up" if isinstance(module, Mlp) else "dense"
+        gelus[before], module.activation = module.activation, nn.Identity()
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, _layer(child, precision, gelus.get(name)))

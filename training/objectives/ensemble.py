@@ -88,7 +88,7 @@ class Ensemble:
         return torch.cat([m.flatten(1) for m in self.encode(images_B3SS)], dim=1).unsqueeze(1)
 
     def begin(self, memory_B1N: Tensor) -> KeysValues:
-        shapes = [(e.config.memory_tokens, e.config.width) for e in self.encoders]
+        shapes = [(e.config.memory_tokens, e.config.memory_width) for e in self.encoders]
         parts = memory_B1N.squeeze(1).split([tokens * width for tokens, width in shapes], dim=1)
         memories = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
         pairs = zip(self.decoders, self.encoder_of, strict=True)
