@@ -7,7 +7,7 @@ from torchvision import models
 
 from handler.errors import UserError
 from training.checkpoint import load_captioner
-from training.pretrained import load_encoder
+from training.weights.encoders import load_encoder
 
 
 @pytest.mark.parametrize(

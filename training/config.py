@@ -44,9 +44,9 @@ DROPOUT = (0.0, NEARLY_ONE, "0 to below 1")
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """Where the encoder comes from: `pretrained` (see `training.pretrained`), or the shape of one
-    that is trained from scratch. `image_size` applies to both; left out, it is the pretrained one's
-    own, or 224."""
+    """Where the encoder comes from: `pretrained` (see `training.weights.encoders`), or the shape of
+    one that is trained from scratch. `image_size` applies to both; left out, it is the pretrained
+    one's own, or 224."""
 
     pretrained: str | None = None
     image_size: int | None = None

@@ -1,42 +1,35 @@
-"""`python -m training.import_huggingface NAME_OR_DIR`: a Hugging Face `VisionEncoderDecoderModel`
-of ViT or DeiT and GPT-2, such as `nlpconnect/vit-gpt2-image-captioning`, -> a checkpoint of ours.
+"""`python -m training.import_huggingface NAME_OR_DIR`: a captioner of Hugging Face -> a checkpoint
+of ours. The classes are those of `training.weights.families`.
 
 NAME_OR_DIR is a folder that `save_pretrained` wrote (model, tokenizer, image processor), or a name
 on the Hub, which is downloaded into its cache. The checkpoint captions as `generate` does with the
 model's own generation config. Files are read as data: no code that comes with a model is run.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import check_replaceable, replace_folder
 from training.checkpoint import CHECKPOINTS, IMPORTED, save_checkpoint
-from training.huggingface_model import import_model, model_configs
-from training.huggingface_settings import (
-    TOKENIZER_FILES,
-    import_decoding,
-    import_ids,
-    import_preprocessing,
-    import_tokenizer,
-    legacy_generation,
-)
 from training.model import CaptioningModel
-from training.pretrained import read_weights
-
-CONFIG, GENERATION = "config.json", "generation_config.json"
-PROCESSOR, COMBINED_PROCESSOR = "preprocessor_config.json", "processor_config.json"
-TOKENIZER = "tokenizer_config.json"
-SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
-# In the order of preference. An index says in which file of several a parameter lies.
-SAFE = ("model.safetensors", "model.safetensors.index.json")
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+from training.weights.families import family_of, import_model, model_configs
+from training.weights.files import (
+    ADDED,
+    CONFIG,
+    GENERATION,
+    SPECIAL,
+    TOKENIZER,
+    fetch,
+    naming,
+    read_json,
+    read_processor,
+    read_state,
+)
+from training.weights.generation import import_decoding, import_ids
+from training.weights.image_processor import import_preprocessing
+from training.weights.tokenizer import import_tokenizer
 
 
 def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
@@ -47,16 +40,21 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
-        encoder, decoder = model_configs(config)
-    source, generation = folder / CONFIG, legacy_generation(config)
-    if (folder / GENERATION).exists():
-        source, generation = folder / GENERATION, read_json(folder / GENERATION)
-    with naming(source):
-        decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
-        ids = import_ids(generation, decoder.vocab_size)
+        family = family_of(config)
+        encoder, _ = model_configs(config)
     path, processor = read_processor(folder)
     with naming(path):
-        preprocessing = import_preprocessing(processor, encoder.image_size)
+        size = None if family.free_size(config) else encoder.image_size
+        preprocessing = import_preprocessing(processor, size)
+    with naming(folder / CONFIG):
+        _, decoder = model_configs(config, preprocessing.image_size)
+    source, stored = folder / CONFIG, None
+    if (folder / GENERATION).exists():
+        source, stored = folder / GENERATION, read_json(folder / GENERATION)
+    with naming(source):
+        generation = family.generation(config, stored)
+        decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
+        ids = import_ids(generation, decoder.vocab_size)
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
         if (folder / name).exists():
@@ -72,7 +70,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
         ) from error
 
     weights, state = read_state(folder)
-    model = import_model(config, state, str(weights))
+    model = import_model(config, state, str(weights), preprocessing.image_size)
     with replace_folder(out, IMPORTED, [folder]) as new:
         save_checkpoint(
             new,
@@ -83,108 +81,6 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             {"imported_from": name_or_folder},
         )
     return model
-
-
-def fetch(name_or_folder: str) -> Path:
-    """The model's folder; a name is downloaded, or found in the cache. Raises UserError."""
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder}: this is a file; give the folder that it lies in")
-    from huggingface_hub import snapshot_download
-
-    processors = [PROCESSOR, COMBINED_PROCESSOR]
-    small = [CONFIG, GENERATION, *processors, TOKENIZER, SPECIAL, ADDED, *TOKENIZER_FILES]
-    try:
-        folder = Path(
-            snapshot_download(name_or_folder, allow_patterns=[*small, *SAFE, "model-*.safetensors"])
-        )
-        if not any((folder / name).exists() for name in SAFE):
-            patterns = [*PICKLED, "pytorch_model-*.bin"]
-            folder = Path(snapshot_download(name_or_folder, allow_patterns=patterns))
-    except Exception as error:  # a name, a network and a hub fail in many ways
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{name_or_folder}: no such folder, and no model of this name can be had from the Hub "
-            f"({reason}); give the folder of a model"
-        ) from error
-    return folder
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, nulls left out: they mean the same as an absent field. Raises UserError naming
-    the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_nulls)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: missing; a model's folder holds what save_pretrained of the model, of its "
-            "tokenizer and of its image processor wrote"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not an object of fields; download it again")
-    return content
-
-
-def read_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of the image processor's fields, and these. As transformers 5 does it, a section of
-    `processor_config.json` goes before a `preprocessor_config.json`."""
-    path = folder / COMBINED_PROCESSOR
-    if path.exists():
-        section = read_json(path).get("image_processor")
-        if isinstance(section, dict):
-            return path, section
-        if section is not None:
-            raise UserError(f"{path}: field 'image_processor' is no object; download it again")
-    return folder / PROCESSOR, read_json(folder / PROCESSOR)
-
-
-def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def read_state(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file (or the index of several) that holds the weights, and all of them."""
-    path = next((folder / name for name in (*SAFE, *PICKLED) if (folder / name).exists()), None)
-    if path is None:
-        raise UserError(f"{folder}: no weights there, neither {SAFE[0]} nor {PICKLED[0]}")
-    if path.suffix != ".json":
-        return path, read_file(path)
-    places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not all(
-        isinstance(name, str) and name == Path(name).name for name in places.values()
-    ):
-        raise UserError(f"{path}: field 'weight_map' does not name files beside it")
-    state: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        state |= read_file(folder / name)
-    return path, state
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """A file of weights. Raises UserError naming it."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing; download it again")
-    try:
-        state = read_weights(path)
-    except Exception as error:  # truncated, damaged, or holding more than tensors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not readable as weights ({reason}); download it again") from error
-    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"{path}: holds more than tensors; give the state dict alone")
-    return state
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors about fields begin with the file that the fields are from."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def main() -> None:

@@ -411,7 +411,9 @@ def waves(grid: int, width: int) -> Tensor:
     return torch.cat([phases_PD.sin(), phases_PD.cos()], dim=1)
 
 
-def interpolate_positions(positions_1PD: Tensor, prefix: int, grid: int) -> Tensor:
+def interpolate_positions(
+    positions_1PD: Tensor, prefix: int, grid: int, antialias: bool = True
+) -> Tensor:
     """Resamples learned patch positions to a `grid` x `grid` photo (bicubic, as ViT's section 3.2
     does for fine-tuning at another resolution); the first `prefix` rows stay as they are."""
     head, patches = positions_1PD[:, :prefix], positions_1PD[:, prefix:]
@@ -420,7 +422,7 @@ def interpolate_positions(positions_1PD: Tensor, prefix: int, grid: int) -> Tens
         return positions_1PD
     square = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     square = F.interpolate(
-        square.float(), size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
+        square.float(), size=(grid, grid), mode="bicubic", antialias=antialias, align_corners=False
     )
     patches = square.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).to(positions_1PD.dtype)
     return torch.cat([head, patches], dim=1)

@@ -10,7 +10,7 @@ from handler.image_preprocess import PreprocessConfig
 from training.config import TokenizerChoice, TrainConfig
 from training.data.manifest import Row
 from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
-from training.pretrained import load_encoder
+from training.weights.encoders import load_encoder
 
 # From this share of captions without spaces on, a vocabulary of words is of no use for a dataset.
 SPACELESS_SHARE = 0.05

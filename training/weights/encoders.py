@@ -19,7 +19,7 @@ from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_model
 from training.model import Encoder, EncoderConfig, interpolate_positions
-from training.rename import Names, fill, rename
+from training.weights.rename import Names, fill, rename
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
