@@ -23,19 +23,17 @@ from handler.beam_search import greatest
 # How many rows the packed layout is made for: beams of a few photos. Layouts made for one row are
 # slow for more, and this one serves an encoder's hundreds as well.
 ROWS = 8
-# oneDNN's names of what may follow a product: none, GELU by erf, GELU by tanh.
-GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
 # With 8 beams a search keeps at most 16 continuations of one beam. Beyond these, a rough logit
 # decides only the sum that probabilities are shares of.
 RESCORED = 16
 
 
 class PackedLinear(nn.Module):
-    """y = activation(x W' + b) in float32, or with x, W and y rounded to bfloat16 around sums in
+    """y = gelu(x W' + b) in float32, or with x, W and y rounded to bfloat16 around sums in
     float32. Gives float32, since attention rounds its logits too far in bfloat16; but for what an
     activation gives, which the next product alone reads, and would round again.
 
-    `activation` is "" or one of `GELUS`, computed in the same pass.
+    A `gelu` that follows is computed in the same pass.
     """
 
     weight: Tensor
@@ -45,7 +43,10 @@ class PackedLinear(nn.Module):
         bias: Tensor | None
 
     def __init__(
-        self, linear: nn.Linear, dtype: torch.dtype = torch.float32, activation: str = ""
+        self,
+        linear: nn.Linear,
+        dtype: torch.dtype = torch.float32,
+        gelu: nn.GELU | None = None,
     ) -> None:
         super().__init__()
         # Not copied in float32: a tied head is saved and loaded as one with its embedding.
@@ -53,8 +54,9 @@ class PackedLinear(nn.Module):
         bias = linear.bias
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
         self.dtype = dtype
-        self.activation = "gelu" if activation else "none"
-        self.algorithm = GELUS[activation] if activation else ""
+        # oneDNN's names: "none" for no activation, and for GELU by the error function.
+        self.activation = "none" if gelu is None else "gelu"
+        self.algorithm = "" if gelu is None else gelu.approximate
         self.rows = ROWS  # TorchScript sees attributes, no globals
         self.packed = False
 
@@ -79,7 +81,7 @@ class PackedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """y = activation(x W' + b) with W rounded to float16, all else in float32: a tenth of the error
+    """y = gelu(x W' + b) with W rounded to float16, all else in float32: a tenth of the error
     of bfloat16, where x is rounded too, and to 8 bits of mantissa instead of 11.
 
     FBGEMM's kernel reads half the bytes of float32, which is what a step of a few rows waits for,
@@ -91,12 +93,12 @@ class HalfLinear(nn.Module):
     if TYPE_CHECKING:
         bias: Tensor | None  # as above
 
-    def __init__(self, linear: nn.Linear, activation: str = "") -> None:
+    def __init__(self, linear: nn.Linear, gelu: nn.GELU | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", linear.weight.detach().half())
         bias = linear.bias
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        self.algorithm = GELUS[activation] if activation else ""
+        self.algorithm = "" if gelu is None else gelu.approximate
         # TorchScript learns the type from a value: of no use until `prepack`.
         self.kernel = torch.ops.quantized.linear_prepack_fp16(torch.zeros(1, 1), None)
         self.packed = False
@@ -118,7 +120,7 @@ class HalfLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = activation(x W' + b) with W in int8, a scale for each of its rows (output channels), and
+    """y = gelu(x W' + b) with W in int8, a scale for each of its rows (output channels), and
     x in 8 bits, a scale for each row of x.
 
     x is sent as unsigned bytes around 128, which the processor's instructions want; `offset` takes
@@ -132,7 +134,7 @@ class Int8Linear(nn.Module):
     bias: Tensor
     packed: bool
 
-    def __init__(self, linear: nn.Linear, activation: str = "") -> None:
+    def __init__(self, linear: nn.Linear, gelu: nn.GELU | None = None) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp_min(1e-10) / 127
@@ -144,7 +146,7 @@ class Int8Linear(nn.Module):
         offset = -128 * quantized.sum(1, dtype=torch.int64).double() * scale.double()
         self.register_buffer("offset", offset.float())
         self.register_buffer("bias", bias.float().clone())
-        self.algorithm = GELUS[activation] if activation else ""
+        self.algorithm = "" if gelu is None else gelu.approximate
         self.packed = False
 
     @torch.jit.export

@@ -18,8 +18,8 @@ import copy
 import torch
 from torch import nn
 
-from export.layers import GELUS, HalfLinear, Int8Linear, PackedLinear, RescoredHead
-from training.model import CaptioningModel, Mlp
+from export.layers import HalfLinear, Int8Linear, PackedLinear, RescoredHead
+from training.model import CaptioningModel, HeadTransform, Mlp
 
 # The ways to try, (encoder, decoder).
 WAYS = {
@@ -42,23 +42,25 @@ def in_precision(model: CaptioningModel, encoder: str, decoder: str) -> Captioni
 
 
 def _replace(module: nn.Module, precision: str) -> None:
-    activations: dict[str, str] = {}
-    if isinstance(module, Mlp) and module.activation in GELUS:
-        activations["up"], module.activation = module.activation, "done by up"
+    gelus: dict[str, nn.GELU] = {}
+    if isinstance(module, Mlp | HeadTransform) and isinstance(module.activation, nn.GELU):
+        # Computed by the layer before it, in the same pass.
+        before = "up" if isinstance(module, Mlp) else "dense"
+        gelus[before], module.activation = module.activation, nn.Identity()
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, _layer(child, precision, activations.get(name, "")))
+            setattr(module, name, _layer(child, precision, gelus.get(name)))
         else:
             _replace(child, precision)
 
 
-def _layer(linear: nn.Linear, precision: str, activation: str) -> nn.Module:
+def _layer(linear: nn.Linear, precision: str, gelu: nn.GELU | None) -> nn.Module:
     if precision == "int8":
-        return _scripted(Int8Linear(linear, activation))
+        return _scripted(Int8Linear(linear, gelu))
     if precision == "fp16":
-        return _scripted(HalfLinear(linear, activation))
+        return _scripted(HalfLinear(linear, gelu))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return _scripted(PackedLinear(linear, dtype, activation))
+    return _scripted(PackedLinear(linear, dtype, gelu))
 
 
 def _scripted(layer: nn.Module) -> torch.jit.ScriptModule:

@@ -44,7 +44,7 @@ vocabulary, S slots, T time; B1 and BT are columns and tables of a photo's own s
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ from torch.nn import functional as F
 from handler.errors import UserError
 
 MAX_BEAMS = 16
+NUMBER = TypeVar("NUMBER", int, float)
 NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's memory are damaged"
 
 
@@ -64,12 +65,12 @@ class InvalidParameter(UserError):
         self.field = field
 
 
-def _integer(name: str, value: Any, low: int, high: int, why: str = "") -> None:
+def _integer(name: str, value: object, low: int, high: int, why: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidParameter(name, f"{name} must be an integer from {low} to {high}{why}")
 
 
-def _number(name: str, value: Any, low: float, high: float, open_low: bool) -> None:
+def _number(name: str, value: object, low: float, high: float, open_low: bool) -> None:
     # NaN fails both comparisons; an integer too great for a float compares all the same.
     valid = isinstance(value, int | float) and not isinstance(value, bool)
     if not valid or not low <= value <= high or (open_low and value == low):
@@ -78,7 +79,7 @@ def _number(name: str, value: Any, low: float, high: float, open_low: bool) -> N
         )
 
 
-def _truth(name: str, value: Any) -> None:
+def _truth(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise InvalidParameter(name, f"{name} must be true or false")
 
@@ -166,9 +167,66 @@ class Hypothesis:
     finished: bool
 
 
+class KeysValues(NamedTuple):
+    """The keys and the values of every layer's attention: those of a photo (B, H, P, d), or those
+    of the text, its cache (B, H, S, d). TorchScript knows it as it is."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+def first_photos(of: KeysValues, count: int) -> KeysValues:
+    """Views of the first `count` photos."""
+    return KeysValues([t[:count] for t in of.keys], [t[:count] for t in of.values])
+
+
+class Decoder(Protocol):
+    """What the search asks of a decoder, eager, scripted, replayed as graphs or several in one.
+
+    Each photo has a memory, computed once (`begin`) and shared by all its beams, and a cache, in
+    which every step writes the keys and values of its tokens into the next slots. The search may
+    write into both.
+    """
+
+    vocab_size: int
+    max_positions: int
+
+    def begin(self, memory_BPD: Tensor) -> KeysValues:
+        """Keys and values of the photos (B, H, P, d), from the encoder's memory."""
+
+    def new_cache(self, photos: int, slots: int) -> KeysValues:
+        """Room for keys and values of that many tokens a photo, (B, H, slots, d)."""
+
+    def step(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        cache: KeysValues,
+        used: int,
+        memory: KeysValues,
+    ) -> Tensor:
+        """Runs Q new tokens a photo and writes their keys and values into the slots
+        used .. used + Q - 1 of `cache`, in place.
+
+        tokens and positions (B, Q) int64; mask (B, Q, S) bool with S = used + Q, true where the
+        query sees the slot. Returns the logits of the next tokens, (B, Q, V) float32.
+        """
+
+
+class DecoderWithMaps(Decoder, Protocol):
+    """A decoder that can tell where it looks."""
+
+    def attention(
+        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+    ) -> Tensor:
+        """Attention of each token to the photo in one parallel pass over finished captions:
+        (layers, B, H, Q, P), summing to 1 over P."""
+
+
 @torch.inference_mode()
 def search(
-    decoder: Any,
+    decoder: Decoder,
     memory_BPD: Tensor,
     options: Sequence[DecodeOptions],
     begin_id: int,
@@ -178,12 +236,10 @@ def search(
 ) -> list[list[Hypothesis]]:
     """Decodes each photo by its own options: a list (photos) of lists (best first).
 
-    `memory` (B, P, D) is the encoder's; `decoder` has `begin`, `new_cache`, `step`, `vocab_size`
-    and `max_positions` (see `training.model.Decoder`; what `begin` and `new_cache` return is
-    written into). Ids in `suppress` are never generated. `on_token(photo, token id)` hears the ids
-    of a photo's first hypothesis in their order: as they are decided where one sequence is open
-    (greedy search, a single sample), at the end where the best of several samples is only known
-    then; never for beam search, which may change its mind.
+    `memory` (B, P, D) is the encoder's. Ids in `suppress` are never generated.
+    `on_token(photo, token id)` hears the ids of a photo's first hypothesis in their order: as they
+    are decided where one sequence is open (greedy search, a single sample), at the end where the
+    best of several samples is only known then; never for beam search, which may change its mind.
 
     Each list holds `num_return_sequences` hypotheses, fewer only where the vocabulary and the
     options leave no more. Raises InvalidParameter for options that the model is too small for,
@@ -226,13 +282,13 @@ class _Batch:
     """
 
     def __init__(
-        self, decoder: Any, memory_BPD: Tensor, beams: int, longest: int, begin_id: int
+        self, decoder: Decoder, memory_BPD: Tensor, beams: int, longest: int, begin_id: int
     ) -> None:
         photos, device = memory_BPD.size(0), memory_BPD.device
         self.decoder, self.beams, self.device = decoder, beams, device
         self.rows = list(range(photos))  # which photo lies in each row
         self.time = self.used = 0
-        self.cross = decoder.begin(memory_BPD)
+        self.memory = decoder.begin(memory_BPD)
         # The last token is never fed back, so it needs no slot.
         self.cache = decoder.new_cache(photos, 1 + (longest - 1) * beams)
         # Every beam's own slots of all times to come are open from the start; `follow` gives it
@@ -250,7 +306,7 @@ class _Batch:
         positions_BQ = self.positions_TBK[self.time, :photos, :queries]
         mask_BQS = self.mask_BKS[:, :queries, :slots]
         self.time, self.used = self.time + 1, slots
-        return self.decoder.step(tokens_BQ, positions_BQ, mask_BQS, self.cache, used, self.cross)
+        return self.decoder.step(tokens_BQ, positions_BQ, mask_BQS, self.cache, used, self.memory)
 
     def follow(self, parents_BK: Tensor) -> None:
         """Each beam now descends from what its parent descends from, and from the parent."""
@@ -268,12 +324,12 @@ class _Batch:
         late = [row for row in range(photos, len(is_open)) if is_open[row]]
         for gap in (row for row in range(photos) if not is_open[row]):
             order[gap] = late.pop()
-            for slots in self.cache:
+            for slots in (*self.cache.keys, *self.cache.values):
                 slots[gap, :, : self.used] = slots[order[gap], :, : self.used]
-            for keys in self.cross:
-                keys[gap] = keys[order[gap]]
-        self.cache = [slots[:photos] for slots in self.cache]
-        self.cross = [keys[:photos] for keys in self.cross]
+            for tokens in (*self.memory.keys, *self.memory.values):
+                tokens[gap] = tokens[order[gap]]
+        self.cache = first_photos(self.cache, photos)
+        self.memory = first_photos(self.memory, photos)
         self.rows = [self.rows[row] for row in order]
         kept = torch.tensor(order, dtype=torch.long, device=self.device)
         self.mask_BKS = self.mask_BKS[kept]
@@ -484,11 +540,19 @@ def _beam_search(
 
 
 class _Moment(NamedTuple):
-    """What one step decided, as tensors (rows, ...); once read, as nested lists."""
+    """What one step decided, as tensors (rows, ...)."""
 
     rows: list[int]  # the photo in each row
-    whole: Sequence[Any]  # of int64
-    real: Sequence[Any]  # of float32
+    whole: tuple[Tensor, ...]  # int64
+    real: tuple[Tensor, ...]  # float32
+
+
+class _Read(NamedTuple):
+    """A moment on the host."""
+
+    rows: list[int]
+    whole: list[list[list[int]]]
+    real: list[list[list[float]]]
 
 
 class _End(NamedTuple):
@@ -499,33 +563,32 @@ class _End(NamedTuple):
     rank: int | None
 
 
-def _read(history: Sequence[_Moment]) -> list[_Moment]:
+def _read(history: Sequence[_Moment]) -> list[_Read]:
     """Brings a history to the host in two transfers."""
-
-    def lists(tensors: list[Tensor]) -> Iterator[Any]:
-        flat = torch.cat([t.flatten() for t in tensors]).cpu().split([t.numel() for t in tensors])
-        return (part.view(t.shape).tolist() for part, t in zip(flat, tensors, strict=True))
-
-    whole = lists([t for moment in history for t in moment.whole])
-    real = lists([t for moment in history for t in moment.real])
+    whole: Iterator[list[list[int]]] = _lists([t for moment in history for t in moment.whole])
+    real: Iterator[list[list[float]]] = _lists([t for moment in history for t in moment.real])
     return [
-        _Moment(m.rows, [next(whole) for _ in m.whole], [next(real) for _ in m.real])
-        for m in history
+        _Read(m.rows, [next(whole) for _ in m.whole], [next(real) for _ in m.real]) for m in history
     ]
 
 
-def _trace(moments: Sequence[_Moment], photo: int, end: _End, end_id: int) -> Hypothesis:
+def _lists(tensors: list[Tensor]) -> Iterator[list[list[NUMBER]]]:
+    flat = torch.cat([t.flatten() for t in tensors]).cpu().split([t.numel() for t in tensors])
+    return (part.view(t.shape).tolist() for part, t in zip(flat, tensors, strict=True))
+
+
+def _trace(moments: Sequence[_Read], photo: int, end: _End, end_id: int) -> Hypothesis:
     """Reads a hypothesis off a beam search's history, backwards."""
     ids: list[int] = []
     log_probs: list[float] = []
-    rank, beam = end.rank, 0
+    last_rank, beam = end.rank, 0
     for moment in reversed(moments[: end.time + 1]):
         row = moment.rows.index(photo)
         (parent, token, chosen), (gain,) = moment.whole, moment.real
-        rank = chosen[row][beam] if rank is None else rank
+        rank = chosen[row][beam] if last_rank is None else last_rank
         ids.append(token[row][rank])
         log_probs.append(gain[row][rank])
-        rank, beam = None, parent[row][rank]
+        last_rank, beam = None, parent[row][rank]
     return _hypothesis(ids[::-1], log_probs[::-1], end.score, end_id)
 
 
@@ -608,7 +671,7 @@ def _one_at_a_time(
 
 
 def _sequence(
-    moments: Sequence[_Moment], photo: int, k: int, options: DecodeOptions, end_id: int
+    moments: Sequence[_Read], photo: int, k: int, options: DecodeOptions, end_id: int
 ) -> Hypothesis:
     """Reads the k-th sequence of a photo off a greedy search's or a sampling's history."""
     ids: list[int] = []
@@ -618,7 +681,8 @@ def _sequence(
         if photo not in moment.rows or ids[-1:] == [end_id]:
             break
         row = moment.rows.index(photo)
-        token, gain, log = (table[row][k] for table in (*moment.whole, *moment.real))
+        token = moment.whole[0][row][k]
+        gain, log = (table[row][k] for table in moment.real)
         if math.isnan(gain):
             raise RuntimeError(NOT_A_NUMBER)
         if math.isnan(log):
@@ -698,7 +762,7 @@ class _Sampler:
         self.uniforms_BKT = self.uniforms_BKT[rows]
 
 
-def _column(values: Sequence[Any], device: torch.device | None = None) -> Tensor:
+def _column(values: Sequence[float] | Sequence[bool], device: torch.device | None = None) -> Tensor:
     """(B, 1)."""
     return torch.tensor(values, device=device).unsqueeze(1)
 

@@ -5,8 +5,10 @@ Two kinds are trained here: `word` (lower-cased words; an unseen word becomes <u
 nothing is ever unseen). Any other `tokenizer.json`, such as GPT-2's own, is read as it is.
 """
 
+import os
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -141,7 +143,17 @@ class CaptionTokenizer:
         pieces = [stream.add(token_id) for token_id in ids]
         if pieces:
             pieces[-1] += stream.rest()
-        return pieces
+        whole = self.text_of(ids)
+        return pieces if "".join(pieces) == whole else self._cut(ids, whole)
+
+    def _cut(self, ids: Sequence[int], whole: str) -> list[str]:
+        """`whole` in one piece a token, where a later token changes what came before: a tokenizer
+        of WordPiece may make "it's" of "it", "'" and "s"."""
+        ends = [0]
+        for count in range(1, len(ids)):
+            text = self.text_of(ids[:count])
+            ends.append(max(ends[-1], len(os.path.commonprefix([text, whole]))))
+        return [whole[start:end] for start, end in pairwise([*ends, len(whole)])]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of ids, spaces at its ends included."""
@@ -177,9 +189,12 @@ class PieceStream:
         return self._take(self.tokenizer.text_of(self.ids[self.start :]))
 
     def _take(self, text: str) -> str:
-        before = self.tokenizer.text_of(self.ids[self.start : self.done])
-        self.start, self.done = self.done, len(self.ids)
-        return text[len(before) :]
+        piece = text[len(self.tokenizer.text_of(self.ids[self.start : self.done])) :]
+        # A token without text, such as a special one, does not tell whether the next has a space.
+        if piece:
+            self.start = self.done
+        self.done = len(self.ids)
+        return piece
 
 
 def is_written_without_spaces(caption: str) -> bool:

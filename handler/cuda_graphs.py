@@ -10,11 +10,13 @@ For one caller at a time: what the next is given lies where the last one's lay.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from handler.beam_search import DecoderWithMaps, KeysValues, first_photos
 
 # Larger searches run as they are: they gain little, and their buffers would stay.
 MOST_PHOTOS, MOST_SLOTS = 32, 512
@@ -41,35 +43,35 @@ class GraphedEncoder:
 
 
 class GraphedDecoder:
-    """`decoder` (see `training.model.Decoder`) as the search wants it, on a GPU. A step writes over
-    the logits of the last."""
+    """`decoder` on a GPU, as the search wants it. A step writes over the logits of the last."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, decoder: DecoderWithMaps) -> None:
         self._decoder = decoder
         self.vocab_size, self.max_positions = decoder.vocab_size, decoder.max_positions
         self._pool = torch.cuda.graph_pool_handle()
-        self._crosses: dict[tuple[int, ...], list[Tensor]] = {}
-        self._caches: OrderedDict[tuple[int, int], list[Tensor]] = OrderedDict()
+        self._memories: dict[tuple[int, ...], KeysValues] = {}
+        self._caches: OrderedDict[tuple[int, int], KeysValues] = OrderedDict()
         self._logits: dict[tuple[int, ...], Tensor] = {}
         self._steps: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
 
-    def begin(self, memory_BPD: Tensor) -> list[Tensor]:
-        """Cross-attention keys and values, in the buffers kept for as many photos."""
+    def begin(self, memory_BPD: Tensor) -> KeysValues:
+        """As `Decoder.begin`, in the buffers kept for as many photos."""
         photos, *shape = memory_BPD.shape
         with torch.jit.optimized_execution(False):
-            made: list[Tensor] = self._decoder.begin(memory_BPD)
+            made = self._decoder.begin(memory_BPD)
         if photos > MOST_PHOTOS:
             return made
         room = _power_of_two(photos)
-        kept = self._crosses.get((room, *shape))
+        kept = self._memories.get((room, *shape))
         if kept is None:
-            kept = [keys.new_empty([room, *keys.shape[1:]]) for keys in made]
-            self._crosses[room, *shape] = kept
-        cross = [keys[:photos] for keys in kept]
-        torch._foreach_copy_(cross, made)
-        return cross
+            room_for = [[t.new_empty([room, *t.shape[1:]]) for t in part] for part in made]
+            kept = KeysValues(*room_for)
+            self._memories[room, *shape] = kept
+        memory = first_photos(kept, photos)
+        torch._foreach_copy_([*memory.keys, *memory.values], [*made.keys, *made.values])
+        return memory
 
-    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
+    def new_cache(self, photos: int, slots: int) -> KeysValues:
         """Self-attention keys and values, with room for at least as many slots; what is in them is
         written before it is read."""
         if photos > MOST_PHOTOS or slots > MOST_SLOTS:
@@ -79,34 +81,37 @@ class GraphedDecoder:
             self._caches[room] = self._decoder.new_cache(*room)
         self._caches.move_to_end(room)
         if len(self._caches) > CACHES:
-            _, (gone, *_) = self._caches.popitem(last=False)
-            for key in [key for key in self._steps if gone.data_ptr() in key[-2:]]:
+            _, oldest = self._caches.popitem(last=False)
+            for key in [key for key in self._steps if oldest.keys[0].data_ptr() in key[-2:]]:
                 del self._steps[key]
-        return [keys[:photos] for keys in self._caches[room]]
+        return first_photos(self._caches[room], photos)
 
-    def attention(self, *given: Tensor) -> Tensor:
+    def attention(
+        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+    ) -> Tensor:
         """As `Decoder.attention`."""
         with torch.jit.optimized_execution(False):
-            return self._decoder.attention(*given)
+            return self._decoder.attention(tokens_BQ, positions_BQ, mask_BQS, memory_BPD)
 
     def step(
         self,
         tokens_BQ: Tensor,
         positions_BQ: Tensor,
         mask_BQS: Tensor,
-        cache: list[Tensor],
+        cache: KeysValues,
         used: int,
-        cross: list[Tensor],
+        memory: KeysValues,
     ) -> Tensor:
         """As `Decoder.step`."""
         inputs = (tokens_BQ, positions_BQ, mask_BQS)
-        if not any(cache[0].data_ptr() == kept[0].data_ptr() for kept in self._caches.values()):
+        address = cache.keys[0].data_ptr()
+        if not any(address == kept.keys[0].data_ptr() for kept in self._caches.values()):
             with torch.jit.optimized_execution(False):
-                return self._decoder.step(*inputs, cache, used, cross)
-        key = (*tokens_BQ.shape, used, cache[0].data_ptr(), cross[0].data_ptr())
+                return self._decoder.step(*inputs, cache, used, memory)
+        key = (*tokens_BQ.shape, used, address, memory.keys[0].data_ptr())
         step = self._steps.get(key)
         if step is None:
-            run = lambda *given: self._decoder.step(*given, cache, used, cross)  # noqa: E731
+            run = partial(self._decoder.step, cache=cache, used=used, memory=memory)
             step = self._steps[key] = _Graph(run, inputs, self._logits, self._pool)
             if len(self._steps) > STEPS:
                 self._steps.popitem(last=False)

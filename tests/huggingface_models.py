@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 WIDTH, LAYERS, HEADS, POSITIONS, SIDE = 16, 2, 2, 26, 16
 SHARPNESS = 0.35
+LIKING, SEED, POSITIONS_GAIN = 3.0, 2, 4.0
 # Sentences that a tokenizer is fitted on; with them come 256 bytes.
 SENTENCES = ["a brown dog runs across the grass .", "two dogs play with a ball .", "a café"]
 
@@ -21,15 +22,7 @@ def tiny_model(
     """A ViT or DeiT and a GPT-2 with opinions: their logits differ much, and they have as much
     `liking` for the end token as makes captions end at all lengths."""
     torch.manual_seed(3)
-    kind = {"vit": transformers.ViTConfig, "deit": transformers.DeiTConfig}[encoder]
-    photo = kind(
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=32,
-        image_size=SIDE,
-        patch_size=8,
-    )
+    photo = tiny_encoder(encoder, hidden_size=WIDTH, num_attention_heads=HEADS)
     ids = {"bos_token_id": end, "eos_token_id": end}
     shape = {"n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
     decoder = transformers.GPT2Config(
@@ -81,3 +74,132 @@ def save_captioner(folder: Path, encoder: str = "vit", **text: object):
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
     return model, tokenizer, processor
+
+
+ENCODERS = ("vit", "deit", "vit_mae", "clip", "dinov2", "dinov2_with_registers")
+DECODERS = ("gpt2", "bert", "roberta")
+# What the contract promises, and ViT-MAE where it masks nothing.
+FAMILIES = (
+    "blip",
+    "git",
+    *(f"{encoder}+{decoder}" for encoder in ENCODERS for decoder in DECODERS),
+)
+VISION = {
+    "hidden_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+    "intermediate_size": 32, "image_size": SIDE, "patch_size": 8,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "intermediate_size": 32, "max_position_embeddings": POSITIONS, "initializer_range": 0.6,
+}  # fmt: skip
+
+
+def tiny_bert_tokenizer() -> "transformers.BertTokenizer":
+    """WordPiece with the special tokens of BERT, words and pieces of words."""
+    words = sorted({word for text in SENTENCES for word in text.split() if word != "café"})
+    letters = sorted({letter for text in SENTENCES for letter in text if letter.isalpha()} - {"é"})
+    pieces = ["##s", "##ning", "##g", "'", ",", *(f"##{letter}" for letter in letters)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    entries = dict.fromkeys([*special, *words, *letters, *pieces])
+    return transformers.BertTokenizer(vocab={entry: i for i, entry in enumerate(entries)})
+
+
+def tiny_roberta_tokenizer() -> "transformers.RobertaTokenizer":
+    model = tiny_tokenizer()
+    vocabulary = {token: i for token, i in model.get_vocab().items() if token != "<|endoftext|>"}
+    special = {token: i for i, token in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))}
+    vocabulary = {**special, **{token: i + len(special) for token, i in vocabulary.items()}}
+    merges = json.loads(model.backend_tokenizer.to_str())["model"]["merges"]
+    return transformers.RobertaTokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in merges])
+
+
+def tiny_encoder(kind: str, **fields: int) -> "transformers.PreTrainedConfig":
+    shape = {**VISION, **fields}
+    if kind.startswith("dinov2"):
+        # Its table of positions is of larger photos, as in what is published.
+        shape["image_size"] = 2 * SIDE
+        del shape["intermediate_size"]
+        registers = kind != "dinov2"
+        made = transformers.Dinov2WithRegistersConfig if registers else transformers.Dinov2Config
+        return made(**shape)
+    kinds = {
+        "vit": transformers.ViTConfig,
+        "deit": transformers.DeiTConfig,
+        "vit_mae": lambda **shape: transformers.ViTMAEConfig(mask_ratio=0.0, **shape),
+        "clip": transformers.CLIPVisionConfig,
+    }
+    return kinds[kind](**shape)
+
+
+def tiny_family(name: str):
+    """(model, tokenizer, image processor) of any family, with opinions; its ids are set."""
+    torch.manual_seed(SEED)
+    square, edge = {"height": SIDE, "width": SIDE}, {"shortest_edge": SIDE}
+    encoder, _, decoder = name.partition("+")
+    if decoder == "gpt2":
+        tokenizer = tiny_tokenizer()
+    else:
+        tokenizer = tiny_roberta_tokenizer() if decoder == "roberta" else tiny_bert_tokenizer()
+    size, begin, end, pad = (
+        len(tokenizer), tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id,
+    )  # fmt: skip
+    cut = transformers.CLIPImageProcessorPil(size=edge, crop_size=square)
+    if name == "blip":
+        # Its begin token is beyond the tokenizer's entries.
+        ids = {"bos_token_id": size, "sep_token_id": end, "pad_token_id": pad, "eos_token_id": 2}
+        text = {**TEXT, **ids, "vocab_size": size + 2}
+        config = transformers.BlipConfig(text_config=text, vision_config=VISION)
+        model = transformers.BlipForConditionalGeneration(config)
+        processor = transformers.BlipImageProcessorPil(size=square)
+        head = model.text_decoder.cls.predictions.decoder
+    elif name == "git":
+        ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
+        config = transformers.GitConfig(
+            vocab_size=size, vision_config=VISION, tie_word_embeddings=False, **TEXT, **ids
+        )
+        model, processor = transformers.GitForCausalLM(config), cut
+        head = model.output
+    elif decoder == "gpt2":
+        model = tiny_model(size, tokenizer.eos_token_id, liking=2.0, encoder=encoder)
+        head, processor = None, transformers.ViTImageProcessorPil(size=square)
+    else:
+        made = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[decoder]
+        ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
+        text = made(vocab_size=size, is_decoder=True, add_cross_attention=True, **{**TEXT, **ids})
+        config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+            tiny_encoder(encoder), text
+        )
+        model = transformers.VisionEncoderDecoderModel(config)
+        model.generation_config.decoder_start_token_id = begin
+        model.generation_config.eos_token_id = end
+        model.generation_config.pad_token_id = pad
+        predictions = model.decoder.cls.predictions if decoder == "bert" else model.decoder.lm_head
+        head = predictions.decoder
+        processor = transformers.ViTImageProcessorPil(size=square)
+    if encoder == "clip":
+        processor = cut
+    if encoder.startswith("dinov2"):
+        processor = transformers.BitImageProcessorPil(size=edge, crop_size=square)
+    if head is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            for part, parameter in model.named_parameters():
+                if part.endswith("embeddings.position_embeddings.weight"):
+                    parameter.mul_(POSITIONS_GAIN)  # else captions repeat one word
+            head.bias[end] += LIKING
+            head.bias[pad] -= 50  # no caption has padding in it: RoBERTa gives it no position
+    return model.eval(), tokenizer, processor
+
+
+def save_family(folder: Path, name: str):
+    """A family as people save it: (model, tokenizer, image processor)."""
+    parts = model, tokenizer, processor = tiny_family(name)
+    model.save_pretrained(folder)
+    if name in ("blip", "git"):
+        kind = transformers.BlipProcessor if name == "blip" else transformers.GitProcessor
+        kind(processor, tokenizer).save_pretrained(folder)
+    else:
+        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    return parts

@@ -9,7 +9,7 @@ import torch
 from huggingface_models import tiny_model
 
 from handler.beam_search import DecodeOptions, greatest, search
-from training.weights.huggingface_model import import_model
+from training.weights.families import import_model
 
 # The vocabulary holds twice the most beams, as every real one does.
 VOCAB, END = 64, 7

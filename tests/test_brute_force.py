@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from handler.beam_search import DecodeOptions, search
+from handler.beam_search import DecodeOptions, KeysValues, search
 
 BEGIN, END = 0, 1
 
@@ -30,30 +30,31 @@ class Table:
             for _ in range(photos)
         ]
 
-    def begin(self, memory_BPD: Tensor) -> list[Tensor]:
+    def begin(self, memory_BPD: Tensor) -> KeysValues:
         """The number of each photo's table is its memory."""
-        return [memory_BPD]
+        return KeysValues([memory_BPD], [memory_BPD])
 
-    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
+    def new_cache(self, photos: int, slots: int) -> KeysValues:
         """A slot holds its token, in the shape of keys (photos, 1, slots, 1)."""
-        return [torch.zeros(photos, 1, slots, 1)]
+        slots_B1S1 = torch.zeros(photos, 1, slots, 1)
+        return KeysValues([slots_B1S1], [slots_B1S1])
 
     def step(
         self,
         tokens_BQ: Tensor,
         positions_BQ: Tensor,
         mask_BQS: Tensor,
-        cache: list[Tensor],
+        cache: KeysValues,
         used: int,
-        cross: list[Tensor],
+        cross: KeysValues,
     ) -> Tensor:
         photos, queries = tokens_BQ.shape
-        cache[0][:, 0, used : used + queries, 0] = tokens_BQ
+        cache.keys[0][:, 0, used : used + queries, 0] = tokens_BQ
         logits = torch.empty(photos, queries, self.vocab_size)
         for b, q in itertools.product(range(photos), range(queries)):
-            seen = cache[0][b, 0, : used + queries, 0][mask_BQS[b, q]].long().tolist()
+            seen = cache.keys[0][b, 0, : used + queries, 0][mask_BQS[b, q]].long().tolist()
             assert len(seen) == int(positions_BQ[b, q]) + 1, "a query sees its own history"
-            logits[b, q] = self.logs[int(cross[0][b, 0, 0])][tuple(seen[1:])]
+            logits[b, q] = self.logs[int(cross.keys[0][b, 0, 0])][tuple(seen[1:])]
         return logits
 
 

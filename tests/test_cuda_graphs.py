@@ -109,7 +109,7 @@ def test_old_graphs_and_caches_make_room_for_new_ones(decoder, device, monkeypat
         assert found(graphed, memory, options) == found(decoder, memory, options)
         assert len(graphed._steps) <= cuda_graphs.STEPS
         assert len(graphed._caches) <= cuda_graphs.CACHES
-        kept = {keys[0].data_ptr() for keys in graphed._caches.values()}
+        kept = {cache.keys[0].data_ptr() for cache in graphed._caches.values()}
         assert {key[-2] for key in graphed._steps} <= kept
 
 

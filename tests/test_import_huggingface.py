@@ -23,16 +23,12 @@ from handler.errors import UserError, run_command
 from handler.image_preprocess import preprocess
 from training.checkpoint import load_captioner, load_model
 from training.import_huggingface import main
+from training.weights.families import import_model
+from training.weights.files import read_json
+from training.weights.generation import import_decoding, import_ids, stored_or_legacy
 from training.weights.huggingface import import_huggingface
-from training.weights.huggingface_files import read_json
-from training.weights.huggingface_model import import_model
-from training.weights.huggingface_settings import (
-    import_decoding,
-    import_ids,
-    import_preprocessing,
-    import_tokenizer,
-    legacy_generation,
-)
+from training.weights.image_processor import import_preprocessing
+from training.weights.tokenizer import import_tokenizer
 
 PHOTOS = [natural(*size) for size in ((40, 30), (30, 40), (64, 20))]
 
@@ -151,7 +147,7 @@ def test_sixteen_bits_become_thirty_two(saved, copy, tmp_path):
     ("change", "named"),
     [
         ({"model_type": "gpt2"}, "model_type"),
-        ({"decoder__model_type": "bert"}, "decoder.model_type"),
+        ({"decoder__model_type": "bart"}, "decoder.model_type"),
         ({"encoder__model_type": "swin"}, "encoder.model_type"),
         ({"decoder": ...}, "decoder"),
         ({"decoder__activation_function": "relu"}, "decoder.activation_function"),
@@ -381,7 +377,8 @@ def test_an_old_config_holds_the_generation_config(copy, imported, tmp_path):
     (copy / "generation_config.json").unlink()
     changes = {"decoder__max_length": 20, "decoder__num_beams": 2, "decoder__top_k": 50}
     edit(copy / "config.json", decoder_start_token_id=end, num_beams=4, max_length=None, **changes)
-    merged = legacy_generation(read_json(copy / "config.json"))
+    config = read_json(copy / "config.json")
+    merged = stored_or_legacy(None, config["decoder"], config)
     assert (merged["num_beams"], merged["max_length"], merged["eos_token_id"]) == (4, 20, end)
     import_huggingface(str(copy), tmp_path / "ours")
     decoding = load_captioner(tmp_path / "ours").decoding
@@ -506,7 +503,7 @@ def test_old_processors_gave_sizes_as_numbers(old, side, resized):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"image_processor_type": "CLIPImageProcessor"}, "image_processor_type"),
+        ({"image_processor_type": "BeitImageProcessor"}, "image_processor_type"),
         ({"image_processor_type": ...}, "image_processor_type"),
         ({"resample": 1}, "resample"),
         ({"do_resize": False}, "do_resize"),

@@ -17,7 +17,7 @@ from handler.files import FORMAT, atomic_path, write_atomic
 from training.folders import WEIGHTS_FILE
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
-# The output head is the token embedding (tied), so only one of the two is stored.
+# Where the output head is the token embedding (tied), only one of the two is stored.
 TIED = "decoder.head.weight"
 FLOATS = ("F32", "F16", "BF16", "F64")
 LARGEST = 2**31 - 1  # of any number in the model's config
@@ -52,7 +52,7 @@ def save_checkpoint(
     state = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
-        if name != TIED
+        if not (name == TIED and model.decoder_config.tied_head)
     }
     text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
     with atomic_path(directory / WEIGHTS_FILE) as weights:
@@ -83,13 +83,16 @@ def load_model(directory: Path) -> tuple[CaptioningModel, dict[str, Any], Captio
     # On the meta device nothing is allocated, whatever sizes the config gives.
     with torch.device("meta"):
         expected = _build(directory, encoder, decoder).state_dict()
-    del expected[TIED]
+    if decoder.tied_head:
+        del expected[TIED]
     _check_shapes(path, shapes, {name: list(t.shape) for name, t in expected.items()})
     tokenizer = load_tokenizer(directory, config)
     model = _build(directory, encoder, decoder)
     try:
         state = load_file(path)
-        model.load_state_dict({**state, TIED: state["decoder.token_embedding.weight"]})
+        if decoder.tied_head:
+            state[TIED] = state["decoder.token_embedding.weight"]
+        model.load_state_dict(state)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: not readable ({error}); train or import again") from error
     return model.eval(), config, tokenizer

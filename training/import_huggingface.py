@@ -1,5 +1,5 @@
-"""`python -m training.import_huggingface NAME_OR_DIR`: a Hugging Face `VisionEncoderDecoderModel`
-of ViT or DeiT and GPT-2, such as `nlpconnect/vit-gpt2-image-captioning`, -> a checkpoint of ours.
+"""`python -m training.import_huggingface NAME_OR_DIR`: a captioner of Hugging Face -> a checkpoint
+of ours. The classes are those of `training.weights.families`.
 
 NAME_OR_DIR is a folder that `save_pretrained` wrote (model, tokenizer, image processor), or a name
 on the Hub, which is downloaded into its cache. The checkpoint captions as `generate` does with the

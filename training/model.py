@@ -1,8 +1,9 @@
-"""The captioner: a Vision Transformer encoder and a GPT-style decoder with cross-attention.
+"""The captioner: a Vision Transformer encoder and a text decoder.
 
 Encoder after Dosovitskiy et al. 2021 (ViT, arXiv:2010.11929), decoder after Radford et al. 2019
-(GPT-2) with the cross-attention of Vaswani et al. 2017 between self-attention and MLP.
-Everything is pre-norm. Read from top to bottom: attention, block, encoder, decoder, whole.
+(GPT-2) with the cross-attention of Vaswani et al. 2017 between self-attention and MLP, or after
+Devlin et al. 2019 (BERT), or Wang et al. 2022 (GIT, arXiv:2205.14100): see `DecoderConfig`.
+Read from top to bottom: attention, block, encoder, decoder, whole.
 
 Dimension key, used as suffixes:
     B photos        Q queries: the tokens of one photo that are run at once, whatever they belong
@@ -15,14 +16,14 @@ Dimension key, used as suffixes:
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from handler.beam_search import KeysValues
 from handler.errors import UserError
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 def _refuse_unless(condition: bool, message: str) -> None:
@@ -37,7 +38,8 @@ class EncoderConfig:
     `prefix_tokens` counts the learned tokens before the patches (class, distillation, registers);
     `prefix_positions` says whether they have position embeddings of their own; `pre_norm` is the
     layer norm that CLIP puts before the first block; `layer_scale` the per-channel gain after each
-    branch (Touvron et al. 2021).
+    branch (Touvron et al. 2021); `projection_width` the width of the memory where a linear layer
+    and a norm follow (GIT).
     """
 
     width: int
@@ -55,6 +57,7 @@ class EncoderConfig:
     activation: str = "gelu"
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
+    projection_width: int | None = None
 
     def __post_init__(self) -> None:
         _refuse_unless(
@@ -74,11 +77,28 @@ class EncoderConfig:
     def memory_tokens(self) -> int:
         return self.prefix_tokens + self.grid**2
 
+    @property
+    def memory_width(self) -> int:
+        return self.projection_width or self.width
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of the text decoder. GPT-2's own is width 768, 12 layers, 12 heads, mlp_width 3072,
-    vocab_size 50257, max_positions 1024, activation gelu_tanh (its `gelu_new`), eps 1e-5."""
+    """Shape and family of the text decoder.
+
+    The defaults are GPT-2's family; its own sizes are width 768, 12 layers, 12 heads, mlp_width
+    3072, vocab_size 50257, max_positions 1024, activation gelu_tanh (its `gelu_new`), eps 1e-5.
+    The settings that tell families apart:
+
+                       norm   memory   embedding_norm   tied_head   head_bias   head_transform
+        GPT-2          pre    cross    no               yes         no          no
+        BERT, RoBERTa  post   cross    yes              yes         yes         yes
+        GIT            post   prefix   yes              no          yes         no
+
+    `norm` stands before each branch, or after its sum with the residual stream. The photo's
+    `memory` is read by cross-attention, or stands before the text as a prefix of tokens, which see
+    each other and no text. `head_transform` is a dense layer, the activation and a norm.
+    """
 
     vocab_size: int
     max_positions: int
@@ -90,11 +110,24 @@ class DecoderConfig:
     activation: str = "gelu"
     layer_norm_eps: float = 1e-5
     dropout: float = 0.1
+    norm: Literal["pre", "post"] = "pre"
+    memory: Literal["cross", "prefix"] = "cross"
+    embedding_norm: bool = False
+    tied_head: bool = True
+    head_bias: bool = False
+    head_transform: bool = False
 
     def __post_init__(self) -> None:
         _check_transformer("decoder", self.width, self.heads, self.layers, self.activation)
         _refuse_unless(self.max_positions >= 2, "decoder.max_positions must be 2 or more")
         _refuse_unless(self.vocab_size >= 2, "decoder.vocab_size must be 2 or more")
+        _refuse_unless(self.norm in ("pre", "post"), "decoder.norm must be pre or post")
+        _refuse_unless(self.memory in ("cross", "prefix"), "decoder.memory must be cross or prefix")
+        _refuse_unless(
+            self.memory == "cross" or self.memory_width == self.width,
+            f"decoder.memory_width {self.memory_width} is not decoder.width {self.width}, as "
+            "decoder.memory prefix needs it",
+        )
 
 
 def _check_transformer(part: str, width: int, heads: int, layers: int, activation: str) -> None:
@@ -108,6 +141,13 @@ def _check_transformer(part: str, width: int, heads: int, layers: int, activatio
     )
 
 
+class KeyValue(NamedTuple):
+    """Keys and values of one layer's attention, each (B, H, S, d)."""
+
+    k_BHSd: Tensor
+    v_BHSd: Tensor
+
+
 def split_heads(x_BQD: Tensor, heads: int) -> Tensor:
     """(B, Q, D) -> (B, H, Q, d)."""
     return x_BQD.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -118,18 +158,31 @@ def merge_heads(x_BHQd: Tensor) -> Tensor:
     return x_BHQd.transpose(1, 2).flatten(2)
 
 
-def spread(x: Tensor, place_N: Tensor | None, photos: int, queries: int) -> Tensor:
-    """(N, D) -> (B, Q, D): each token at its place among the B * Q, zeros between. Without places
-    `x` stays as it is."""
-    if place_N is None:
+class Packing(NamedTuple):
+    """The N real tokens among the B * Q of a batch, which has padding. Layers run on (N, D);
+    attention alone needs every token at its place. Two photos of Q = 4, `x` padding:
+
+        tokens (B, Q)      index (N,)         rows (N, D) of a layer
+        a b c x            0 1 2 4 5 6 7      a b c d e f g
+        d e f g
+    """
+
+    index_N: Tensor
+    photos: int
+    queries: int
+
+
+def unpack(x: Tensor, packing: Packing | None) -> Tensor:
+    """(N, D) -> (B, Q, D), zeros where there is padding. Without packing `x` stays as it is."""
+    if packing is None:
         return x
-    slots = x.new_zeros([photos * queries, x.size(-1)])
-    return slots.index_copy_(0, place_N, x).unflatten(0, (photos, queries))
+    rows = x.new_zeros([packing.photos * packing.queries, x.size(-1)])
+    return rows.index_copy_(0, packing.index_N, x).unflatten(0, (packing.photos, packing.queries))
 
 
-def collect(x_BQD: Tensor, place_N: Tensor | None) -> Tensor:
-    """(B, Q, D) -> (N, D): what `spread` put at these places. Without places as it is."""
-    return x_BQD if place_N is None else x_BQD.flatten(0, 1).index_select(0, place_N)
+def pack(x_BQD: Tensor, packing: Packing | None) -> Tensor:
+    """(B, Q, D) -> (N, D), the real tokens alone. Without packing as it is."""
+    return x_BQD if packing is None else x_BQD.flatten(0, 1).index_select(0, packing.index_N)
 
 
 def attend(
@@ -182,26 +235,34 @@ class Dropout(nn.Module):
         return x * kept.mul_(2**16 / (2**16 - self.dropped))
 
 
+class QuickGELU(nn.Module):
+    """The approximation of GELU that CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
 class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden)
+        self.activation = ACTIVATIONS[activation]()
         self.down = nn.Linear(hidden, width)
-        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if self.activation == "quick_gelu":
-            x = x * torch.sigmoid(1.702 * x)
-        elif self.activation == "gelu_tanh":
-            x = F.gelu(x, approximate="tanh")
-        elif self.activation == "gelu":
-            x = F.gelu(x)
-        return self.down(x)
+        return self.down(self.activation(self.up(x)))
 
 
 class SelfAttention(nn.Module):
-    """Attention of the queries to themselves and, with a cache, to what came before them."""
+    """Attention of the queries to themselves, with a cache to what came before them, and with a
+    prefix to the photo."""
 
     def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
@@ -213,25 +274,26 @@ class SelfAttention(nn.Module):
         self,
         x_BQD: Tensor,
         mask_B1QS: Tensor | None = None,
-        cache_k_BHSd: Tensor | None = None,
-        cache_v_BHSd: Tensor | None = None,
+        prefix: KeyValue | None = None,
+        cache: KeyValue | None = None,
         used: int = 0,
-        place_N: Tensor | None = None,
+        weights: list[Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        qkv = self.qkv(x_BQD)
-        if mask_B1QS is not None:
-            qkv = spread(qkv, place_N, mask_B1QS.size(0), mask_B1QS.size(2))
-        q, k, v = qkv.chunk(3, dim=-1)
+        q, k, v = unpack(self.qkv(x_BQD), packing).chunk(3, dim=-1)
         q = split_heads(q, self.heads)
         k = split_heads(k, self.heads)
         v = split_heads(v, self.heads)
-        if cache_k_BHSd is not None and cache_v_BHSd is not None:
+        if cache is not None:
             end = used + k.size(2)
-            cache_k_BHSd[:, :, used:end] = k
-            cache_v_BHSd[:, :, used:end] = v
-            k = cache_k_BHSd[:, :, :end]
-            v = cache_v_BHSd[:, :, :end]
-        return self.out(collect(attend(q, k, v, mask_B1QS), place_N))
+            cache.k_BHSd[:, :, used:end] = k
+            cache.v_BHSd[:, :, used:end] = v
+            k = cache.k_BHSd[:, :, :end]
+            v = cache.v_BHSd[:, :, :end]
+        if prefix is not None:
+            k = torch.cat([prefix.k_BHSd, k], dim=2)
+            v = torch.cat([prefix.v_BHSd, v], dim=2)
+        return self.out(pack(attend(q, k, v, mask_B1QS, weights), packing))
 
 
 class CrossAttention(nn.Module):
@@ -244,18 +306,25 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(memory_width, 2 * width)
         self.out = nn.Linear(width, width)
 
+    def begin(self, memory_BPD: Tensor) -> KeyValue:
+        k_BPD, v_BPD = self.kv(memory_BPD).chunk(2, dim=-1)
+        return KeyValue(split_heads(k_BPD, self.heads), split_heads(v_BPD, self.heads))
+
     def forward(
         self,
         x_BQD: Tensor,
-        k_BHPd: Tensor,
-        v_BHPd: Tensor,
+        memory: KeyValue,
         weights: list[Tensor] | None = None,
-        place_N: Tensor | None = None,
-        queries: int = 0,
+        packing: Packing | None = None,
     ) -> Tensor:
-        q_BQD = spread(self.q(x_BQD), place_N, k_BHPd.size(0), queries)
-        q_BHQd = split_heads(q_BQD, self.heads)
-        return self.out(collect(attend(q_BHQd, k_BHPd, v_BHPd, None, weights), place_N))
+        q_BHQd = split_heads(unpack(self.q(x_BQD), packing), self.heads)
+        looked = attend(q_BHQd, memory.k_BHSd, memory.v_BHSd, None, weights)
+        return self.out(pack(looked, packing))
+
+
+def layer_norm(width: int, eps: float, wanted: bool = True) -> nn.Module:
+    """A layer norm, or nothing in its place."""
+    return nn.LayerNorm(width, eps=eps) if wanted else nn.Identity()
 
 
 class EncoderBlock(nn.Module):
@@ -280,7 +349,7 @@ class EncoderBlock(nn.Module):
 
 class Encoder(nn.Module):
     """Vision Transformer: images (B, 3, image_size, image_size), normalised, to memory (B, P, D),
-    P = prefix_tokens + grid * grid, patches row by row."""
+    P = prefix_tokens + grid * grid, patches row by row, D = memory_width."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -295,13 +364,15 @@ class Encoder(nn.Module):
         self.positions = nn.Parameter(
             torch.zeros(1, patches + (prefix if config.prefix_positions else 0), width)
         )
-        self.norm_pre = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
-        )
+        self.norm_pre = layer_norm(width, config.layer_norm_eps, config.pre_norm)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
-        self.norm = (
-            nn.LayerNorm(width, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
-        )
+        self.norm = layer_norm(width, config.layer_norm_eps, config.final_norm)
+        self.projection: nn.Module = nn.Identity()
+        if config.projection_width is not None:
+            self.projection = nn.Sequential(
+                nn.Linear(width, config.projection_width),
+                nn.LayerNorm(config.projection_width, eps=config.layer_norm_eps),
+            )
         self.dropout = Dropout(config.dropout)
         # GPT-2's constant 0.02 is too small for a narrow encoder, which learns little for long.
         self.apply(_initialise)
@@ -325,7 +396,7 @@ class Encoder(nn.Module):
         x_BPD = self.norm_pre(self.dropout(x_BPD))
         for block in self.blocks:
             x_BPD = block(x_BPD)
-        return self.norm(x_BPD)
+        return self.projection(self.norm(x_BPD))
 
 
 def waves(grid: int, width: int) -> Tensor:
@@ -340,7 +411,9 @@ def waves(grid: int, width: int) -> Tensor:
     return torch.cat([phases_PD.sin(), phases_PD.cos()], dim=1)
 
 
-def interpolate_positions(positions_1PD: Tensor, prefix: int, grid: int) -> Tensor:
+def interpolate_positions(
+    positions_1PD: Tensor, prefix: int, grid: int, antialias: bool = True
+) -> Tensor:
     """Resamples learned patch positions to a `grid` x `grid` photo (bicubic, as ViT's section 3.2
     does for fine-tuning at another resolution); the first `prefix` rows stay as they are."""
     head, patches = positions_1PD[:, :prefix], positions_1PD[:, prefix:]
@@ -349,52 +422,85 @@ def interpolate_positions(positions_1PD: Tensor, prefix: int, grid: int) -> Tens
         return positions_1PD
     square = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     square = F.interpolate(
-        square.float(), size=(grid, grid), mode="bicubic", antialias=True, align_corners=False
+        square.float(), size=(grid, grid), mode="bicubic", antialias=antialias, align_corners=False
     )
     patches = square.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).to(positions_1PD.dtype)
     return torch.cat([head, patches], dim=1)
 
 
 class DecoderBlock(nn.Module):
+    """Self-attention, cross-attention unless the memory is a prefix, MLP. Each branch has its norm
+    before it (`norm1`, ...) or behind the sum (`post_norm1`, ...)."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         width, eps = config.width, config.layer_norm_eps
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        pre, post, cross = config.norm == "pre", config.norm == "post", config.memory == "cross"
+        self.norm1 = layer_norm(width, eps, pre)
         self.self_attention = SelfAttention(width, config.heads)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.cross_attention = CrossAttention(width, config.heads, config.memory_width)
-        self.norm3 = nn.LayerNorm(width, eps=eps)
+        self.post_norm1 = layer_norm(width, eps, post)
+        self.norm2 = layer_norm(width, eps, pre and cross)
+        self.cross_attention: CrossAttention | None = None
+        if cross:
+            self.cross_attention = CrossAttention(width, config.heads, config.memory_width)
+        self.post_norm2 = layer_norm(width, eps, post and cross)
+        self.norm3 = layer_norm(width, eps, pre)
         self.mlp = Mlp(width, config.mlp_width, config.activation)
+        self.post_norm3 = layer_norm(width, eps, post)
         self.dropout = Dropout(config.dropout)
+        self.heads = config.heads
+
+    @torch.jit.export
+    def begin(self, memory_BPD: Tensor) -> tuple[Tensor, KeyValue]:
+        """Keys and values of the photo in this layer, and the memory that the next one reads: a
+        prefix is tokens of this layer too, which see each other and no text."""
+        if self.cross_attention is not None:
+            return memory_BPD, self.cross_attention.begin(memory_BPD)
+        else:  # TorchScript compiles the one of both that this block has
+            empty = split_heads(memory_BPD, self.heads)
+            prefix = KeyValue(torch.empty_like(empty), torch.empty_like(empty))
+            return self.forward(memory_BPD, None, None, prefix, 0, None, None), prefix
 
     def forward(
         self,
         x_BQD: Tensor,
-        mask_B1QS: Tensor,
-        cross_k_BHPd: Tensor,
-        cross_v_BHPd: Tensor,
-        cache_k_BHSd: Tensor | None,
-        cache_v_BHSd: Tensor | None,
+        mask_B1QS: Tensor | None,
+        memory: KeyValue | None,
+        cache: KeyValue | None,
         used: int,
         weights: list[Tensor] | None,
-        place_N: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
-        x_BQD = x_BQD + self.dropout(
-            self.self_attention(
-                self.norm1(x_BQD), mask_B1QS, cache_k_BHSd, cache_v_BHSd, used, place_N
-            )
+        if self.cross_attention is None:
+            prefix, prefix_weights = memory, weights
+        else:
+            prefix, prefix_weights = None, None
+        seen = self.self_attention(
+            self.norm1(x_BQD), mask_B1QS, prefix, cache, used, prefix_weights, packing
         )
-        queries = mask_B1QS.size(2)
-        x_BQD = x_BQD + self.dropout(
-            self.cross_attention(
-                self.norm2(x_BQD), cross_k_BHPd, cross_v_BHPd, weights, place_N, queries
-            )
-        )
-        return x_BQD + self.dropout(self.mlp(self.norm3(x_BQD)))
+        x_BQD = self.post_norm1(x_BQD + self.dropout(seen))
+        if self.cross_attention is not None:
+            assert memory is not None
+            looked = self.cross_attention(self.norm2(x_BQD), memory, weights, packing)
+            x_BQD = self.post_norm2(x_BQD + self.dropout(looked))
+        return self.post_norm3(x_BQD + self.dropout(self.mlp(self.norm3(x_BQD))))
+
+
+class HeadTransform(nn.Module):
+    """What BERT puts before its output head."""
+
+    def __init__(self, width: int, activation: str, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.activation = ACTIVATIONS[activation]()
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(x)))
 
 
 class Decoder(nn.Module):
-    """GPT-style decoder over a photo's memory.
+    """Text decoder over a photo's memory; its family is a matter of `DecoderConfig`.
 
     One piece of code runs every use. A photo has Q query tokens and S key slots, and a boolean
     mask (B, Q, S) says which slots a query may see. Teacher forcing: the queries are the tokens of
@@ -413,47 +519,51 @@ class Decoder(nn.Module):
         self.vocab_size = config.vocab_size
         self.max_positions = config.max_positions
         self.heads = config.heads
+        self.prefix = config.memory == "prefix"
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.max_positions, config.width)
+        width, eps = config.width, config.layer_norm_eps
+        self.embedding_norm = layer_norm(width, eps, config.embedding_norm)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.norm = layer_norm(width, eps, config.norm == "pre")
+        self.head_transform: nn.Module = nn.Identity()
+        if config.head_transform:
+            self.head_transform = HeadTransform(width, config.activation, eps)
+        self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
         # Larger ones drown the words' embeddings (GPT-2's size too): 0.03 CIDEr worse on flickr8k.
         self.apply(partial(_initialise, std=0.02))
         nn.init.normal_(self.position_embedding.weight, std=0.01)
-        # Tied output (Press and Wolf 2017).
-        self.head.weight = self.token_embedding.weight
+        if config.tied_head:  # Press and Wolf 2017
+            self.head.weight = self.token_embedding.weight
         for name, weight in self.named_parameters():
             # GPT-2 scales what is added to the residual stream by its depth.
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 weight.data.div_(math.sqrt(3 * config.layers))
 
     @torch.jit.export
-    def begin(self, memory_BPD: Tensor) -> list[Tensor]:
-        """Cross-attention keys and values of every layer, [k0, v0, k1, v1, ...], each
-        (B, H, P, d): computed once a photo and shared by all its beams or captions."""
-        cross: list[Tensor] = []
+    def begin(self, memory_BPD: Tensor) -> KeysValues:
+        """The keys and values of a photo, (B, H, P, d) in every layer: computed once and shared by
+        all its beams or captions. They depend on no text, a prefix's neither."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         for block in self.blocks:
-            k_BPD, v_BPD = block.cross_attention.kv(memory_BPD).chunk(2, dim=-1)
-            cross.append(split_heads(k_BPD, self.heads))
-            cross.append(split_heads(v_BPD, self.heads))
-        return cross
+            memory_BPD, memory = block.begin(memory_BPD)
+            keys.append(memory.k_BHSd)
+            values.append(memory.v_BHSd)
+        return KeysValues(keys, values)
 
     @torch.jit.export
-    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
-        """Empty self-attention keys and values, [k0, v0, ...], each (photos, H, slots, d)."""
-        weight = self.norm.weight
-        cache: list[Tensor] = []
-        for _ in range(2 * len(self.blocks)):
-            cache.append(
-                torch.zeros(
-                    [photos, self.heads, slots, weight.size(0) // self.heads],
-                    dtype=weight.dtype,
-                    device=weight.device,
-                )
-            )
-        return cache
+    def new_cache(self, photos: int, slots: int) -> KeysValues:
+        """Empty keys and values of the text, (photos, H, slots, d) in every layer."""
+        weight = self.token_embedding.weight
+        shape = [photos, self.heads, slots, weight.size(1) // self.heads]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for _ in range(len(self.blocks)):
+            keys.append(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+            values.append(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        return KeysValues(keys, values)
 
     @torch.jit.export
     def step(
@@ -461,9 +571,9 @@ class Decoder(nn.Module):
         tokens_BQ: Tensor,
         positions_BQ: Tensor,
         mask_BQS: Tensor,
-        cache: list[Tensor],
+        cache: KeysValues,
         used: int,
-        cross: list[Tensor],
+        memory: KeysValues,
     ) -> Tensor:
         """Runs Q new tokens a photo and writes their keys and values into the slots
         used .. used + Q - 1 of `cache`, in place.
@@ -471,25 +581,30 @@ class Decoder(nn.Module):
         tokens and positions (B, Q) int64; mask (B, Q, S) bool with S = used + Q, true where the
         query sees the slot. Returns the logits of the next tokens, (B, Q, V) float32.
         """
-        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, cache, used, cross, None, None)
+        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, cache, used, memory, None, None)
         return self.head(x_BQD).float()
 
     @torch.jit.export
     def attention(
         self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
     ) -> Tensor:
-        """Cross-attention weights of every layer and head from one parallel pass over finished
-        captions: (layers, B, H, Q, P), summing to 1 over P."""
+        """Attention to the photo of every layer and head, from one parallel pass over finished
+        captions: (layers, B, H, Q, P), summing to 1 over P. Of a prefix, its share of the
+        self-attention."""
         weights: list[Tensor] = []
         self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, self.begin(memory_BPD), weights, None)
-        return torch.stack(weights).float()
+        weights_LBHQP = torch.stack(weights).float()
+        if self.prefix:
+            weights_LBHQP = weights_LBHQP[..., : memory_BPD.size(1)]
+            weights_LBHQP = weights_LBHQP / weights_LBHQP.sum(-1, keepdim=True)
+        return weights_LBHQP
 
     def forward(
         self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
     ) -> Tensor:
         """Teacher forcing: logits (B, Q, V) float32 of the token after each of the Q tokens."""
-        cross = self.begin(memory_BPD)
-        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None, None)
+        memory = self.begin(memory_BPD)
+        x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, None, None)
         return self.head(x_BQD).float()
 
     def hidden(
@@ -503,39 +618,40 @@ class Decoder(nn.Module):
         """Teacher forcing up to the head, (N, D), of the N tokens that `real_BQ` marks: padding
         (a quarter of a batch of Flickr8k) has its slots in attention, but no layer's product is
         spent on it. `head` makes logits of it."""
-        place_N = real_BQ.flatten().nonzero().squeeze(1)
-        cross = self.begin(memory_BPD)
-        return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, cross, None, place_N)
+        photos, queries = real_BQ.shape
+        packing = Packing(real_BQ.flatten().nonzero().squeeze(1), photos, queries)
+        memory = self.begin(memory_BPD)
+        return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, None, packing)
 
     def _run(
         self,
         tokens_BQ: Tensor,
         positions_BQ: Tensor,
         mask_BQS: Tensor,
-        cache: list[Tensor] | None,
+        cache: KeysValues | None,
         used: int,
-        cross: list[Tensor],
+        memory: KeysValues,
         weights: list[Tensor] | None,
-        place_N: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
-        if place_N is not None:
-            tokens_BQ, positions_BQ = tokens_BQ.flatten()[place_N], positions_BQ.flatten()[place_N]
+        if packing is not None:
+            tokens_BQ = tokens_BQ.flatten()[packing.index_N]
+            positions_BQ = positions_BQ.flatten()[packing.index_N]
         x_BQD = self.token_embedding(tokens_BQ) + self.position_embedding(positions_BQ)
-        x_BQD = self.dropout(x_BQD)
+        x_BQD = self.dropout(self.embedding_norm(x_BQD))
         # One additive mask for all layers: a boolean one would be converted in each.
-        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=cross[0].dtype, device=mask_BQS.device)
+        dtype = memory.keys[0].dtype
+        mask_B1QS = torch.zeros(mask_BQS.shape, dtype=dtype, device=mask_BQS.device)
         mask_B1QS = mask_B1QS.masked_fill(mask_BQS.logical_not(), float("-inf")).unsqueeze(1)
-        cache_k: Tensor | None = None
-        cache_v: Tensor | None = None
+        if self.prefix:  # which every token of the text sees
+            mask_B1QS = F.pad(mask_B1QS, [memory.keys[0].size(2), 0])
+        own: KeyValue | None = None
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                cache_k = cache[2 * i]
-                cache_v = cache[2 * i + 1]
-            x_BQD = block(
-                x_BQD, mask_B1QS, cross[2 * i], cross[2 * i + 1], cache_k, cache_v, used, weights,
-                place_N,
-            )  # fmt: skip
-        return self.norm(x_BQD)
+                own = KeyValue(cache.keys[i], cache.values[i])
+            photo = KeyValue(memory.keys[i], memory.values[i])
+            x_BQD = block(x_BQD, mask_B1QS, photo, own, used, weights, packing)
+        return self.head_transform(self.norm(x_BQD))
 
 
 class CaptioningModel(nn.Module):
@@ -544,8 +660,9 @@ class CaptioningModel(nn.Module):
     def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig) -> None:
         super().__init__()
         _refuse_unless(
-            decoder.memory_width == encoder.width,
-            f"decoder.memory_width {decoder.memory_width} is not encoder.width {encoder.width}",
+            decoder.memory_width == encoder.memory_width,
+            f"decoder.memory_width {decoder.memory_width} is not the encoder's, "
+            f"{encoder.memory_width}",
         )
         self.encoder_config, self.decoder_config = encoder, decoder
         self.encoder = Encoder(encoder)

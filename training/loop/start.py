@@ -84,7 +84,7 @@ def make_model(
         layers=shape.layers,
         heads=shape.heads,
         mlp_width=4 * shape.width,
-        memory_width=encoder_config.width,
+        memory_width=encoder_config.memory_width,
         dropout=shape.dropout,
     )
     model = CaptioningModel(encoder_config, decoder_config)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from handler.beam_search import KeysValues
 from training.model import CaptioningModel, Encoder
 
 
@@ -67,35 +68,46 @@ class Ensemble:
         """All memories in one tensor (B, 1, N), as the search wants it."""
         return torch.cat([m.flatten(1) for m in self.encode(images_B3SS)], dim=1).unsqueeze(1)
 
-    def begin(self, memory_B1N: Tensor) -> list[Tensor]:
-        shapes = [(e.config.memory_tokens, e.config.width) for e in self.encoders]
+    def begin(self, memory_B1N: Tensor) -> KeysValues:
+        shapes = [(e.config.memory_tokens, e.config.memory_width) for e in self.encoders]
         parts = memory_B1N.squeeze(1).split([tokens * width for tokens, width in shapes], dim=1)
         memories = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
         pairs = zip(self.decoders, self.encoder_of, strict=True)
-        return [keys for decoder, number in pairs for keys in decoder.begin(memories[number])]
+        return _laid_end_to_end([decoder.begin(memories[number]) for decoder, number in pairs])
 
-    def new_cache(self, photos: int, slots: int) -> list[Tensor]:
-        return [keys for decoder in self.decoders for keys in decoder.new_cache(photos, slots)]
+    def new_cache(self, photos: int, slots: int) -> KeysValues:
+        return _laid_end_to_end([decoder.new_cache(photos, slots) for decoder in self.decoders])
 
     def step(
         self,
         tokens_BQ: Tensor,
         positions_BQ: Tensor,
         mask_BQS: Tensor,
-        cache: list[Tensor],
+        cache: KeysValues,
         used: int,
-        cross: list[Tensor],
+        memory: KeysValues,
     ) -> Tensor:
         """The logarithm (B, Q, V) of the members' mean distribution, in the place of logits."""
         logits = []
         start = 0
         for decoder in self.decoders:
-            own = slice(start, start + 2 * len(decoder.blocks))
-            logits.append(
-                decoder.step(tokens_BQ, positions_BQ, mask_BQS, cache[own], used, cross[own])
+            end = start + len(decoder.blocks)
+            own_cache, own_memory = (
+                KeysValues(of.keys[start:end], of.values[start:end]) for of in (cache, memory)
             )
-            start = own.stop
+            logits.append(
+                decoder.step(tokens_BQ, positions_BQ, mask_BQS, own_cache, used, own_memory)
+            )
+            start = end
         return mean_log_probs(logits)
+
+
+def _laid_end_to_end(members: Sequence[KeysValues]) -> KeysValues:
+    """The layers of one member after those of another."""
+    return KeysValues(
+        [keys for member in members for keys in member.keys],
+        [values for member in members for values in member.values],
+    )
 
 
 def mean_log_probs(logits: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,5 @@
 """A Hugging Face captioner -> a checkpoint of ours: configuration, weights, tokenizer, image
-processor and generation config."""
+processor and generation config. The classes are those of `training.weights.families`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from handler.files import check_replaceable, replace_folder
 from training.checkpoint import save_checkpoint
 from training.folders import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE
 from training.model import CaptioningModel
-from training.weights.huggingface_files import (
+from training.weights.families import family_of, import_model, model_configs
+from training.weights.files import (
     ADDED,
     CONFIG,
     GENERATION,
@@ -22,14 +23,9 @@ from training.weights.huggingface_files import (
     read_processor,
     read_state,
 )
-from training.weights.huggingface_model import import_model, model_configs
-from training.weights.huggingface_settings import (
-    import_decoding,
-    import_ids,
-    import_preprocessing,
-    import_tokenizer,
-    legacy_generation,
-)
+from training.weights.generation import import_decoding, import_ids
+from training.weights.image_processor import import_preprocessing
+from training.weights.tokenizer import import_tokenizer
 
 
 def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
@@ -41,16 +37,21 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
-        encoder, decoder = model_configs(config)
-    source, generation = folder / CONFIG, legacy_generation(config)
-    if (folder / GENERATION).exists():
-        source, generation = folder / GENERATION, read_json(folder / GENERATION)
-    with naming(source):
-        decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
-        ids = import_ids(generation, decoder.vocab_size)
+        family = family_of(config)
+        encoder, _ = model_configs(config)
     path, processor = read_processor(folder)
     with naming(path):
-        preprocessing = import_preprocessing(processor, encoder.image_size)
+        size = None if family.free_size(config) else encoder.image_size
+        preprocessing = import_preprocessing(processor, size)
+    with naming(folder / CONFIG):
+        _, decoder = model_configs(config, preprocessing.image_size)
+    source, stored = folder / CONFIG, None
+    if (folder / GENERATION).exists():
+        source, stored = folder / GENERATION, read_json(folder / GENERATION)
+    with naming(source):
+        generation = family.generation(config, stored)
+        decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
+        ids = import_ids(generation, decoder.vocab_size)
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
         if (folder / name).exists():
@@ -66,7 +67,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
         ) from error
 
     weights, state = read_state(folder)
-    model = import_model(config, state, str(weights))
+    model = import_model(config, state, str(weights), preprocessing.image_size)
     with replace_folder(out, IMPORTED, [folder]) as new:
         save_checkpoint(
             new,

@@ -8,6 +8,7 @@ A table of names is a sequence of (theirs, ours), in which `{i}` stands for a la
 import re
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from handler.errors import UserError
@@ -17,15 +18,18 @@ Names = Sequence[tuple[str, str]]
 
 def rename(where: str, state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """The tensors of `state` under our names. Raises UserError, which begins with `where`, for
-    names that the table does not know."""
+    names that the table does not know, and for two tensors of one name that differ."""
     patterns = [(_pattern(theirs), ours) for theirs, ours in names]
     renamed: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in state.items():
         for pattern, ours in patterns:
             if match := pattern.fullmatch(key):
-                if ours:
-                    renamed[ours.format(**match.groupdict())] = tensor
+                name = ours.format(**match.groupdict())
+                if name and not torch.equal(renamed.get(name, tensor), tensor):
+                    raise UserError(f"{where}: {key} stands there twice, with other numbers")
+                if name:
+                    renamed[name] = tensor
                 break
         else:
             unknown.append(key)

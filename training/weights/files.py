@@ -1,5 +1,4 @@
-"""The files of a Hugging Face model, fetched and read as data: no code that comes with a model is
-run."""
+"""The files of a Hugging Face captioner, read as data: no code that comes with a model is run."""
 
 import json
 from collections.abc import Iterator
@@ -7,12 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from handler.errors import UserError
 from training.weights.encoders import read_weights
-from training.weights.huggingface_settings import TOKENIZER_FILES
+from training.weights.tokenizer import TOKENIZER_FILES
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 PROCESSOR, COMBINED_PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -30,6 +28,8 @@ def fetch(name_or_folder: str) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"{folder}: this is a file; give the folder that it lies in")
+    from huggingface_hub import snapshot_download
+
     processors = [PROCESSOR, COMBINED_PROCESSOR]
     small = [CONFIG, GENERATION, *processors, TOKENIZER, SPECIAL, ADDED, *TOKENIZER_FILES]
     try:

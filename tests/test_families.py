@@ -1,0 +1,151 @@
+"""Golden parity of every family that is imported: numbers, sequences, scores and texts of
+`generate`, eager and exported."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_models import FAMILIES, SIDE, save_family, transformers
+from test_image_preprocess import natural
+
+from export.export import export_checkpoint
+from handler.captioner import Captioner
+from training.checkpoint import load_captioner, load_model
+from training.import_huggingface import import_huggingface
+
+PHOTOS = [natural(*size) for size in ((40, 30), (30, 40), (64, 20))]
+# Every decoder, and every way of a prefix before the patches.
+SEARCHED = ("blip", "git", "clip+bert", "dinov2_with_registers+roberta")
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """name -> (checkpoint, model, tokenizer, image processor), each made once."""
+    made = {}
+
+    def make(name: str):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("family")
+            parts = save_family(folder / "theirs", name)
+            import_huggingface(str(folder / "theirs"), folder / "ours")
+            made[name] = (folder / "ours", *parts)
+        return made[name]
+
+    return make
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_theirs(name, families):
+    checkpoint, theirs, tokenizer, _ = families(name)
+    ours, _, _ = load_model(checkpoint)
+    pixels, tokens = torch.randn(2, 3, SIDE, SIDE), torch.randint(5, len(tokenizer), (2, 9))
+    if "+" in name:
+        expected = theirs(pixel_values=pixels, decoder_input_ids=tokens).logits
+    else:
+        expected = theirs(pixel_values=pixels, input_ids=tokens).logits[:, -9:]
+    assert expected.std() > 0.3
+    positions, mask = torch.arange(9).expand(2, -1), torch.ones(2, 9, 9, dtype=torch.bool).tril()
+    found = ours(pixels, tokens, positions, mask)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+
+
+def generate(model, processor, prompts=None, **options):
+    """(sequences, ids behind the begin token and without the end, scores) of the photos."""
+    pixels = processor(images=PHOTOS, return_tensors="pt")["pixel_values"]
+    found = model.generate(
+        pixel_values=pixels, output_scores=True, return_dict_in_generate=True, **options
+    )
+    text = model.config.text_config if hasattr(model.config, "text_config") else None
+    end = model.generation_config.eos_token_id if text is None else text.sep_token_id
+    rows = [row[1:] for row in found.sequences.tolist()]
+    rows = [row[: row.index(end)] if end in row else row for row in rows]
+    scores = getattr(found, "sequences_scores", None)
+    return found.sequences, rows, None if scores is None else scores.tolist()
+
+
+def same(captions, theirs, tokenizer) -> None:
+    """`captions`, a list a photo, against what `generate` above returned."""
+    sequences, rows, scores = theirs
+    flat = [caption for photo in captions for caption in photo]
+    assert [caption.ids for caption in flat] == rows
+    if scores is not None:
+        assert [caption.score for caption in flat] == pytest.approx(scores, rel=1e-5, abs=2e-4)
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    assert [caption.text for caption in flat] == [text.strip() for text in texts]
+    for caption in flat:
+        assert "".join(caption.tokens).strip() == caption.text
+
+
+def combinations() -> list[dict]:
+    """Every number of beams under every way of stopping, other options at random."""
+    choose = random.Random(2)
+    return [
+        {
+            "num_beams": beams,
+            "num_return_sequences": choose.randint(1, beams),
+            "max_new_tokens": choose.choice((4, 9, 15)),
+            "min_new_tokens": choose.choice((0, 3)),
+            "length_penalty": choose.choice((1.0, 0.0, 0.6, 2.0, -1.0)),
+            "early_stopping": early,
+            "no_repeat_ngram_size": choose.choice((0, 2, 3)),
+            "repetition_penalty": choose.choice((1.0, 1.4, 0.8)),
+        }
+        for early, beams in itertools.product((False, True, "never"), range(1, 9))
+    ]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", SEARCHED)
+def test_captions_are_those_of_generate(name, families):
+    """From photos to texts, three photos in a batch, for each of the searches."""
+    checkpoint, model, tokenizer, processor = families(name)
+    ours = load_captioner(checkpoint)
+    lengths = set()
+    for options in combinations():
+        found = ours.caption(PHOTOS, **options)
+        same(found, generate(model, processor, **options), tokenizer)
+        lengths |= {len(caption.ids) for photo in found for caption in photo}
+    assert len(lengths) > 4  # captions end where they end
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_options_it_captions_as_generate_does(name, families):
+    """The model's own generation config; where that is silent, or (BLIP's) not read, generate's
+    defaults."""
+    checkpoint, model, tokenizer, processor = families(name)
+    same(load_captioner(checkpoint).caption(PHOTOS), generate(model, processor), tokenizer)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", SEARCHED)
+def test_an_export_says_the_same(name, families, tmp_path: Path):
+    checkpoint, model, tokenizer, processor = families(name)
+    export_checkpoint(checkpoint, tmp_path / "export")
+    ours, eager = Captioner.load(tmp_path / "export"), load_captioner(checkpoint)
+    for options in combinations()[::3]:
+        found = ours.caption(PHOTOS, **options)
+        same(found, generate(model, processor, **options), tokenizer)
+    maps = [
+        captioner.attention(eager.preprocess(PHOTOS[0]), [3, 5, 7]) for captioner in (ours, eager)
+    ]
+    torch.testing.assert_close(*maps, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(maps[0].sum((1, 2)), torch.ones(3))
+
+
+def test_the_begin_token_of_blip_is_beyond_its_tokenizer(families):
+    checkpoint, _, tokenizer, _ = families("blip")
+    assert load_captioner(checkpoint).tokenizer.begin_id == len(tokenizer)
+
+
+def test_a_git_without_a_generation_config(families, tmp_path: Path):
+    """Its ids are then those of config.json, or of its class."""
+    _, model, tokenizer, processor = families("git")
+    save_family(tmp_path / "theirs", "git")
+    (tmp_path / "theirs/generation_config.json").unlink()
+    theirs = transformers.GitForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    import_huggingface(str(tmp_path / "theirs"), tmp_path / "ours")
+    same(load_captioner(tmp_path / "ours").caption(PHOTOS), generate(theirs, processor), tokenizer)

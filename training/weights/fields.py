@@ -1,0 +1,72 @@
+"""Fields of another library's parsed `config.json`, each of one type, refused by name."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from handler.errors import UserError
+
+VALUE = TypeVar("VALUE", int, float, bool, str)
+
+# Which of ours computes an activation of theirs.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+
+
+class Section:
+    """A section of a config; errors name its fields with the `name` of the section before them. A
+    field that is absent or null has the default."""
+
+    def __init__(self, config: Mapping[str, Any], name: str = "") -> None:
+        values = config.get(name) if name else config
+        if not isinstance(values, Mapping):
+            raise UserError(f"field {name!r} is missing")
+        self.values = values
+        self.prefix = f"{name}." if name else ""
+
+    def value(self, field: str, default: VALUE) -> VALUE:
+        """A field of the type of its default."""
+        value = self.values.get(field)
+        if value is None:
+            return default
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(default):
+            kind = type(default).__name__
+            raise UserError(f"field '{self.prefix}{field}' must be {kind}, not {value!r}")
+        return value
+
+    def demand(self, field: str, only: VALUE) -> None:
+        """Refuses any other value of a field."""
+        if self.value(field, only) != only:
+            raise UserError(
+                f"field '{self.prefix}{field}' is {self.values[field]!r}; only {only!r} can be "
+                "imported"
+            )
+
+    def side(self, field: str, default: int) -> int:
+        """A size in pixels, given as a number or as the two sides of a square."""
+        value = self.values.get(field, default)
+        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+            value = value[0]
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"field '{self.prefix}{field}' is {value!r}; only squares can be imported"
+            )
+        return value
+
+    def activation(self, field: str, default: str) -> str:
+        theirs = self.value(field, default)
+        if theirs not in ACTIVATIONS:
+            raise UserError(
+                f"field '{self.prefix}{field}' is {theirs!r}; only {', '.join(ACTIVATIONS)} can be "
+                "imported"
+            )
+        return ACTIVATIONS[theirs]

@@ -1,0 +1,139 @@
+"""Hugging Face's generation configs as our decoding defaults and special ids.
+
+What cannot be represented is refused by the name of its field; a field that is absent has the value
+that transformers 5 gives it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from handler.beam_search import DecodeOptions
+from handler.errors import UserError
+
+# Options that have the same name and meaning there and here.
+SAME = (
+    "num_beams",
+    "num_return_sequences",
+    "length_penalty",
+    "early_stopping",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+    "do_sample",
+)
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+# What would change the captions and has no place here, with the value that changes nothing.
+UNSUPPORTED = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "constraints": None,
+    "custom_generate": None,
+    "diversity_penalty": 0.0,
+    "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "max_time": None,
+    "num_beam_groups": 1,
+    "penalty_alpha": None,
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+UNSUPPORTED_SAMPLING = {
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+}
+IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+GENERATION = {
+    *(*SAME, *SAMPLING, *UNSUPPORTED, *UNSUPPORTED_SAMPLING, *IDS, *LENGTHS, "suppress_tokens")
+}
+
+
+def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """`begin_id`, `end_id`, `pad_id` and `suppressed_ids` of a CaptionTokenizer, as generate finds
+    them. Raises UserError naming the field."""
+    begin = generation.get("decoder_start_token_id", generation.get("bos_token_id"))
+    end = generation.get("eos_token_id")
+    if isinstance(end, list) and len(end) == 1:
+        end = end[0]
+    for name, value in (("decoder_start_token_id", begin), ("eos_token_id", end)):
+        if type(value) is not int or not 0 <= value < vocab_size:
+            raise UserError(
+                f"field {name!r} is {value!r}; it must be one id below decoder.vocab_size "
+                f"({vocab_size})"
+            )
+    pad = generation.get("pad_token_id", end)
+    suppressed = generation.get("suppress_tokens", [])
+    if not isinstance(suppressed, list) or any(type(i) is not int for i in suppressed):
+        raise UserError(f"field 'suppress_tokens' is {suppressed!r}; give a list of ids")
+    return {
+        "begin_id": begin,
+        "end_id": end,
+        # A padding token that only the tokenizer has is of no use to the model.
+        "pad_id": pad if type(pad) is int and 0 <= pad < vocab_size else end,
+        # What generate suppresses: neither padding nor the begin token.
+        "suppressed_ids": [i for i in suppressed if 0 <= i < vocab_size],
+    }
+
+
+def stored_or_legacy(
+    generation: Mapping[str, Any] | None, *sections: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The content of a `generation_config.json`, or, where there is none, the generation config
+    that transformers makes of the fields of an old `config.json`, the last of `sections` first."""
+    if generation is not None:
+        return generation
+    merged: dict[str, Any] = {}
+    for section in sections:
+        merged |= {n: v for n, v in section.items() if n in GENERATION and v is not None}
+    return merged
+
+
+def import_decoding(
+    generation: Mapping[str, Any], positions: int, vocab_size: int
+) -> dict[str, Any]:
+    """Our decoding defaults from a generation config whose nulls are left out. Raises UserError
+    naming the field that is not supported or out of its range.
+
+    They are what generate does without further arguments: one beam, `early_stopping` false and 20
+    tokens where the config does not say otherwise.
+    """
+    sampling = generation.get("do_sample", False)
+    refused = {**UNSUPPORTED, **(UNSUPPORTED_SAMPLING if sampling else {})}
+    for name, neutral in refused.items():
+        value = generation.get(name)
+        if value is not None and value != [] and value != neutral:
+            raise UserError(f"field {name!r} is {value!r}; it is not supported")
+    decoding: dict[str, Any] = {"num_beams": 1, "early_stopping": False}
+    decoding |= {name: generation[name] for name in SAME if name in generation}
+    if sampling:
+        decoding |= {name: generation.get(name, usual) for name, usual in SAMPLING.items()}
+        if type(decoding["top_k"]) is int:
+            decoding["top_k"] = min(decoding["top_k"], vocab_size)
+    longest = _length(generation, "max", 20)
+    # Beyond its positions a GPT-2 cannot go, whatever its config allows.
+    decoding["max_new_tokens"] = min(longest, positions - 1)
+    decoding["min_new_tokens"] = _length(generation, "min", 0)
+    DecodeOptions(**decoding)
+    return decoding
+
+
+def _length(generation: Mapping[str, Any], which: str, usual: int) -> int:
+    """Of tokens that are generated; `max_length` and `min_length` count the begin token too."""
+    for name, begin in ((f"{which}_new_tokens", 0), (f"{which}_length", 1)):
+        if name in generation:
+            if type(generation[name]) is not int:
+                raise UserError(f"field {name!r} is {generation[name]!r}; give an integer")
+            return max(0, generation[name] - begin)
+    return usual

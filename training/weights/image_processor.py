@@ -1,0 +1,116 @@
+"""Hugging Face's image processors as our preprocessing.
+
+What cannot be represented is refused by the name of its field; a field that is absent has the value
+that transformers 5 gives it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from handler.errors import UserError
+from handler.image_preprocess import PreprocessConfig
+
+# The only filters that ours has, by Pillow's numbers.
+RESAMPLING = {2: "bilinear", 3: "bicubic"}
+HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
+CLIP_MEAN_STD = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+# What transformers assumes where the file is silent: size, its filter, the cut, mean and std.
+DEFAULTS: dict[str, tuple[Any, int, Any, tuple[list[float], list[float]]]] = {
+    "ViT": (224, 2, None, HALF),
+    "DeiT": (256, 3, 224, HALF),
+    "Blip": (384, 3, None, CLIP_MEAN_STD),
+    "CLIP": ({"shortest_edge": 224}, 3, 224, CLIP_MEAN_STD),
+    "Bit": ({"shortest_edge": 224}, 3, 224, CLIP_MEAN_STD),  # DINOv2's
+}
+ENDINGS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+PROCESSORS = {f"{name}{ending}": name for name in DEFAULTS for ending in ENDINGS}
+
+
+def import_preprocessing(
+    processor: Mapping[str, Any], image_size: int | None = None
+) -> PreprocessConfig:
+    """Our preprocessing from a `preprocessor_config.json` whose nulls are left out, for an encoder
+    of `image_size` pixels (None: of any). Raises UserError naming the field that cannot be
+    represented."""
+    given = _with_defaults(processor)
+    if not given.get("do_resize", True):
+        raise UserError("field 'do_resize' is false; photos of any size have to be resized")
+    if given.get("do_pad"):
+        raise UserError("field 'do_pad' is true; it is not supported")
+    if type(given["resample"]) is not int or given["resample"] not in RESAMPLING:
+        raise UserError(
+            f"field 'resample' is {given['resample']!r}; only 2 (bilinear) and 3 (bicubic) "
+            "can be represented"
+        )
+    resized, fit = _size(given["size"], "size")
+    cut = resized
+    if given["do_center_crop"]:
+        cut, square = _size(given["crop_size"], "crop_size")
+        if square != "squash" or cut > resized:
+            raise UserError(
+                f"field 'crop_size' is {given['crop_size']!r}; only a square within 'size' "
+                "can be represented"
+            )
+    elif fit == "crop":
+        raise UserError(f"field 'size' is {given['size']!r}, but 'do_center_crop' is not true")
+    if image_size is not None and cut != image_size:
+        raise UserError(
+            f"field '{'crop_size' if given['do_center_crop'] else 'size'}' gives photos of {cut} "
+            f"pixels, but config.json's field 'encoder.image_size' is {image_size}"
+        )
+    mean, std = [0.0] * 3, [1.0] * 3
+    if given.get("do_normalize", True):
+        mean, std = (_three(given, name) for name in ("image_mean", "image_std"))
+    # Ours rescales by 1 / 255; any other factor is made good by the normalisation.
+    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1.0
+    if type(factor) not in (int, float) or factor <= 0:
+        raise UserError(f"field 'rescale_factor' is {factor!r}; give a number above 0")
+    scale = 255 * factor
+    return PreprocessConfig(
+        image_size=cut,
+        mean=tuple(value / scale for value in mean),  # type: ignore[arg-type]
+        std=tuple(value / scale for value in std),  # type: ignore[arg-type]
+        resize=fit,  # type: ignore[arg-type]
+        resize_to=resized if resized != cut else None,
+        interpolation=RESAMPLING[given["resample"]],  # type: ignore[arg-type]
+    )
+
+
+def _with_defaults(processor: Mapping[str, Any]) -> dict[str, Any]:
+    kind = processor.get("image_processor_type", processor.get("feature_extractor_type"))
+    if str(kind) not in PROCESSORS:
+        raise UserError(
+            f"field 'image_processor_type' is {kind!r}; only those of {', '.join(DEFAULTS)} are "
+            "known"
+        )
+    size, resample, cut, (mean, std) = DEFAULTS[PROCESSORS[str(kind)]]
+    defaults = {"size": size, "resample": resample, "image_mean": mean, "image_std": std}
+    given = {**defaults, "do_center_crop": cut is not None, "crop_size": cut, **processor}
+    if isinstance(size, dict) and type(given["size"]) is int:
+        given["size"] = {"shortest_edge": given["size"]}  # as old files have it
+    return given
+
+
+def _size(value: Any, name: str) -> tuple[int, str]:
+    """A side in pixels, and how a photo is fitted to it: `squash`, or `crop` for a short side."""
+    sides, fit = value, "squash"
+    if isinstance(value, dict):
+        if set(value) == {"shortest_edge"}:
+            sides, fit = value["shortest_edge"], "crop"
+        elif set(value) == {"height", "width"}:
+            sides = [value["height"], value["width"]]
+    if isinstance(sides, list) and len(sides) == 2 and sides[0] == sides[1]:
+        sides = sides[0]
+    if type(sides) is not int or sides < 1:
+        raise UserError(
+            f"field {name!r} is {value!r}; only a square or a shortest_edge can be represented"
+        )
+    return sides, fit
+
+
+def _three(processor: Mapping[str, Any], name: str) -> list[float]:
+    value = processor[name]
+    value = value if isinstance(value, list) else [value] * 3
+    if len(value) != 3 or any(type(v) not in (int, float) for v in value):
+        raise UserError(f"field {name!r} is {value!r}; give three numbers")
+    return value

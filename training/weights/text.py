@@ -1,0 +1,224 @@
+"""Hugging Face's text decoders as ours: GPT-2, BERT and RoBERTa, and what BLIP's and GIT's have of
+BERT."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from handler.errors import UserError
+from training.model import DecoderConfig
+from training.weights.family import Weights
+from training.weights.fields import Section
+from training.weights.rename import Names
+
+
+@dataclass(frozen=True)
+class Text:
+    """One kind of decoder under a VisionEncoderDecoderModel: its shape from a section of the config
+    and the memory's width, its names, and what is not mere renaming."""
+
+    config: Callable[[Section, int], DecoderConfig]
+    names: Names
+    arrange: Callable[[Section, Weights], None]
+
+
+BLOCK = "decoder.transformer.h.{i}"
+GPT2_NAMES: Names = (
+    ("decoder.transformer.wte.weight", "decoder.token_embedding.weight"),
+    ("decoder.transformer.wpe.weight", "decoder.position_embedding.weight"),
+    (f"{BLOCK}.ln_1.{{p}}", "decoder.blocks.{i}.norm1.{p}"),
+    (f"{BLOCK}.attn.c_attn.{{p}}", "decoder.blocks.{i}.self_attention.qkv.{p}"),
+    (f"{BLOCK}.attn.c_proj.{{p}}", "decoder.blocks.{i}.self_attention.out.{p}"),
+    (f"{BLOCK}.ln_cross_attn.{{p}}", "decoder.blocks.{i}.norm2.{p}"),
+    (f"{BLOCK}.crossattention.q_attn.{{p}}", "decoder.blocks.{i}.cross_attention.q.{p}"),
+    (f"{BLOCK}.crossattention.c_attn.{{p}}", "decoder.blocks.{i}.cross_attention.kv.{p}"),
+    (f"{BLOCK}.crossattention.c_proj.{{p}}", "decoder.blocks.{i}.cross_attention.out.{p}"),
+    (f"{BLOCK}.ln_2.{{p}}", "decoder.blocks.{i}.norm3.{p}"),
+    (f"{BLOCK}.mlp.c_fc.{{p}}", "decoder.blocks.{i}.mlp.up.{p}"),
+    (f"{BLOCK}.mlp.c_proj.{{p}}", "decoder.blocks.{i}.mlp.down.{p}"),
+    # Causal masks, which old checkpoints hold as buffers.
+    (f"{BLOCK}.attn.bias", ""),
+    (f"{BLOCK}.attn.masked_bias", ""),
+    (f"{BLOCK}.crossattention.bias", ""),
+    (f"{BLOCK}.crossattention.masked_bias", ""),
+    ("decoder.transformer.ln_f.{p}", "decoder.norm.{p}"),
+    ("decoder.lm_head.weight", "decoder.head.weight"),
+)
+
+
+def _gpt2_config(section: Section, memory_width: int) -> DecoderConfig:
+    width = section.value("n_embd", 768)
+    section.demand("scale_attn_weights", True)
+    section.demand("scale_attn_by_inverse_layer_idx", False)
+    # reorder_and_upcast_attn says how to stay precise in 16 bits; in fp32 it changes nothing.
+    _demand_cross_attention(section)
+    return DecoderConfig(
+        vocab_size=section.value("vocab_size", 50257),
+        max_positions=section.value("n_positions", 1024),
+        width=width,
+        layers=section.value("n_layer", 12),
+        heads=section.value("n_head", 12),
+        mlp_width=section.value("n_inner", 4 * width),
+        memory_width=memory_width,
+        activation=section.activation("activation_function", "gelu_new"),
+        layer_norm_eps=section.value("layer_norm_epsilon", 1e-5),
+        dropout=section.value("resid_pdrop", 0.1),
+        tied_head=section.value("tie_word_embeddings", True),
+    )
+
+
+def _demand_cross_attention(section: Section) -> None:
+    if not section.value("add_cross_attention", False):
+        raise UserError(
+            f"field '{section.prefix}add_cross_attention' is not true: it never sees the photo"
+        )
+
+
+def _arrange_gpt2(section: Section, weights: Weights) -> None:
+    for name, tensor in weights.ours.items():
+        if name.startswith("decoder.blocks.") and tensor.ndim == 2:
+            weights.ours[name] = tensor.T  # GPT-2's Conv1D keeps (in, out)
+    tie_head(section, weights, True)
+
+
+def bert_shape(section: Section, **settings: Any) -> DecoderConfig:
+    """The fields that all of BERT's kin have; `settings` are what sets one apart."""
+    section.demand("position_embedding_type", "absolute")
+    shape = {
+        "vocab_size": section.value("vocab_size", 30522),
+        "max_positions": section.value("max_position_embeddings", 512),
+        "width": section.value("hidden_size", 768),
+        "layers": section.value("num_hidden_layers", 12),
+        "heads": section.value("num_attention_heads", 12),
+        "mlp_width": section.value("intermediate_size", 3072),
+        "activation": section.activation("hidden_act", "gelu"),
+        "layer_norm_eps": section.value("layer_norm_eps", 1e-12),
+        "dropout": section.value("hidden_dropout_prob", 0.1),
+        "tied_head": section.value("tie_word_embeddings", True),
+        "norm": "post",
+        "embedding_norm": True,
+        "head_bias": True,
+    }
+    return DecoderConfig(**{**shape, **settings})
+
+
+def _bert_config(section: Section, memory_width: int) -> DecoderConfig:
+    section.demand("is_decoder", True)
+    _demand_cross_attention(section)
+    return bert_shape(section, memory_width=memory_width, head_transform=True)
+
+
+def _roberta_config(section: Section, memory_width: int) -> DecoderConfig:
+    if section.activation("hidden_act", "gelu") != "gelu":
+        section.demand("hidden_act", "gelu")  # which its head always has
+    section.demand("is_decoder", True)
+    _demand_cross_attention(section)
+    positions = section.value("max_position_embeddings", 512) - _first_position(section)
+    return bert_shape(
+        section,
+        memory_width=memory_width,
+        head_transform=True,
+        vocab_size=section.value("vocab_size", 50265),
+        max_positions=positions,
+    )
+
+
+def _first_position(section: Section) -> int:
+    return section.value("pad_token_id", 1) + 1
+
+
+def bert_names(model: str) -> Names:
+    """Embeddings and layers of BERT, whose names begin with `model`."""
+    layer, block = f"{model}.encoder.layer.{{i}}", "decoder.blocks.{i}"
+    names = [
+        (f"{model}.embeddings.word_embeddings.weight", "decoder.token_embedding.weight"),
+        (f"{model}.embeddings.position_embeddings.weight", "decoder.position_embedding.weight"),
+        (f"{model}.embeddings.token_type_embeddings.weight", "decoder.token_types"),
+        (f"{model}.embeddings.LayerNorm.{{p}}", "decoder.embedding_norm.{p}"),
+        (f"{model}.embeddings.position_ids", ""),  # a buffer in old files
+        (f"{model}.embeddings.token_type_ids", ""),
+        (f"{layer}.attention.output.dense.{{p}}", f"{block}.self_attention.out.{{p}}"),
+        (f"{layer}.attention.output.LayerNorm.{{p}}", f"{block}.post_norm1.{{p}}"),
+        (f"{layer}.crossattention.output.dense.{{p}}", f"{block}.cross_attention.out.{{p}}"),
+        (f"{layer}.crossattention.output.LayerNorm.{{p}}", f"{block}.post_norm2.{{p}}"),
+        (f"{layer}.intermediate.dense.{{p}}", f"{block}.mlp.up.{{p}}"),
+        (f"{layer}.output.dense.{{p}}", f"{block}.mlp.down.{{p}}"),
+        (f"{layer}.output.LayerNorm.{{p}}", f"{block}.post_norm3.{{p}}"),
+    ]
+    for theirs, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+        names += [
+            (f"{layer}.attention.self.{theirs}.{{p}}", f"{block}.self_attention.{letter}.{{p}}"),
+            (
+                f"{layer}.crossattention.self.{theirs}.{{p}}",
+                f"{block}.cross_attention.{letter}.{{p}}",
+            ),
+        ]
+    return tuple(names)
+
+
+def bert_head_names(head: str) -> Names:
+    """BERT's output head, whose names begin with `head`; its bias stands twice."""
+    return (
+        (f"{head}.transform.dense.{{p}}", "decoder.head_transform.dense.{p}"),
+        (f"{head}.transform.LayerNorm.{{p}}", "decoder.head_transform.norm.{p}"),
+        (f"{head}.bias", "decoder.head.bias"),
+        (f"{head}.decoder.{{p}}", "decoder.head.{p}"),
+    )
+
+
+ROBERTA_HEAD_NAMES: Names = (
+    ("decoder.lm_head.dense.{p}", "decoder.head_transform.dense.{p}"),
+    ("decoder.lm_head.layer_norm.{p}", "decoder.head_transform.norm.{p}"),
+    ("decoder.lm_head.bias", "decoder.head.bias"),
+    ("decoder.lm_head.decoder.{p}", "decoder.head.{p}"),
+)
+
+
+def _arrange_bert(section: Section, weights: Weights) -> None:
+    """Every token is of type 0: its embedding is part of the positions."""
+    types, positions = weights.take("decoder.token_types", "decoder.position_embedding.weight")
+    weights.ours["decoder.position_embedding.weight"] = positions + types[0]
+    tie_head(section, weights, True)
+
+
+def _arrange_roberta(section: Section, weights: Weights) -> None:
+    """The positions of a text begin behind that of padding."""
+    _arrange_bert(section, weights)
+    (positions,) = weights.take("decoder.position_embedding.weight")
+    weights.ours["decoder.position_embedding.weight"] = positions[_first_position(section) :]
+
+
+def tie_head(section: Section, weights: Weights, default: bool) -> None:
+    """The output head is the token embedding, said or stored, where the config ties them; a head of
+    its own is stored."""
+    embedding = weights.ours.get("decoder.token_embedding.weight", torch.empty(0))
+    stored = weights.ours.get("decoder.head.weight")
+    tied = section.value("tie_word_embeddings", default)
+    field = f"config.json's field '{section.prefix}tie_word_embeddings' is"
+    if stored is None and tied:
+        weights.ours["decoder.head.weight"] = embedding
+    elif stored is None:
+        raise UserError(
+            f"{weights.where}: {weights.their('decoder.head.weight')} is missing, and {field} false"
+        )
+    elif tied and not torch.equal(stored, embedding):
+        raise UserError(
+            f"{weights.where}: {weights.their('decoder.head.weight')} is not "
+            f"{weights.their('decoder.token_embedding.weight')}, but {field} true"
+        )
+
+
+# By the config's `model_type`.
+DECODERS = {
+    "gpt2": Text(_gpt2_config, GPT2_NAMES, _arrange_gpt2),
+    "bert": Text(
+        _bert_config,
+        (*bert_names("decoder.bert"), *bert_head_names("decoder.cls.predictions")),
+        _arrange_bert,
+    ),
+    "roberta": Text(
+        _roberta_config, (*bert_names("decoder.roberta"), *ROBERTA_HEAD_NAMES), _arrange_roberta
+    ),
+}
