@@ -5,6 +5,7 @@ files. A tar and a row group are shards as they are; photos in a folder are cut 
 `PHOTOS` each.
 """
 
+import itertools
 import re
 import tarfile
 from collections.abc import Iterator
@@ -43,10 +44,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo's id and its bytes, or why they cannot be read."""
+    """A photo's id and its bytes, the URL to fetch them from, or why there are none."""
 
     id: str
-    content: bytes | Exception
+    content: bytes | str | Exception
+
+    def fetch(self) -> bytes | Exception:
+        """Its bytes (one more than is taken, where there are too many), or why there are none."""
+        return _content(self.content) if isinstance(self.content, str) else self.content
 
 
 def absolute(url: str) -> str:
@@ -92,19 +97,32 @@ def find(source: str) -> tuple[list[Shard], str, list[str]]:
     return [], root, sorted({photo.removeprefix(root).lstrip("/") for photo in photos})
 
 
+def needs_network(source: str) -> bool:
+    """Whether the photos lie elsewhere: the source does, or the paths in its first Parquet file."""
+    if URL.search(source):
+        return True
+    files = (file for url in expand(source) for file in _files(url))
+    first = next((file for file in files if file.endswith(".parquet")), None)
+    if first is None:
+        return False
+    shard = Shard(first, "parquet", first)
+    try:
+        few = list(itertools.islice(_read_parquet(shard), PARQUET_ROWS))
+    except (UserError, OSError, ValueError):
+        return False  # the shard's own run tells what is wrong with the file
+    return any(isinstance(photo.content, str) and URL.match(photo.content) for photo in few)
+
+
 def _root(source: str, photos: list[str]) -> str:
-    """The folder that ids are relative to: the source itself, or the fixed part of a glob."""
-    urls = [_canonical(url) for url in expand(source)]
-    if len(urls) > 1:
-        folders = [photo.rpartition("/")[0].split("/") for photo in photos]
-        shared = next(
-            (i for i, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1),
-            min(map(len, folders)),
-        )
-        return "/".join(folders[0][:shared])
-    fixed = re.split(r"[*?\[]", urls[0])[0]
-    is_whole = fixed == urls[0] and urls[0] not in photos
-    return fixed.rstrip("/") if is_whole else fixed.rpartition("/")[0]
+    """The folder that ids are relative to: the source itself, the fixed part of a glob, or what the
+    members of a list share. Which photos lie there does not move it: their ids must last."""
+    folders = []
+    for url in map(_canonical, expand(source)):
+        fixed = re.split(r"[*?\[]", url)[0]
+        is_whole = fixed == url and url not in photos
+        folders.append((fixed.rstrip("/") if is_whole else fixed.rpartition("/")[0]).split("/"))
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in shared)
 
 
 def _canonical(url: str) -> str:
@@ -162,11 +180,10 @@ def read(shard: Shard) -> Iterator[Photo]:
 
 def _read_folder(shard: Shard) -> Iterator[Photo]:
     for name in shard.photos:
-        yield Photo(name, _content(f"{shard.url}/{name}"))
+        yield Photo(name, f"{shard.url}/{name}")
 
 
 def _content(url: str) -> bytes | Exception:
-    """A photo's bytes; one more than is taken, where there are too many."""
     try:
         with fsspec.open(url) as file:
             return file.read(MAX_BYTES + 1)
@@ -232,8 +249,8 @@ def _read_parquet(shard: Shard) -> Iterator[Photo]:
                 index += 1
 
 
-def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | Exception]:
-    """The id ("" where there is none) and the photo of one row."""
+def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | str | Exception]:
+    """The id ("" where there is none) and the content of `Photo` of one row."""
     image = row["image"]
     path = image.get("path") if isinstance(image, dict) else image
     content = image.get("bytes") if isinstance(image, dict) else image
@@ -245,4 +262,4 @@ def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | Exception]:
     if not isinstance(path, str) or not path:
         return str(name), MissingImage("the column 'image' holds no photo in this row")
     is_full = URL.match(path) or path.startswith("/")
-    return str(name), _content(path if is_full else f"{shard.url.rpartition('/')[0]}/{path}")
+    return str(name), path if is_full else f"{shard.url.rpartition('/')[0]}/{path}"
