@@ -27,12 +27,6 @@ from handler.batch.source import find, read
 from handler.captioner import Captioner
 from handler.errors import UserError
 
-BROKEN = {
-    "bad.jpg": (b"\xff\xd8\xff\xe0 no photo", "InvalidImage"),
-    "text.png": (b"words", "UnsupportedMediaType"),
-}
-
-
 @pytest.fixture(scope="module")
 def photos() -> dict[str, bytes]:
     found = {f"{n:03}.jpg": encoded(smooth(40, 30, n), "JPEG") for n in range(20)}
@@ -47,48 +41,6 @@ def expected(tiny_export, photos) -> dict[str, str]:
     return {name: found[0].text for name, found in zip(good, captions, strict=True)}
 
 
-def write_folder(folder: Path, photos: dict[str, bytes]) -> str:
-    for name, content in photos.items():
-        path = folder / "sub" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return str(folder)
-
-
-def write_tars(folder: Path, photos: dict[str, bytes]) -> str:
-    folder.mkdir(parents=True)
-    names = sorted(photos)
-    for number in range(2):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for name in names[number::2]:
-                add(tar, name, photos[name])
-                add(tar, f"{Path(name).stem}.json", b"{}")
-    return f"{folder}/{{0..1}}.tar"
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    tar.addfile(entry, io.BytesIO(content))
-
-
-def write_parquet(folder: Path, photos: dict[str, bytes], structs: bool = False) -> str:
-    folder.mkdir(parents=True)
-    rows = [
-        {"id": name, "image": {"bytes": content, "path": None} if structs else content}
-        for name, content in photos.items()
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=8)
-    return str(folder)
-
-
-def write_paths(folder: Path, photos: dict[str, bytes]) -> str:
-    write_folder(folder, photos)
-    rows = [{"image": f"sub/{name}"} for name in photos]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=8)
-    return str(folder / "a.parquet")
-
-
 LAYOUTS = {
     "folder": write_folder,
     "tars": write_tars,
@@ -96,11 +48,6 @@ LAYOUTS = {
     "structs": lambda folder, photos: write_parquet(folder, photos, True),
     "paths": write_paths,
 }
-
-
-def rows_of(out: Path) -> list[dict]:
-    parts = sorted(out.glob("part-*.parquet"))
-    return [row for part in parts for row in pq.read_table(part).to_pylist()]
 
 
 def check_rows(rows: list[dict], expected: dict[str, str]) -> None:
@@ -257,131 +204,3 @@ def test_a_name_twice_in_a_tar_is_two_rows(tmp_path, photos):
     assert ids == ["a.jpg", "a.jpg#2", "a.jpg#3"]
 
 
-class FatalWorker(Worker):
-    """Ends its process at one photo, as a decoder's crash would."""
-
-    def _prepare(self, photo):
-        if photo.id.endswith("007.jpg"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super()._prepare(photo)
-
-
-@pytest.fixture
-def fatal(monkeypatch, tmp_path):
-    """Children are FatalWorkers: `sitecustomize` patches the class in every new interpreter."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "fatal.py").write_text(
-        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
-        "import handler.batch.child, test_batch\n"
-        "handler.batch.child.Worker = test_batch.FatalWorker\n"
-        "handler.batch.child.main()\n"
-    )
-    real = subprocess.Popen
-
-    def start(command, **options):
-        if "handler.batch.child" in command:
-            command = [sys.executable, str(folder / "fatal.py"), command[-1]]
-        return real(command, **options)
-
-    monkeypatch.setattr("handler.batch.process.subprocess.Popen", start)
-
-
-def test_a_photo_that_kills_its_worker_is_a_row(fatal, tmp_path, tiny_export, photos, expected):
-    few = {name: photos[name] for name in ("006.jpg", "007.jpg", "008.jpg")}
-    where = write_folder(tmp_path / "in", few)
-    output = Output(str(tmp_path / "out"))
-    shards, _ = open_run(output, describe(tiny_export, {}, where), False)
-    [(_, summary)] = caption_shards(Job(str(tiny_export), {}, output.url), shards)
-    assert summary["rows"] == 3 and summary["errors"] == {"WorkerDied": 1}
-    rows = {Path(row["id"]).name: row for row in rows_of(tmp_path / "out")}
-    assert rows["007.jpg"]["error"]["type"] == "WorkerDied"
-    assert [rows[n]["caption"] for n in ("006.jpg", "008.jpg")] == [
-        expected[n] for n in ("006.jpg", "008.jpg")
-    ]
-
-
-def run_batch(where: str, out: Path, export: Path, *more: str, cwd: Path):
-    given = ("--source", where, "--out", str(out), "--export", str(export), *more)
-    return run_program("handler.batch", *given, cwd=cwd)
-
-
-needs_namespace = pytest.mark.skipif(
-    not (namespace.is_alone() or namespace.is_possible()),
-    reason="Ray would open its ports on every interface",
-)
-
-
-def start_batch(where: str, out: Path, export: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "handler.batch", "--source", where, "--out", str(out)]
-    command += ["--export", str(export), "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(command, cwd=out.parent, env=environment)
-
-
-def actors(driver: subprocess.Popen) -> list[psutil.Process]:
-    """The processes of its actors, by the title that Ray gives them."""
-    found = []
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        try:
-            if "ray::Actor" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue  # it has just ended
-    return found
-
-
-@needs_namespace
-def test_the_command_captions_with_ray(tmp_path, tiny_export, photos, expected):
-    where = write_folder(tmp_path / "in", photos)
-    done = run_batch(
-        where, tmp_path / "out", tiny_export, "--workers", "1", "--metrics", "figures.json",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
-    assert "warning" not in done.stderr
-    check_rows(rows_of(tmp_path / "out"), expected)
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["photos"] == 22 and figures["captioned"] == 20
-    assert figures["errors"] == {"InvalidImage": 1, "UnsupportedMediaType": 1}
-
-
-@needs_namespace
-def test_a_killed_driver_loses_and_doubles_nothing(tmp_path, tiny_export, photos, expected):
-    where = write_parquet(tmp_path / "in", photos)
-    out = tmp_path / "out"
-    driver = start_batch(where, out, tiny_export)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(out.glob("part-*.parquet")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        driver.kill()
-        driver.wait()
-    before = {part: part.stat().st_mtime_ns for part in out.glob("part-*.parquet")}
-    assert before
-    done = run_batch(where, out, tiny_export, "--workers", "1", cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    assert {part: part.stat().st_mtime_ns for part in before} == before
-    check_rows(rows_of(out), expected)
-
-
-@needs_namespace
-def test_killed_actors_lose_and_double_nothing(tmp_path, tiny_export, photos, expected):
-    where, out = write_parquet(tmp_path / "in", photos), tmp_path / "out"
-    driver = start_batch(where, out, tiny_export)
-    killed: set[int] = set()
-    try:
-        deadline = time.monotonic() + 200
-        while driver.poll() is None and time.monotonic() < deadline:
-            for actor in actors(driver):
-                if len(killed) < 2 and actor.pid not in killed:
-                    killed.add(actor.pid)
-                    actor.kill()
-            time.sleep(0.005)
-        assert driver.returncode == 1
-    finally:
-        driver.kill()
-        driver.wait()
-    assert len(killed) == 2
-    check_rows(rows_of(out), expected)

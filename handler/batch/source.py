@@ -8,6 +8,7 @@ files. A tar and a row group are shards as they are; photos in a folder are cut 
 import itertools
 import re
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ PHOTO_SUFFIXES = (
     *(".avif", ".heic", ".heif"),
 )
 PARQUET_ROWS = 64  # rows of a row group that are read at once
+PARQUET_BUFFER = 2**20
+WAITS_S = (1.0, 4.0)  # before a photo is fetched again that the network did not bring
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -172,10 +175,15 @@ def read(shard: Shard) -> Iterator[Photo]:
     where the shard as a whole cannot be read."""
     names: dict[str, int] = {}
     read_kind = {"tar": _read_tar, "parquet": _read_parquet, "folder": _read_folder}[shard.kind]
-    for photo in read_kind(shard):
-        names[photo.id] = names.get(photo.id, 0) + 1
-        again = names[photo.id]
-        yield Photo(f"{photo.id}#{again}", photo.content) if again > 1 else photo
+    try:
+        for photo in read_kind(shard):
+            names[photo.id] = names.get(photo.id, 0) + 1
+            again = names[photo.id]
+            yield Photo(f"{photo.id}#{again}", photo.content) if again > 1 else photo
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # every filesystem has kinds of its own
+        raise UserError(f"{type(error).__name__}: {error}") from error
 
 
 def _read_folder(shard: Shard) -> Iterator[Photo]:
@@ -184,13 +192,18 @@ def _read_folder(shard: Shard) -> Iterator[Photo]:
 
 
 def _content(url: str) -> bytes | Exception:
-    try:
-        with fsspec.open(url) as file:
-            return file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        return MissingImage("the photo is no longer there")
-    except (OSError, ValueError) as error:
-        return MissingImage(f"the photo cannot be read ({error})")
+    is_remote = URL.match(url)
+    for wait_s in (*WAITS_S, None):
+        try:
+            with fsspec.open(url) as file:
+                return file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            return MissingImage("the photo is no longer there")
+        except Exception as error:  # every filesystem has kinds of its own
+            if wait_s is None or not is_remote:
+                return MissingImage(f"the photo cannot be read ({error})")
+            time.sleep(wait_s)
+    raise AssertionError
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -235,7 +248,8 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _read_parquet(shard: Shard) -> Iterator[Photo]:
     with fsspec.open(shard.url) as file:
-        table = pq.ParquetFile(file)
+        # By pages: a row group of thousands of photos need not fit the memory.
+        table = pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False)
         columns = table.schema_arrow.names
         if "image" not in columns:
             raise UserError(f"no column 'image'; the columns are {', '.join(columns)}")
