@@ -137,7 +137,7 @@ class Pool:
                 self.waiting.append(shard)
             else:
                 reason = f"its workers ended {DEATHS} times"
-                summary = give_up(Output(self.job.out), shard, reason)
+                summary = give_up(Output(self.job.out), shard, reason) | {"seconds": 0.0}
         if self.waiting:
             self._start()
         return summary

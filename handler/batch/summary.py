@@ -21,6 +21,7 @@ class Progress:
 
     def __init__(self, shards: list[Shard], waiting: list[Shard]) -> None:
         self.rows = self.errors = 0
+        self.start_seconds: float | None = None
         self.summaries: dict[Shard, dict[str, Any]] = {}
         self.started = time.perf_counter()
         self.bar = tqdm(
@@ -32,27 +33,36 @@ class Progress:
         )
 
     def add(self, shard: Shard, summary: dict[str, Any]) -> None:
+        if self.start_seconds is None:
+            self.start_seconds = self._seconds() - summary["seconds"]
         if "failed" in summary:
             self.bar.write(f"failed: {summary['failed']}", file=sys.stderr)
         else:
             self.summaries[shard] = summary
             self.rows += summary["rows"]
             self.errors += sum(summary["errors"].values())
-        rate = self.rows / (time.perf_counter() - self.started)
         self.bar.set_postfix_str(
-            f"{self.rows} photos, {rate:.1f} photos/s, {self.errors} errors", refresh=False
+            f"{self.rows} photos, {self._rate():.1f} photos/s, {self.errors} errors", refresh=False
         )
         self.bar.update()
 
     def close(self) -> dict[str, Any]:
-        """Figures of this start: photos, seconds since the first worker was asked for, and rate."""
+        """Figures of this start: photos; seconds, and those of them before the first shard was
+        begun; and the photos a second since then."""
         self.bar.close()
-        seconds = time.perf_counter() - self.started
         return {
             "photos_now": self.rows,
-            "seconds": round(seconds, 3),
-            "photos_per_second": round(self.rows / seconds, 3) if seconds else 0.0,
+            "seconds": round(self._seconds(), 3),
+            "start_seconds": round(self.start_seconds or 0.0, 3),
+            "photos_per_second": round(self._rate(), 3),
         }
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def _rate(self) -> float:
+        seconds = self._seconds() - (self.start_seconds or 0.0)
+        return self.rows / seconds if seconds else 0.0
 
 
 def totals(
