@@ -51,7 +51,7 @@ override CHECKPOINT = $(or $(CHECKPOINT_GIVEN),build/checkpoints/$(RUN))
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data shards distil train export mar serve stop caption batch web evaluate \
+.PHONY: help setup data shards import distil train export mar serve stop caption batch web evaluate \
 	report review review-score bench demo test test-slow lint clean
 
 help: ## list the targets
@@ -84,6 +84,13 @@ data: setup ## prepare a dataset: DATA=scenes|scenes_full|flickr8k|flickr30k|coc
 shards: setup ## pack a dataset into webdataset shards: DATA=NAME SHARDS=DIR ARGS="--shard-mb 256"
 	python -m training.shards --data $(call quote,$(or $(DATA),scenes)) \
 		--out $(call quote,$(or $(SHARDS),build/shards/$(notdir $(or $(DATA),scenes)))) $(ARGS)
+
+import: setup ## a Hugging Face captioner to a checkpoint: MODEL=NAME_OR_DIR RUN=NAME
+	@$(if $(MODEL),,echo "error: make import needs MODEL=NAME_OR_DIR: a name on the Hugging Face Hub, \
+	or a folder" >&2; exit 2)
+	@$(if $(CHECKPOINT_GIVEN),echo "error: make import takes no CHECKPOINT=; RUN=NAME names what it \
+	writes" >&2; exit 2)
+	python -m training.import_huggingface $(call quote,$(MODEL)) --out $(call quote,$(CHECKPOINT))
 
 train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3", --resume, --overwrite
 	@$(if $(CHECKPOINT_GIVEN),echo "error: make train takes no CHECKPOINT=; RUN=NAME names what it \

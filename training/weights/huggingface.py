@@ -32,8 +32,8 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     """Writes the model as the checkpoint `out`, where an earlier import may be, but no run that was
     trained. Raises UserError naming the file and the field or parameter that does not fit, and then
     writes nothing."""
+    check_untrained(out)  # before anything is downloaded
     folder = fetch(name_or_folder)
-    check_untrained(out)
     check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
