@@ -31,7 +31,7 @@ stem = $(subst ?,$(space),$(notdir $(patsubst %/,%,$(patsubst %.yml,%,$(patsubst
 config_field = $(shell sed -n $(call quote,s/^$(1): *["']*\([^"'$(hash)]*[^"'$(hash) ]\).*/\1/p) \
 	$(call quote,$(CONFIG)) $(call quote,training/configs/$(CONFIG).yaml) 2>/dev/null | head -n 1)
 
-CONFIG ?= scenes
+CONFIG ?= $(if $(FROM),finetune,scenes)
 SPLIT ?= val
 PRECISION ?= fp32
 VERSION ?= 1.0
@@ -92,11 +92,12 @@ import: setup ## a Hugging Face captioner to a checkpoint: MODEL=NAME_OR_DIR RUN
 	writes" >&2; exit 2)
 	python -m training.import_huggingface $(call quote,$(MODEL)) --out $(call quote,$(CHECKPOINT))
 
-train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3", --resume, --overwrite
+train: setup ## train, or fine-tune FROM=DIR: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3"
 	@$(if $(CHECKPOINT_GIVEN),echo "error: make train takes no CHECKPOINT=; RUN=NAME names what it \
 	trains" >&2; exit 2)
 	python -m training.train --config $(call quote,$(CONFIG)) --run $(call quote,$(RUN)) \
-		$(call option,--data,$(DATA)) $(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
+		$(call option,--from,$(FROM)) $(call option,--data,$(DATA)) \
+		$(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
 
 distil: setup ## teachers' captions into a dataset NAME-distilled: TEACHERS="DIR DIR" DATA=NAME
 	python -m training.distil_captions --checkpoint $(TEACHERS) $(call option,--data,$(DATA)) $(ARGS)
@@ -156,7 +157,7 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
 	@python -m training.demo
 	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 ARGS=--overwrite \
-		CHECKPOINT= EXPORT=build/export/demo
+		CHECKPOINT= FROM= EXPORT=build/export/demo
 	@set -e; python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)); \
 	trap 'python -m handler.serve stop' EXIT; \
 	photo=$$(python -c 'from pathlib import Path; from training.data.manifest import read_manifest; \

@@ -48,6 +48,9 @@ class CaptionTokenizer:
             suppressed_ids = [pad_id, begin_id, *unknown]
             suppressed_ids = sorted(set(suppressed_ids) - {end_id})
         self.suppressed_ids = list(suppressed_ids)
+        # What stands for a word that cannot be spelled: <unk>, or [UNK] in BERT's vocabularies.
+        names = {UNKNOWN, getattr(tokenizer.model, "unk_token", None) or UNKNOWN}
+        self._unknown = {tokenizer.token_to_id(name) for name in names} - {None} - self._special
         # A word-level vocabulary has no decoder: its words are joined by spaces.
         self.is_word_level = tokenizer.decoder is None
 
@@ -128,6 +131,12 @@ class CaptionTokenizer:
         tokens, that token is left out: a caption cannot end itself."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in self._special]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the vocabulary lacks, as they stand in it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[start:end] for i, (start, end) in spans if i in self._unknown]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; begin, end, padding and what the file marks as special are left out."""

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from handler.beam_search import MAX_BEAMS, DecodeOptions
-from handler.errors import UserError
+from handler.errors import UserError, naming
 
 CONFIGS = Path(__file__).parent / "configs"
 UNIONS = (types.UnionType, typing.Union)
@@ -378,8 +379,14 @@ class TrainConfig:
     """A whole run."""
 
     name: str = field(metadata=about("Name of the run; left out: the file's"))
-    data: str = field(metadata=about("Dataset: a name under build/data, or a folder"))
+    data: str | None = field(
+        metadata=about("Dataset: a name under build/data, or a folder; left out: give `DATA=`")
+    )
     stages: tuple[Stage, ...] = field(metadata=about("The stages, in order"))
+    start: str | None = field(
+        default=None,
+        metadata=about("Checkpoint that is fine-tuned; only given on the command line, `FROM=`"),
+    )
     seed: int = field(
         default=0,
         metadata=about("Seed of everything random", Range(0, 2**63 - 1, "0 to 2^63 - 1")),
@@ -423,13 +430,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages: at least one stage is needed")
         _require(
-            self.stages[0].self_critical is None,
+            self.stages[0].self_critical is None or self.start is not None,
             f"stage {self.stages[0].name!r}: self_critical needs a stage of cross-entropy before "
-            "it: an untrained model's samples earn nothing",
+            "it, or a captioner to start from (--from): an untrained model's samples earn nothing",
         )
-        for name in ("name", "data"):
+        for name in ("name", "data", "start"):
             value = getattr(self, name)
-            _require(bool(value.strip()) and "\0" not in value, f"{name} is empty; give a name")
+            _require(
+                value is None or (bool(value.strip()) and "\0" not in value),
+                f"{name} is empty; give a name",
+            )
         _require(
             not set(self.name) & {"/", "\\"} and self.name not in (".", ".."),
             f"name must be the name of a folder, not {self.name!r}",
@@ -444,13 +454,7 @@ class TrainConfig:
         self._check_decoding()
 
     def _check_decoding(self) -> None:
-        known = [option.name for option in dataclasses.fields(DecodeOptions)]
-        for name in self.decoding:
-            _require(
-                name in known,
-                f"decoding.{name}: unknown option; known are {', '.join(sorted(known))}",
-            )
-        options = DecodeOptions(**self.decoding)
+        options = decode_options(self.decoding)
         longest = self.decoder.max_tokens - 1
         for name in ("max_new_tokens", "min_new_tokens"):
             value = getattr(options, name) or 0
@@ -458,6 +462,17 @@ class TrainConfig:
                 value <= longest,
                 f"decoding.{name} is {value}, but decoder.max_tokens allows {longest}; raise it",
             )
+
+
+def decode_options(decoding: Mapping[str, Any]) -> DecodeOptions:
+    """The options of a config's section `decoding`. Raises UserError naming the option."""
+    known = [option.name for option in dataclasses.fields(DecodeOptions)]
+    for name in decoding:
+        _require(
+            name in known,
+            f"decoding.{name}: unknown option; known are {', '.join(sorted(known))}",
+        )
+    return DecodeOptions(**decoding)
 
 
 class _Loader(yaml.SafeLoader):
@@ -474,6 +489,14 @@ class _Loader(yaml.SafeLoader):
 def load_config(name_or_path: str, **overrides: Any) -> TrainConfig:
     """Reads a preset by name (`training/configs/NAME.yaml`) or path. `overrides` replace top-level
     fields; `epochs` replaces the epochs of every stage. Raises UserError naming file and field."""
+    path, fields = read_fields(name_or_path, **overrides)
+    with naming(path):
+        return build_config(fields)
+
+
+def read_fields(name_or_path: str, **overrides: Any) -> tuple[Path, dict[str, Any]]:
+    """The file of a preset and its fields with `overrides`, as for `load_config`, not checked
+    yet."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIGS / f"{name_or_path}.yaml"
@@ -489,17 +512,22 @@ def load_config(name_or_path: str, **overrides: Any) -> TrainConfig:
         raise UserError(f"{path}: not readable as YAML ({reason})") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of fields")
+    if "start" in raw:
+        raise UserError(f"{path}: start: give the checkpoint with --from (make: FROM=DIR)")
     epochs = overrides.pop("epochs", None)
-    raw = {"name": path.stem, **raw, **{k: v for k, v in overrides.items() if v is not None}}
-    try:
-        if epochs is not None and isinstance(raw.get("stages"), list):
-            raw["stages"] = [
-                {**stage, "epochs": epochs} if isinstance(stage, dict) else stage
-                for stage in raw["stages"]
-            ]
-        config = _build(TrainConfig, raw, "")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    given = {k: v for k, v in overrides.items() if v is not None}
+    fields = {"name": path.stem, "data": None, **raw, **given}
+    if epochs is not None and isinstance(raw.get("stages"), list):
+        fields["stages"] = [
+            {**stage, "epochs": epochs} if isinstance(stage, dict) else stage
+            for stage in raw["stages"]
+        ]
+    return path, fields
+
+
+def build_config(fields: Mapping[str, Any]) -> TrainConfig:
+    """A config from its fields as in YAML. Raises UserError naming the field."""
+    config = _build(TrainConfig, fields, "")
     assert isinstance(config, TrainConfig)
     return config
 

@@ -31,7 +31,7 @@ from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 # What `Run` counts, and keeps in its state.
 PROGRESS = (
     *("stage", "step", "seconds", "seconds_before"),
-    *("best", "best_before", "since_best", "stages"),
+    *("at_start", "best", "best_before", "since_best", "stages"),
 )
 
 
@@ -71,7 +71,9 @@ class Run:
         self.log = (Log if self.processes.first else NullLog)(lambda: folder.path)
         self.stage = self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one
-        self.best: dict[str, Any] | None = None  # validation figures of the checkpoint
+        # Validation figures of the checkpoint that the run starts from, and of the run's own.
+        self.at_start: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
         self.best_before: dict[str, Any] | None = None  # the same when the stage began
         self.since_best = 0  # validations without a better figure
         # What each finished stage gained.
@@ -184,12 +186,16 @@ class Run:
     def consider(self, result: dict[str, Any]) -> None:
         """Makes the averaged weights the checkpoint where no earlier ones were better, by the
         figure that `result["chosen_by"]` names. Equal figures are no reason to stay with weights
-        that have seen less, and none to train on for long."""
+        that have seen less, but for the start's at no lower loss, and none to train on for long."""
         self.since_best += 1
         if self.best is not None and goodness(result) < goodness(self.best):
             return
         if self.best is None or goodness(result) > goodness(self.best):
             self.since_best = 0
+        elif self.best == self.at_start and result["loss"] >= self.best["loss"]:
+            return
+        if self.config.start is not None and self.best is None:
+            self.at_start = result
         self.best = result
         save_checkpoint(
             self.folder.path,
@@ -203,6 +209,7 @@ class Run:
                 "stages": self.stages,
                 "step": self.step,
                 "minutes": round(self.seconds / 60, 1),
+                **({} if self.at_start is None else {"validation_at_start": self.at_start}),
             },
         )
         self.folder.publish()

@@ -2,7 +2,9 @@
 
 One or more stages (see `training.config.Stage`) of teacher-forced cross-entropy, of distillation or
 of self-critical training, validated by generated captions; the best by CIDEr is kept (by the loss
-where there are too few validation photos for CIDEr), and each stage goes on from it. A run that was
+where there are too few validation photos for CIDEr), and each stage goes on from it. A run that
+starts from a checkpoint is validated before its first step, too, and says at its end what it
+gained. A run that was
 killed goes on with `--resume` and ends with the very same weights as one that was not. Several
 processes that torchrun started train as one (see `training.loop.distributed`).
 """
@@ -19,12 +21,13 @@ from training.data.captions import Captions
 from training.data.manifest import Manifest
 from training.folders import STATE_FILE
 from training.loop.distributed import leave
+from training.loop.fine_tuning import check_start, load_start
 from training.loop.folder import RunFolder
 from training.loop.run import Run, read_state, restore_parts
 from training.loop.stage import run_stage
 from training.loop.start import make_model, make_tokenizer
 from training.loop.teachers import check_teachers
-from training.loop.validation import announce, validate, warn_of_little_learnt
+from training.loop.validation import announce, tell_gain, validate, warn_of_little_learnt
 
 
 def train(
@@ -43,6 +46,7 @@ def train(
     """
     torch.manual_seed(config.seed)
     run_folder = RunFolder(folder)
+    check_start(config, (run_folder.final, run_folder.previous))
     run = Run(config, manifest, run_folder)
     with contextlib.ExitStack() as stack:
         if run.processes.first:
@@ -70,8 +74,11 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
         state = read_state(run.folder.final, run.config)
         run.model, run.preprocessing, run.tokenizer = restore_parts(run.folder.final, state)
     else:
-        run.tokenizer = make_tokenizer(run.config.tokenizer, run.train_rows, run.log.say)
-        run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
+        if run.config.start is not None:
+            run.model, run.preprocessing, run.tokenizer = load_start(run.config, weights)
+        else:
+            run.tokenizer = make_tokenizer(run.config.tokenizer, run.train_rows, run.log.say)
+            run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
         check_teachers(run.config, run.student())
         if run.processes.first:
             # What --resume needs before the first validation has written a checkpoint.
@@ -87,7 +94,8 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
 
 def train_stages(run: Run, state: dict[str, Any] | None) -> None:
     captions = Captions(run.train_rows, run.tokenizer, run.config.decoder.max_tokens)
-    for note in captions.notes():
+    borrowed = run.config.tokenizer.checkpoint
+    for note in captions.notes(run.decoding()["max_new_tokens"], borrowed):
         run.log.say(note)
     announce(run)
     first = 0 if state is None else state["stage"]
@@ -102,3 +110,4 @@ def train_stages(run: Run, state: dict[str, Any] | None) -> None:
         f"{run.seconds / 60:.1f} minutes"
     )
     warn_of_little_learnt(run)
+    tell_gain(run)

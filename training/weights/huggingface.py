@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.errors import UserError
+from handler.errors import UserError, naming
 from handler.files import check_replaceable, replace_folder
 from training.checkpoint import save_checkpoint
 from training.folders import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE
@@ -18,7 +18,6 @@ from training.weights.files import (
     SPECIAL,
     TOKENIZER,
     fetch,
-    naming,
     read_json,
     read_processor,
     read_state,
