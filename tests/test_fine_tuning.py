@@ -281,15 +281,20 @@ def test_every_kind_of_stage_resumes_exactly_from_a_start(start, tiny_data, tmp_
         train(other, manifest, Path("alone"), resume=True)
 
 
-@pytest.mark.parametrize("name", ["blip", "git", "vit+gpt2"])
+@pytest.mark.parametrize(
+    ("name", "encoder"), [("blip", "trained"), ("git", "frozen"), ("vit+gpt2", "trained")]
+)
 def test_an_imported_captioner_is_fine_tuned_and_exported(
-    name, families, tiny_data, tmp_path, monkeypatch
+    name, encoder, families, tiny_data, tmp_path, monkeypatch
 ):
     """Of random weights: the loss falls, killed or not the bytes are the same, and the export
-    captions as the checkpoint does."""
+    captions as the checkpoint does. GIT's features are of another width than its encoder."""
     monkeypatch.chdir(tmp_path)
     start, manifest = families(name), read_manifest(tiny_data)
-    config = config_from(start, tmp_path, {"stages": [{**STAGE, "epochs": 2}]})
+    stage = {**STAGE, "epochs": 2, "encoder": encoder}
+    if encoder == "frozen":
+        stage |= {"encoder_layer_decay": 1.0, "views": 2}
+    config = config_from(start, tmp_path, {"stages": [stage]})
     train(config, manifest, Path("alone"))
     val = [line["val"]["loss"] for line in log_of(Path("alone")) if "val" in line]
     assert val[-1] < val[0] - 0.2

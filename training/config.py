@@ -165,6 +165,13 @@ class TokenizerChoice:
     min_count: int = field(
         default=2, metadata=about("Occurrences that a word needs to be in the vocabulary", COUNT)
     )
+    lowercase: bool | None = field(
+        default=None,
+        metadata=about(
+            "Whether captions are learnt and written in small letters; left out: words are, byte "
+            "pairs keep the case"
+        ),
+    )
     checkpoint: str | None = field(
         default=None,
         metadata=about("Folder of a checkpoint whose tokenizer is taken instead of a new one"),
@@ -172,9 +179,11 @@ class TokenizerChoice:
 
     def __post_init__(self) -> None:
         _check_fields(self, "tokenizer.")
-        for other in dataclasses.fields(self)[:3]:
+        for other in dataclasses.fields(self):
             _require(
-                self.checkpoint is None or getattr(self, other.name) == other.default,
+                self.checkpoint is None
+                or other.name == "checkpoint"
+                or getattr(self, other.name) == other.default,
                 f"tokenizer.{other.name} is the one of tokenizer.checkpoint; leave one of them out",
             )
 

@@ -23,7 +23,7 @@ SETTLED = {
     "": ("resize",),
     "encoder": ("image_size", "patch_size", "width", "layers", "heads", "pretrained"),
     "decoder": ("width", "layers", "heads"),
-    "tokenizer": ("kind", "vocab_size", "min_count", "checkpoint"),
+    "tokenizer": ("kind", "vocab_size", "min_count", "lowercase", "checkpoint"),
 }
 KINDS = {"WordLevel": "word", "BPE": "bpe"}  # of vocabularies, by their names in tokenizer.json
 # The longest caption that is learnt, unless the checkpoint itself writes longer ones.

@@ -127,7 +127,7 @@ def score_start(work: Work, validate: Callable[[Run], None]) -> None:
         run.save_state(work.optimizer, 0, 0)  # validation may fail
         validate(run)
         run.save_state(work.optimizer, 0, 0)
-    run.at_start = run.best = run.best_before = run.processes.tell(run.best)
+    run.best = run.best_before = run.processes.tell(run.best)
     run.since_best = 0
 
 
@@ -210,7 +210,7 @@ def make_features(run: Run, stage: Stage) -> FeatureCache:
         with run.autocast():
             return encoder.eval()(images_B3SS.to(run.device))
 
-    shape = (encoder.config.memory_tokens, encoder.config.width)
+    shape = (encoder.config.memory_tokens, encoder.config.memory_width)
     return FeatureCache(
         FEATURES,
         FrozenEncoder(fingerprint.hexdigest(), encode, shape),

@@ -4,8 +4,14 @@ its PTB tokenizer, so that the figures compare with published ones.
 The tokenizer, METEOR and SPICE run in Java. Without Java the other metrics are computed on plainly
 split words, and the result says so ("tokenizer": "python"): such figures compare only with each
 other.
+
+PTB's tokenizer takes a sentence without spaces for one word. Where references are written so
+(Japanese, Chinese, Thai), every character of such a script counts as a word, as in sacreBLEU's
+`zh`, and the result says "tokenizer": "characters"; METEOR and SPICE, whose synonyms and parser are
+English, are left out.
 """
 
+import functools
 import logging
 import os
 import re
@@ -18,10 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from handler.caption_tokenizer import SPACELESS, SPACELESS_SHARE, is_written_without_spaces
 from handler.errors import UserError
 
 DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
 METRICS = (*DEFAULT_METRICS, "spice")
+ENGLISH = ("meteor", "spice")
+# A word, or a character of a script without spaces.
+WORD = re.compile(rf"{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})[\w'-])+")
 # Those that pycocoevalcap's PTBTokenizer drops.
 PUNCTUATION = {
     *("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"),
@@ -57,7 +67,7 @@ def score(
     metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> dict[str, Any]:
     """Corpus scores of one caption a photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
-    "SPICE", "tokenizer": "ptb" or "python"}; see `score_each` for a photo's own."""
+    "SPICE", "tokenizer": "ptb", "python" or "characters"}; see `score_each` for a photo's own."""
     return score_each(predictions, references, metrics)[0]
 
 
@@ -69,9 +79,9 @@ def score_each(
     """As `score`, and the scores of each photo by its id.
 
     CIDEr weighs words by how many of the photos given here have them, so compare only what was
-    scored on the same photos. Without Java, METEOR is left out. Raises UserError when a prediction
-    has no references or no reference holds a word, where SPICE is asked for but not installed, and
-    where nothing is left without Java.
+    scored on the same photos. Without Java, and of characters, METEOR is left out. Raises UserError
+    when a prediction has no references or no reference holds a word, where SPICE is asked for but
+    not installed, and where no metric is left.
     """
     check_metrics(metrics)
     return score_tokens(tokenize(predictions, references), metrics)
@@ -90,7 +100,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
 @dataclass(frozen=True)
 class Tokens:
     """Captions as the metrics read them, words between spaces: by photo, one hypothesis (in a list)
-    and its references; `tokenizer` is "ptb" or "python"."""
+    and its references; `tokenizer` is "ptb", "python" or "characters"."""
 
     tokenizer: str
     hypotheses: dict[str, list[str]]
@@ -106,21 +116,44 @@ def tokenize(predictions: Mapping[str, str], references: Mapping[str, Sequence[s
         raise UserError(f"references: none for photo {missing[0]!r} ({len(missing)} in all)")
     ids = list(predictions)
     java = find_java()
-    if java is None:
-        log.warning(
-            "no Java is found (make setup brings one): METEOR and SPICE are left out, the others "
-            "are of plain tokens instead of PTB's"
-        )
+    name = _tokenizer_name(java, [text for i in ids for text in references[i]])
     texts = [[predictions[i], *references[i]] for i in ids]
     flat = [text for group in texts for text in group]
-    tokenized = iter(_ptb(java, flat) if java else [" ".join(plain_words(text)) for text in flat])
+    tokenized = iter(
+        _ptb(java, flat) if java and name == "ptb" else (" ".join(plain_words(t)) for t in flat)
+    )
     hypotheses, truths = {}, {}
     for i, group in zip(ids, texts, strict=True):
         lines = [next(tokenized) for _ in group]
         hypotheses[i], truths[i] = lines[:1], lines[1:]
     if not any(line for lines in truths.values() for line in lines):
         raise UserError("references: none of them holds a word")
-    return Tokens("ptb" if java else "python", hypotheses, truths)
+    return Tokens(name, hypotheses, truths)
+
+
+def _tokenizer_name(java: str | None, references: Sequence[str]) -> str:
+    """Which tokenizer suits the references, and a warning where it is not PTB's."""
+    spaceless = sum(map(is_written_without_spaces, references))
+    if spaceless > SPACELESS_SHARE * len(references):
+        _warn_once(
+            f"{spaceless} of {len(references)} references are written without spaces, which PTB's "
+            "tokenizer takes for single words: characters are scored instead, and METEOR and "
+            "SPICE, which are English, are left out"
+        )
+        return "characters"
+    if java is None:
+        log.warning(
+            "no Java is found (make setup brings one): METEOR and SPICE are left out, the others "
+            "are of plain tokens instead of PTB's"
+        )
+        return "python"
+    return "ptb"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Not again at each validation."""
+    log.warning(message)
 
 
 def score_tokens(
@@ -129,6 +162,12 @@ def score_tokens(
     """As `score_each`, for captions that are tokenised already."""
     hypotheses, truths = tokens.hypotheses, tokens.truths
     java = find_java()
+    if tokens.tokenizer == "characters":
+        metrics = [name for name in metrics if name not in ENGLISH]
+        if not metrics:
+            raise UserError(
+                "metrics: meteor and spice are English; captions without spaces are not"
+            )
     result: dict[str, Any] = {"tokenizer": tokens.tokenizer}
     each: dict[str, dict[str, float]] = {i: {} for i in hypotheses}
 
@@ -159,8 +198,9 @@ def score_tokens(
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text in lower case, by no tokenizer's rules."""
-    return re.findall(r"[\w'-]+", text.lower())
+    """The words of a text in lower case, by no tokenizer's rules; a character of a script without
+    spaces is a word."""
+    return WORD.findall(text.lower())
 
 
 def _one_line(text: str) -> str:
