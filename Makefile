@@ -167,8 +167,8 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 	printf '%s\nREST: %s\ngRPC: %s\n' "$$photo" "$$rest" "$$grpc"; \
 	test "$$rest" = "$$grpc" || { echo "error: REST and gRPC answer differently" >&2; exit 1; }
 
-bench: setup ## speed tables: a ViT-B + GPT-2, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
-	python -W ignore -m tests.benchmarks.decoding yardstick $(ARGS)
+bench: setup ## speed tables: ViT-B + GPT-2, BLIP, GIT, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
+	python -W ignore -m tests.benchmarks.decoding $(ARGS)
 	$(if $(wildcard $(CHECKPOINT)/model.safetensors),python -W ignore \
 		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS))
 	$(if $(wildcard $(EXPORT)/decoder.pt),python -W ignore \
