@@ -6,8 +6,10 @@ case are kept and nothing is ever unseen). Any other `tokenizer.json`, such as G
 as it is.
 """
 
+import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -126,6 +128,25 @@ class CaptionTokenizer:
             tokenizer.token_to_id(token) or 0 for token in (BEGIN, END, PAD)
         )
         return cls(tokenizer, begin_id, end_id, pad_id)
+
+    def with_words_of(self, captions: Iterable[str], min_count: int) -> "CaptionTokenizer":
+        """The same vocabulary of words with those of `captions` that it lacks and that stand there
+        at least `min_count` times: the most frequent first, behind all other ids. Raises UserError
+        for a vocabulary of pieces."""
+        content = json.loads(self._tokenizer.to_str())
+        if content["model"]["type"] != "WordLevel":
+            raise UserError("pieces of words spell every word already; add no words")
+        normalize = self._tokenizer.normalizer.normalize_str
+        split = self._tokenizer.pre_tokenizer.pre_tokenize_str
+        vocabulary = content["model"]["vocab"]
+        counts = Counter(word for text in captions for word, _ in split(normalize(text)))
+        new = [w for w, count in counts.items() if count >= min_count and w not in vocabulary]
+        first = max(vocabulary.values()) + 1
+        for number, word in enumerate(sorted(new, key=lambda word: (-counts[word], word))):
+            vocabulary[word] = first + number
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        ids = self.begin_id, self.end_id, self.pad_id
+        return CaptionTokenizer(tokenizer, *ids, self.suppressed_ids)
 
     def save(self, path: Path) -> None:
         """Writes a `tokenizer.json`, whole or not at all."""

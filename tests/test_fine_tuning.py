@@ -21,9 +21,9 @@ from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner, load_model, save_checkpoint
 from training.config import TrainConfig
 from training.data.captions import Captions
-from training.data.manifest import Row, read_manifest
+from training.data.manifest import Row, read_manifest, write_manifest
 from training.folders import WEIGHTS_FILE
-from training.loop.fine_tuning import fine_tuning_config
+from training.loop.fine_tuning import fine_tuning_config, load_start
 from training.loop.train import train
 from training.train import main
 from training.weights.huggingface import import_huggingface
@@ -164,15 +164,11 @@ def test_what_is_lost_of_the_captions_is_told_before_training(start):
     _, _, tokenizer = load_model(start)
     captions = ("a red square", "a red Unicorn", "the unicorn on the left is a red lion")
     said = Captions([Row("a", "a.png", captions, "train")], tokenizer, 10)
-    [words] = said.notes(9, "build/checkpoints/tiny")
-    assert (
-        "vocabulary of build/checkpoints/tiny lacks: 2, 20.0% of all words (unicorn, lion)" in words
-    )
-    assert "encoder: {pretrained: checkpoint/build/checkpoints/tiny}" in words
-    long, _ = said.notes(5, "build/checkpoints/tiny")
-    assert long.startswith(
-        "1 of 3 captions are longer than any that is written: raise decoding.max"
-    )
+    [words] = said.notes(9, "runs/tiny")
+    assert "vocabulary of runs/tiny lacks: 2, 20.0% of all words (unicorn, lion)" in words
+    assert 'add them with --add-words 2 (make: ARGS="--add-words 2")' in words
+    long, _ = said.notes(5, "runs/tiny")
+    assert long.startswith("1 of 3 captions are longer than any that is written: raise decoding.")
     assert "lower tokenizer.min_count" in said.notes(9)[0]  # of a vocabulary that was fitted
     known = Captions([Row("a", "a.png", captions[:1], "train")], tokenizer, 10)
     assert known.notes(9, "x") == []
@@ -181,6 +177,54 @@ def test_what_is_lost_of_the_captions_is_told_before_training(start):
 def test_a_word_of_pieces_is_unknown_only_where_a_character_is(families):
     _, _, tokenizer = load_model(families("git"))
     assert tokenizer.unknown_words("a dogdog 犬 runs") == ["犬"]
+
+
+def test_words_are_added_to_the_vocabulary_when_asked(start, tmp_path, tiny_data, monkeypatch):
+    """Behind all others, each as often as asked; the old ones stay as they are, and a new one
+    begins as the mean of all."""
+    manifest = read_manifest(tiny_data)
+    train_rows = [
+        Row(row.id, row.image, (*row.captions, "A Unicorn’s red lion", "a lion"), row.split)
+        for row in manifest.split("train")
+    ]
+    old, _, before = load_model(start)
+    config = config_from(start, tmp_path, {"tokenizer": {"add_words": 16}})
+    model, _, after = load_start(config, None, train_rows)
+    added = {word: i for word, i in after.vocabulary.items() if word not in before.vocabulary}
+    size = before.vocab_size
+    assert added == {"lion": size, "unicorn's": size + 1}  # the most frequent first
+    assert {word: after.vocabulary[word] for word in before.vocabulary} == before.vocabulary
+    assert after.suppressed_ids == before.suppressed_ids and after.end_id == before.end_id
+    rows, new = old.decoder.token_embedding.weight, model.decoder.token_embedding.weight
+    assert torch.equal(new[:size], rows) and torch.equal(new[size], rows.mean(0))
+    assert model.decoder.head.weight is new and model.decoder.vocab_size == size + 2
+    few = config_from(start, tmp_path, {"tokenizer": {"add_words": 17}})
+    assert load_start(few, None, train_rows)[2].vocab_size == size + 1
+    write_manifest(tmp_path / "data", "lions", [*train_rows, *manifest.split("val")],
+                   manifest.image_root, [])  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    train(config, read_manifest(tmp_path / "data"), Path("run"))
+    assert load_model(Path("run"))[2].decode([size, size + 1]) == "lion unicorn's"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--add-words", "2"], "--add-words needs --from DIR"),
+        (["--add-words", "-1", "--from", "START"], "tokenizer.add_words must be 0 (none) or more"),
+        (["--add-words", "2", "--from", "PIECES"], "tokenizer.json: pieces of words spell every"),
+    ],
+)
+def test_words_that_cannot_be_added(
+    arguments, words, start, families, tiny_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"START": lambda: str(start), "PIECES": lambda: str(families("git"))}
+    arguments = [places[a]() if a in places else a for a in arguments]
+    monkeypatch.setattr("sys.argv", ["training.train", *arguments, "--data", str(tiny_data)])
+    with pytest.raises(SystemExit, match="2"):
+        run_command(main)
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- nothing worse replaces the start

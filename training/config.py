@@ -172,6 +172,14 @@ class TokenizerChoice:
             "pairs keep the case"
         ),
     )
+    add_words: int = field(
+        default=0,
+        metadata=about(
+            "With `FROM=` and a vocabulary of words: those that it lacks are added where training "
+            "captions have them at least so often; 0: none",
+            Range(0, MOST, "0 (none) or more"),
+        ),
+    )
     checkpoint: str | None = field(
         default=None,
         metadata=about("Folder of a checkpoint whose tokenizer is taken instead of a new one"),
@@ -182,7 +190,7 @@ class TokenizerChoice:
         for other in dataclasses.fields(self):
             _require(
                 self.checkpoint is None
-                or other.name == "checkpoint"
+                or other.name in ("checkpoint", "add_words")
                 or getattr(self, other.name) == other.default,
                 f"tokenizer.{other.name} is the one of tokenizer.checkpoint; leave one of them out",
             )
@@ -442,6 +450,10 @@ class TrainConfig:
             self.stages[0].self_critical is None or self.start is not None,
             f"stage {self.stages[0].name!r}: self_critical needs a stage of cross-entropy before "
             "it, or a captioner to start from (--from): an untrained model's samples earn nothing",
+        )
+        _require(
+            not self.tokenizer.add_words or self.start is not None,
+            "tokenizer.add_words needs a captioner to start from (--from)",
         )
         for name in ("name", "data", "start"):
             value = getattr(self, name)

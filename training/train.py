@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument(
         "--from", dest="start", type=Path, metavar="DIR", help="fine-tune the captioner of DIR"
     )
+    parser.add_argument(
+        "--add-words", type=int, metavar="N", help="with --from: words that it lacks, said N times"
+    )
     parser.add_argument("--data", help="a dataset under build/data, or its folder")
     parser.add_argument(
         "--run", help="name of the run (default: the config's, or that of a dataset not its own)"
@@ -41,12 +44,14 @@ def main() -> None:
     preset = arguments.config or (FINETUNE if arguments.start else USUAL)
     if preset == FINETUNE and arguments.start is None:
         parser.error(f"--config {FINETUNE} needs --from DIR (make: FROM=DIR), a checkpoint")
+    if arguments.add_words is not None and arguments.start is None:
+        parser.error("--add-words needs --from DIR (make: FROM=DIR), a checkpoint")
     names = ("data", "epochs", "seed", "precision", "device")
     overrides = {name: getattr(arguments, name) for name in names}
     if arguments.start is None:
         config = load_config(preset, **overrides)
     else:
-        config = fine_tuning_config(preset, arguments.start, **overrides)
+        config = fine_tuning_config(preset, arguments.start, arguments.add_words, **overrides)
     if config.data is None:
         parser.error(f"config {config.name!r} names no dataset; give --data NAME (make: DATA=NAME)")
     pick_device(config)  # refused before anything is read

@@ -129,11 +129,12 @@ class Captions:
             return []
         share = sum(new.values()) / sum(len(ids) for photo in self.plain for ids in photo)
         common = ", ".join(word for word, _ in new.most_common(3))
+        way_out = "fit a vocabulary: leave --from (make: FROM=) and tokenizer.checkpoint out"
+        if self.tokenizer.is_word_level:
+            way_out = f'add them with --add-words 2 (make: ARGS="--add-words 2"), or {way_out}'
         return [
             f"words that the vocabulary of {borrowed} lacks: {len(new)}, {share:.1%} of all words "
-            f"({common}); they are learnt as unknown and never written. To learn them, fit a "
-            "vocabulary: leave --from (make: FROM=) and tokenizer.checkpoint out, and keep the "
-            f"encoder by encoder: {{pretrained: checkpoint/{borrowed}}}"
+            f"({common}); they are learnt as unknown and never written. To learn them, {way_out}"
         ]
 
     def batch(self, photos: Tensor, indices: Sequence[int], mirror: Sequence[bool]) -> Batch:

@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import check_config, read_config
 from handler.errors import UserError, naming
@@ -16,6 +19,7 @@ from handler.files import read_object
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_model
 from training.config import TrainConfig, build_config, decode_options, read_fields
+from training.data.manifest import Row
 from training.model import CaptioningModel
 
 # The fields of a config that a start settles, by section.
@@ -26,14 +30,21 @@ SETTLED = {
     "tokenizer": ("kind", "vocab_size", "min_count", "lowercase", "checkpoint"),
 }
 KINDS = {"WordLevel": "word", "BPE": "bpe"}  # of vocabularies, by their names in tokenizer.json
+# Parameters that have a row for each word.
+OF_WORDS = {"decoder.token_embedding.weight", "decoder.head.weight", "decoder.head.bias"}
 # The longest caption that is learnt, unless the checkpoint itself writes longer ones.
 USUAL_MAX_TOKENS = 64
 
 
-def fine_tuning_config(name_or_path: str, start: Path, **overrides: Any) -> TrainConfig:
-    """As `load_config`, completed by the checkpoint `start`. Raises UserError naming its file, or
-    the config's and the field that contradicts it."""
+def fine_tuning_config(
+    name_or_path: str, start: Path, add_words: int | None = None, **overrides: Any
+) -> TrainConfig:
+    """As `load_config`, completed by the checkpoint `start`; `add_words` replaces the tokenizer's
+    field. Raises UserError naming the checkpoint's file, or the config's and the field that
+    contradicts it."""
     path, fields = read_fields(name_or_path, **overrides)
+    if add_words is not None and isinstance(fields.get("tokenizer", {}), dict):
+        fields["tokenizer"] = {**fields.get("tokenizer", {}), "add_words": add_words}
     checkpoint = read_config(start)
     check_config(start, checkpoint)
     if "precision" in checkpoint:
@@ -134,17 +145,33 @@ def check_start(config: TrainConfig, written: Sequence[Path]) -> None:
 
 
 def load_start(
-    config: TrainConfig, weights: Path | None
+    config: TrainConfig, weights: Path | None, rows: Sequence[Row]
 ) -> tuple[CaptioningModel, PreprocessConfig, CaptionTokenizer]:
-    """The captioner that a run fine-tunes, with the run's dropout. Raises UserError for `weights`
-    of another encoder."""
+    """The captioner that a run fine-tunes, with the run's dropout, and with the words of its
+    training photos `rows` where the config adds them. Raises UserError for `weights` of another
+    encoder, and for words that are added to pieces of words."""
     assert config.start is not None
     if weights is not None:
         raise UserError(f"{weights}: the encoder is that of {config.start}; leave one of them out")
     found, checkpoint, tokenizer = load_model(Path(config.start))
+    state, size = found.state_dict(), found.decoder_config.vocab_size
+    if config.tokenizer.add_words:
+        captions = (caption for row in rows for caption in row.captions)
+        with naming(Path(config.start) / "tokenizer.json"):
+            tokenizer = tokenizer.with_words_of(captions, config.tokenizer.add_words)
+        for name in OF_WORDS & state.keys():
+            state[name] = with_rows(state[name], tokenizer.vocab_size - size)
+        size = tokenizer.vocab_size
     model = CaptioningModel(
         replace(found.encoder_config, dropout=config.encoder.dropout),
-        replace(found.decoder_config, dropout=config.decoder.dropout),
+        replace(found.decoder_config, dropout=config.decoder.dropout, vocab_size=size),
     )
-    model.load_state_dict(found.state_dict())
+    model.load_state_dict(state)
     return model, PreprocessConfig.from_dict(checkpoint["preprocessing"]), tokenizer
+
+
+def with_rows(rows: Tensor, more: int) -> Tensor:
+    """(V, ...) -> (V + more, ...): a new word begins as the mean of all others, so that it changes
+    the probability of none much (Hewitt 2021, "Initializing new word embeddings for pretrained
+    language models")."""
+    return torch.cat([rows, rows.mean(0, keepdim=True).expand(more, *rows.shape[1:])])

@@ -75,7 +75,9 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
         run.model, run.preprocessing, run.tokenizer = restore_parts(run.folder.final, state)
     else:
         if run.config.start is not None:
-            run.model, run.preprocessing, run.tokenizer = load_start(run.config, weights)
+            run.model, run.preprocessing, run.tokenizer = load_start(
+                run.config, weights, run.train_rows
+            )
         else:
             run.tokenizer = make_tokenizer(run.config.tokenizer, run.train_rows, run.log.say)
             run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
