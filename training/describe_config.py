@@ -32,8 +32,8 @@ HEAD = """# Every field of a config
 
 A config is a YAML file. `CONFIG=` is the name of a preset under `training/configs/`, or a path. An
 unknown field, a value out of its range and a contradiction between fields are errors that are found
-before any other file is read. This page is the output of `python -m training.describe_config`, which
-reads the dataclasses in `training/config.py`.
+before any other file is read. This page is the output of `python -m training.describe_config` and
+describes the dataclasses in `training/config.py`.
 """
 
 
