@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.scores.habits import copied, describe, little_learnt
+from training.scores.habits import copied, describe, distinct, little_learnt
 
 PREDICTIONS = {
     "1": "A dog runs on the grass.",
@@ -30,6 +30,15 @@ def test_habits_are_counted():
     assert result["ending_in_function_word"] == 1 / 5
     assert result["repeated_bigrams"] == 1 / 5
     assert result["copied_captions"] == 2 / 5
+
+
+def test_distinct_captions_are_counted_once_for_all():
+    """Validation and report counted strings, evaluation counted captions word by word."""
+    captions = ["A dog runs.", "a dog runs", "a dog, runs", "a cat", "", "."]
+    assert distinct(captions) == 3
+    predictions = dict(enumerate(captions))
+    found = describe(predictions, {photo: ["a dog"] for photo in predictions})
+    assert found["distinct_captions"] == 3
 
 
 def test_recall_is_of_words_that_references_agree_on():

@@ -211,6 +211,17 @@ def test_the_tokenizer_of_the_figures_does_not_change_within_a_run(
     assert set(used) == {"ptb" if java_at_first else "python"}
 
 
+def test_a_run_that_learnt_little_says_so(config, tiny_data, tmp_path, capsys):
+    """A run whose captions are of one word each was exported, packed and served."""
+    config = config_of(
+        tmp_path / "short.yaml", data=str(tiny_data), stages=ONE_STAGE,
+        decoding={"max_new_tokens": 1},
+    )  # fmt: skip
+    train(config, read_manifest(tiny_data), Path("run"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("warning: ") and last.endswith("train it longer")
+
+
 def test_a_second_start_of_a_run_is_refused(config, tiny_data, tmp_path):
     with (
         locked(tmp_path / "run"),

@@ -18,7 +18,7 @@ from training.data.photos import read_photo
 from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.scores.claims import score_claims
-from training.scores.habits import little_learnt
+from training.scores.habits import distinct, little_learnt
 from training.scores.metrics import choose_tokenizer, score
 
 BATCH = 50
@@ -35,7 +35,7 @@ def validate(run: Run) -> None:
     references = {row.id: row.captions for row in rows}
     scores = score(predictions, references, ("bleu", "cider"), run.metric_tokenizer)
     result: dict[str, Any] = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
-    result |= {"loss": loss, "distinct_captions": len(set(predictions.values()))}
+    result |= {"loss": loss, "distinct_captions": distinct(list(predictions.values()))}
     if all(row.scene is not None for row in rows):
         claims = score_claims(predictions, rows)
         result |= {name: claims[name] for name in ("claims_true", "captions_true")}

@@ -14,8 +14,8 @@ from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart
 from training.pages.system import System
 from training.scores.captions import training_captions
-from training.scores.habits import copied
-from training.scores.intervals import CONFIDENCE, interval
+from training.scores.habits import copied, distinct
+from training.scores.intervals import CONFIDENCE, interval, interval_of_score
 from training.scores.metrics import plain_words
 from training.scores.mistakes import Mistakes
 
@@ -135,7 +135,7 @@ def _score_cells(system: System, name: str) -> str:
         return '<td class="number">–</td><td></td>'
     between = ""
     if name in system.resamples:
-        between = "{:.3f} to {:.3f}".format(*interval(system.resamples[name]))
+        between = "{:.3f} to {:.3f}".format(*interval_of_score(name, system.resamples[name]))
     return f'<td class="number">{score:.3f}</td><td class="number">{between}</td>'
 
 
@@ -273,7 +273,7 @@ def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[
         lines.append(
             f'<tr><th scope=row>{escape(name)}</th><td class="number">{len(set(flat)):,}</td>'
             f'<td class="number">{len(flat) / len(texts):.1f}</td>'
-            f'<td class="number">{len(set(captions)) / len(captions):.0%}</td>'
+            f'<td class="number">{distinct(captions) / len(captions):.0%}</td>'
             f'<td class="number">{copied(captions, learnt):.0%}</td></tr>'
         )
     table = (
