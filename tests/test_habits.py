@@ -1,7 +1,14 @@
 """What BLEU and CIDEr hide, on captions counted by hand."""
 
+from pathlib import Path
+from unittest.mock import MagicMock
+
 import pytest
 
+from training.data.manifest import Manifest, Row
+from training.loop.validation import validate
+from training.pages.report import words_section
+from training.pages.system import System
 from training.scores.habits import copied, describe, distinct, little_learnt
 
 PREDICTIONS = {
@@ -32,13 +39,24 @@ def test_habits_are_counted():
     assert result["copied_captions"] == 2 / 5
 
 
-def test_distinct_captions_are_counted_once_for_all():
+def test_distinct_captions_are_counted_once_for_all(monkeypatch):
     """Validation and report counted strings, evaluation counted captions word by word."""
     captions = ["A dog runs.", "a dog runs", "a dog, runs", "a cat", "", "."]
     assert distinct(captions) == 3
-    predictions = dict(enumerate(captions))
-    found = describe(predictions, {photo: ["a dog"] for photo in predictions})
+    rows = [Row(str(n), f"{n}.png", ("a dog",), "val") for n in range(len(captions))]
+    predictions = {row.id: text for row, text in zip(rows, captions, strict=True)}
+    found = describe(predictions, {row.id: row.captions for row in rows})
     assert found["distinct_captions"] == 3
+
+    validated = MagicMock(val_rows=rows, metric_tokenizer="python", epoch=0, stage=0)
+    monkeypatch.setattr("training.loop.validation.caption_and_loss", lambda *_: (predictions, 1.0))
+    validate(validated)
+    assert validated.consider.call_args.args[0]["distinct_captions"] == 3
+
+    texts = {photo: [MagicMock(text=text)] for photo, text in predictions.items()}
+    system = System("model", Path("model"), MagicMock(), captions=texts)
+    html = words_section([system], Manifest("data", tuple(rows), Path(), Path()), rows)
+    assert ">50%<" in html
 
 
 def test_recall_is_of_words_that_references_agree_on():
