@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import ssl
 import zipfile
@@ -97,11 +98,12 @@ def test_a_configuration_without_a_model(home, settings, says):
     assert not (home / "build").exists()
 
 
-def test_a_folder_in_which_java_cannot_start_is_named(home, tmp_path):
+def test_a_folder_in_which_java_cannot_start_is_named(home):
     """It was "Error: A JNI error has occurred, please check your installation"."""
     settings = {"model_store": "model_store", "load_models": "captioner.mar"}
-    config_in(home, **settings)
-    dog = home.rename(tmp_path / "🐕")
+    dog = home / "🐕"
+    shutil.copytree(home, dog)
+    config_in(dog, **settings)
     with pytest.raises(UserError, match="🐕: Java cannot start in a folder with '🐕' in its path"):
         serve.start(dog / "config.properties", home=dog)
     assert not (dog / "build").exists()
