@@ -176,8 +176,9 @@ lint: setup ## ruff and mypy
 	ruff format --check .
 	mypy handler training export
 
+# Two workers, one thread each: a third of the tests wait for a program or a server.
 test: lint ## lint, types, unit, parity, archive and live-server tests
-	python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: setup ## the long proofs
 	python -m pytest -m slow

@@ -1,19 +1,19 @@
 """`python -m export.archive`, behind `make mar`: an export and the package `handler` -> one `.mar`.
 
-torch-model-archiver lays the files out; it writes no dotted handler and no reproducible zip, so the
-manifest is completed and the zip written here: the same inputs give the same bytes.
+The manifest is torch-model-archiver's. Its command writes neither a dotted handler nor the same
+bytes twice, so that the zip is written here: the same inputs give the same bytes.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from model_archiver.manifest_components.manifest import Manifest
+from model_archiver.manifest_components.model import Model
 
 import handler
 from handler.captioner import EXPORT_FILES, Captioner
@@ -44,19 +44,12 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
         if not isinstance(config.get(field), str):
             path = export / "config.json"
             raise UserError(f"{path}: field {field!r} is missing; export the checkpoint again")
-    with locked(out), tempfile.TemporaryDirectory() as temporary:
-        extra = Path(temporary) / "extra"
-        package = extra / "handler"
-        package.mkdir(parents=True)
-        for file in sorted(HANDLER.iterdir()):
-            if file.is_file():  # folders are tools of the client's side
-                shutil.copyfile(file, package / file.name)
-        for name in EXPORT_FILES:
-            (extra / name).symlink_to((export / name).resolve())
-        staged = _stage(Path(temporary), extra, out.stem, version)
-        with atomic_path(out) as partial:
-            _write_zip(staged, partial)
-            _keep_previous(out, config)
+    # Folders within the package are tools of the client's side.
+    files = {f"handler/{path.name}": path for path in HANDLER.iterdir() if path.is_file()}
+    files |= {name: export / name for name in EXPORT_FILES}
+    with locked(out), atomic_path(out) as partial:
+        _write_zip(partial, files, _manifest(out.stem, version))
+        _keep_previous(out, config)
     return out
 
 
@@ -78,40 +71,33 @@ def _keep_previous(out: Path, config: dict[str, Any]) -> None:
     print(f"{previous}: the archive of another checkpoint, which was {out.name} before")
 
 
-def _stage(temporary: Path, extra: Path, name: str, version: str) -> Path:
-    """The archiver's own layout, with the manifest that it cannot write."""
-    scratch = temporary / "tmp"  # the archiver empties $TMPDIR/NAME
-    scratch.mkdir()
-    command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", name]
-    command += ["--version", version, "--handler", str(extra / "handler" / "caption_handler.py")]
-    command += ["--extra-files", str(extra), "--export-path", str(temporary / "out")]
-    command += ["--archive-format", "no-archive", "--force"]
-    (temporary / "out").mkdir()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(scratch)}
-    )
-    staged = temporary / "out" / name
-    if done.returncode or not staged.is_dir():
-        raise UserError(f"torch-model-archiver failed: {done.stderr.strip()[-300:]}")
-    (staged / "caption_handler.py").unlink()  # the archiver's copy beside the package
-    manifest_file = staged / "MAR-INF" / "MANIFEST.json"
-    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-    model = manifest["model"]
-    model["handler"] = "handler.caption_handler"
-    model["configFile"] = "handler/model-config.yaml"
-    manifest |= {"model": model, "createdOn": CREATED_ON}
-    manifest_file.write_text(json.dumps(manifest, indent=2, sort_keys=True), encoding="utf-8")
-    return staged
+def _manifest(name: str, version: str) -> bytes:
+    """What TorchServe reads first; its handler is a module, its settings lie in the package."""
+    model = Model(name, None, "handler.caption_handler", model_version=version)
+    model.model_dict["configFile"] = "handler/model-config.yaml"
+    content = Manifest("python", model).manifest_dict
+    content |= {"model": model.model_dict, "createdOn": CREATED_ON}
+    return json.dumps(content, indent=2, sort_keys=True).encode()
 
 
-def _write_zip(folder: Path, out: Path) -> None:
+def _write_zip(out: Path, files: Mapping[str, Path], manifest: bytes) -> None:
+    """Stored: weights hardly shrink, and two versions of zlib give different bytes."""
     with zipfile.ZipFile(out, "w") as archive:
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), EPOCH)
-            entry.external_attr = 0o100644 << 16
-            entry.create_system = 3  # whatever machine packs it
-            # Stored: weights hardly shrink, and two versions of zlib give different bytes.
-            archive.writestr(entry, file.read_bytes(), compress_type=zipfile.ZIP_STORED)
+        archive.writestr(_entry("MAR-INF/MANIFEST.json", len(manifest)), manifest)
+        for name, path in sorted(files.items(), key=lambda item: Path(item[0])):
+            with (
+                path.open("rb") as source,
+                archive.open(_entry(name, path.stat().st_size), "w") as target,
+            ):
+                shutil.copyfileobj(source, target, 2**20)
+
+
+def _entry(name: str, size: int) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, EPOCH)
+    entry.external_attr = 0o100644 << 16
+    entry.create_system = 3  # whatever machine packs it
+    entry.file_size = size
+    return entry
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ from PIL import Image
 
 from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
 
-# Processor seconds and bytes of memory that a photo may take: 2 s in all, of which a quarter of a
-# second goes to the start of the process, and some to the walk and the way there and back.
-SECONDS, PIXELS_A_SECOND = 1.6, 18e6
+# Processor seconds and bytes of memory that a photo may take: 2 s in all, of which up to half a
+# second goes to the start of the process where the processors are shared, and some to the walk and
+# the way there and back.
+SECONDS, PIXELS_A_SECOND = 1.2, 18e6
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 # A process that waits for a processor is not slow; one that waits for ever is.
 WALL_FACTOR, WALL_SECONDS = 4, 5

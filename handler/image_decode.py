@@ -192,7 +192,7 @@ def over_white_by_key(image: Image.Image, data: bytes) -> Image.Image:
     if image.mode == "RGB" and bits == 16:
         # A second time, for the low byte of each channel.
         low = Image.open(io.BytesIO(data), formats=["PNG"])
-        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # type: ignore
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
         low.load()
     elif image.mode != "RGB":
         key = key * 255 // (2**bits - 1)

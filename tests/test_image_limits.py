@@ -180,7 +180,7 @@ MEGAPIXELS = {
 }
 
 
-def cost_of(data: bytes) -> tuple[float, float]:
+def cost_of(data: bytes, patience: float = 1) -> tuple[float, float]:
     """Seconds of processor time and MiB that a photo takes, of this process and its children."""
     forget_processes()
     own = psutil.Process()
@@ -197,7 +197,7 @@ def cost_of(data: bytes) -> tuple[float, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        assert decode(data).mode == "RGB"
+        assert decode(data, patience=patience).mode == "RGB"
     except InvalidImage:
         pass
     finally:
@@ -213,14 +213,29 @@ def forget_processes() -> None:
     decode_process._idle.clear()
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+# One of each way to be stopped: by the walk, by the time, by the memory, by the size.
+OFTEN = {
+    "jpeg, tiny EXIF segments",
+    "jpeg, thousands of scans",
+    "png, colour profiles",
+    "png, 63 megapixels of a kilobyte",
+    "gif, a comment of one-byte blocks",
+    "bmp, 4 bits, ends of lines",
+    "tiff, millions of strips",
+    "avif that is none",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE],
+)
 def test_a_hostile_photo_is_answered_in_time(name):
-    """8 seconds to minutes of a core each; two of 131 KB stopped the server for two minutes. A
-    fifth of a second is for the watch."""
+    """8 seconds to minutes of a core each; two of 131 KB stopped the server for two minutes."""
     data = HOSTILE[name]()
     assert len(data) <= 2**24
     seconds, mib = cost_of(data)
-    assert seconds < 2.2 + MEGAPIXELS.get(name, 0) / 16
+    assert seconds < 2 + MEGAPIXELS.get(name, 0) / 16
     assert mib < 512 + 64 + 4 * MEGAPIXELS.get(name, 0)
 
 
@@ -387,10 +402,8 @@ def test_a_process_that_overran_is_replaced():
 
 
 def test_less_patience_ends_it_sooner():
-    started = time.monotonic()
-    with pytest.raises(ImageTooComplex):
-        decode(scans(4000, 5000), patience=0.1)
-    assert time.monotonic() - started < 2
+    seconds, _ = cost_of(scans(4000, 5000), patience=0.1)
+    assert seconds < 1.2
 
 
 def test_memory_is_limited(monkeypatch):

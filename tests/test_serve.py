@@ -205,6 +205,13 @@ def test_tls_settings(tmp_path):
             "handler.errors.UserError: decoder.pt: damaged",
         ),
         (
+            "x [INFO ] MODEL_LOG - RuntimeError: not a ZIP archive\n"
+            "x [INFO ] Retry worker: 9000 in 1 seconds.\n"
+            "x [INFO ] MODEL_LOG - handler.errors.UserError: decoder.pt: damaged\n"
+            "x [INFO ] MODEL_LOG - RuntimeError: of the second try\n",
+            "handler.errors.UserError: decoder.pt: damaged",
+        ),
+        (
             "Exception in thread main\nCaused by: java.io.IOException: Address already in use\n",
             "java.io.IOException: Address already in use",
         ),

@@ -24,7 +24,7 @@ from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_captioner, load_model
 from training.config import Stage, load_config
 from training.data.captions import mirrored, pack_captions
-from training.data.features import FeatureCache
+from training.data.features import FeatureCache, FrozenEncoder
 from training.data.manifest import read_manifest
 from training.data.photos import Augment, epoch_order
 from training.loop.distributed import Processes
@@ -323,8 +323,8 @@ def test_two_runs_make_the_same_features_once(tiny_data, tmp_path):
 
     def make(_):
         augment = Augment(preprocessing, augment=True, flip=True)
-        given = (tmp_path, "encoder", manifest, rows, encode, (1, 192), 2, augment)
-        return FeatureCache(*given, seed=0, workers=0)
+        encoder = FrozenEncoder("encoder", encode, (1, 192))
+        return FeatureCache(tmp_path, encoder, manifest, rows, 2, augment, seed=0, workers=0)
 
     with ThreadPoolExecutor() as runs:
         first, second = runs.map(make, range(2))

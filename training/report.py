@@ -9,7 +9,7 @@ from pathlib import Path
 from handler.errors import ArgumentParser, run_command
 from handler.files import FORMAT, FolderKind, replace_folder, write_atomic
 from handler.request import add_decoding_options, decoding_options
-from handler.web.page import photo_html
+from handler.web.page import photo
 from training.data.manifest import Manifest, Row, inputs_of
 from training.data.photos import read_photo
 from training.pages.report import Shown, render
@@ -53,7 +53,7 @@ def show(
     maps = [maps_of(system, manifest, shown) for system in systems]
     return {
         row.id: Shown(
-            photo_html(read_photo(manifest, row), PHOTO_SIDE, row.captions[0]),
+            photo(read_photo(manifest, row), PHOTO_SIDE, row.captions[0]),
             [by_id[row.id] for by_id in maps],
         )
         for row in shown

@@ -161,16 +161,24 @@ def wait_until_ready(server: Server, models: list[str], home: Path) -> None:
         time.sleep(0.3)
         failure = failed(server, read_log(home))
         if failure:
-            for _ in range(6):  # the log is still being written
-                time.sleep(0.5)
-                if exceptions(read_log(home)):
-                    break
-            raise UserError(f"{failure}: {reason(read_log(home))} ({LOG}, {CONSOLE})")
+            raise UserError(f"{failure}: {reason(settled_log(home))} ({LOG}, {CONSOLE})")
         if all(is_ready(server, model, home) for model in models):
             return
     raise UserError(
         f"no worker was ready within {START_SECONDS} s: {reason(read_log(home))} ({LOG})"
     )
+
+
+def settled_log(home: Path) -> str:
+    """The log once it names an exception and no longer grows, or as it is after 5 s: a traceback
+    is written line by line, its cause first."""
+    log = read_log(home)
+    for _ in range(10):
+        time.sleep(0.5)
+        before, log = log, read_log(home)
+        if log == before and exceptions(log):
+            break
+    return log
 
 
 def failed(server: Server, log: str) -> str | None:
@@ -222,9 +230,10 @@ def reason(log: str) -> str:
 
 
 def exceptions(log: str) -> list[str]:
-    """The exception that ended a worker's first try, or its last one where the lines of several
-    workers are mixed; then the causes of Java's exceptions."""
-    found: list[str] = []
+    """Our own first error; then the exception that ended a worker's first try, or its last one
+    where the lines of several workers are mixed; then the causes of Java's exceptions."""
+    # TorchServe relays a traceback while it writes lines of its own: the end may be out of order.
+    found = [line for line in messages(log) if line.startswith("handler.errors.")][:1]
     for text in (log.split("Retry worker", 1)[0], log):
         # The last of Python's chained exceptions is the one that was meant for people.
         python = r"[A-Za-z_][\w.]*(Error|Exception)(:|$)"

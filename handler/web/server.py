@@ -8,7 +8,6 @@ takes photos only from its own page.
 """
 
 import secrets
-from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import torch
 from handler.client.connection import Client, ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode
-from handler.web.page import HEAT, HEAT_LEGEND, page, photo_html, words_html
-from handler.web.word_maps import words_of
+from handler.web.page import HEAT, TEMPLATES, page, photo, templates
+from handler.web.word_maps import Word, words_of
 
 HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent
@@ -41,25 +40,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-BODY = f"""<header><h1>What does the captioner see?</h1>
-<p class="quiet">The photo goes to the TorchServe on this machine and nowhere else.</p></header>
-<main>
-<div id="drop">
-<p>Drop a photo anywhere on this page, or</p>
-<p><input id="file" type="file" accept="image/*" class="out-of-sight">
-<label class="action" for="file">Choose a photo</label>
-<button id="camera" class="action" type="button">Use the camera</button></p>
-</div>
-<div id="viewfinder" hidden>
-<video id="video" autoplay playsinline muted aria-label="Picture of the camera"></video>
-<p><button id="shoot" class="action main" type="button">Take the photo</button>
-<button id="close" class="action" type="button">Close the camera</button></p>
-</div>
-<p id="status" role="status" aria-live="polite"></p>
-<p id="error" role="alert"></p>
-<section id="result" aria-label="Captions" data-limit="{MAX_BYTES}"></section>
-</main>
-<footer>{HEAT_LEGEND}</footer>"""
 
 
 class WebServer(ThreadingHTTPServer):
@@ -74,7 +54,13 @@ class WebServer(ThreadingHTTPServer):
         # As Jupyter's: other users of this machine, and other pages, do not know it.
         self.key = secrets.token_urlsafe(24)
         self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
-        self.page = page("Captioner", BODY, [HERE / "web.css"], [HEAT, HERE / "web.js"]).encode()
+        self.page = page(
+            TEMPLATES / "demo.html",
+            [HERE / "web.css"],
+            [HEAT, HERE / "web.js"],
+            title="Captioner",
+            limit=MAX_BYTES,
+        ).encode()
         self.fits: dict[str, str] = {}
 
     def fit(self, checkpoint: str) -> str:
@@ -156,34 +142,30 @@ class PageHandler(BaseHTTPRequestHandler):
         """Nothing: what people show to the page is theirs."""
 
 
-def card(server: WebServer, photo: bytes) -> str:
+def card(server: WebServer, data: bytes) -> str:
     """Asks the server for the captions of a photo: the HTML of the photo with its captions."""
     answer = server.client.caption(
-        photo, num_beams=BEAMS, num_return_sequences=N_BEST, attention=True
+        data, num_beams=BEAMS, num_return_sequences=N_BEST, attention=True
     )
-    fit = server.fit(answer["model"]["checkpoint"])
-    captions = "".join(f"<li>{caption_html(caption, fit)}</li>" for caption in answer["captions"])
-    text = answer["caption"]
-    model = answer["model"]
     return (
-        f'<article class="card" data-caption="{escape(text, True)}">'
-        f"{photo_html(decode(photo), PHOTO_SIDE, text)}"
-        f'<div class="text"><ol class="captions">{captions}</ol><p class="quiet">'
-        f"{escape(str(model['name']))} {escape(str(model['version']))}, "
-        f"{escape(str(model['precision']))}, {escape(str(model['checkpoint'])[:19])}</p>"
-        "</div></article>"
+        templates(TEMPLATES)
+        .get_template("card.html")
+        .render(
+            shown=photo(decode(data), PHOTO_SIDE, answer["caption"]),
+            captions=[
+                caption | {"words": words_of_answer(caption)} for caption in answer["captions"]
+            ],
+            fit=server.fit(answer["model"]["checkpoint"]),
+            model=answer["model"],
+        )
     )
 
 
-def caption_html(caption: dict[str, Any], fit: str) -> str:
-    """A caption of the API as words with their maps, and its scores."""
+def words_of_answer(caption: dict[str, Any]) -> list[Word]:
+    """The words, with their maps, of a caption of the API."""
     attention = caption["attention"]
     maps_Tgg = torch.tensor(attention["maps"]).reshape(-1, *attention["grid"])
-    words = words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
-    return (
-        f'{words_html(words, fit)}<p class="quiet">score {caption["score"]:.2f}, '
-        f"log probability {caption['log_prob']:.2f}</p>"
-    )
+    return words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
 
 
 def sentence(error: UserError) -> tuple[int, str]:

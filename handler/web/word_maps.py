@@ -5,6 +5,7 @@ width and height, x to the right and y down.
 """
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,7 @@ def word_as_dict(word: Word) -> dict[str, Any]:
     scaled = (word.map_gg / word.map_gg.max().clamp(min=1e-9) * 255).round().to(torch.uint8)
     page: dict[str, Any] = {
         "text": word.text,
-        "log_prob": round(word.log_prob, 3),
+        "probability": math.exp(word.log_prob),
         "map": base64.b64encode(scaled.numpy().tobytes()).decode(),
         "place": place_name(*peak(word.map_gg)),
     }

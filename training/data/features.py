@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ from training.data.photos import Augment, PhotoDataset, loaded, stamp
 from training.data.seeds import seed_of
 
 
+class FrozenEncoder(NamedTuple):
+    """What makes features of photos (n, 3, H, W): bits that tell it from any other, and the shape
+    (P, D) of the memory that it makes of one photo."""
+
+    fingerprint: str
+    encode: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
+
+
 class FeatureCache:
     """The frozen encoder's memory of every photo in `views` versions, bfloat16, in one file that is
     mapped into memory: (photos, views, P, D). View 0 is the photo itself, the others are augmented.
@@ -29,18 +39,16 @@ class FeatureCache:
     def __init__(
         self,
         folder: Path,
-        fingerprint: str,
+        encoder: FrozenEncoder,
         manifest: Manifest,
         rows: Sequence[Row],
-        encode: Callable[[Tensor], Tensor],
-        shape: tuple[int, int],
         views: int,
         augment: Augment,
         seed: int,
         workers: int,
     ) -> None:
         plain = Augment(augment.preprocessing, augment=False, flip=False)
-        key = hashlib.sha256(fingerprint.encode())
+        key = hashlib.sha256(encoder.fingerprint.encode())
         for row in rows:
             key.update(f"{stamp(manifest, row)}\n".encode())
         self.path = folder / f"{key.hexdigest()[:24]}.bf16"
@@ -48,7 +56,7 @@ class FeatureCache:
         for index in range(len(rows)):
             for view in range(1, views):
                 self.mirror[index, view] = augment.mirrors(seed_of(seed, view, index))
-        size = (len(rows), views, *shape)
+        size = (len(rows), views, *encoder.shape)
         if not self.path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
@@ -67,7 +75,7 @@ class FeatureCache:
                     ]
                     try:
                         _reserve(partial, size)
-                        self._make(_mapped(partial, size), photos, encode, workers)
+                        self._make(_mapped(partial, size), photos, encoder.encode, workers)
                     except BaseException:
                         partial.unlink(missing_ok=True)
                         raise

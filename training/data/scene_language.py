@@ -473,23 +473,7 @@ class _Reading:
         while self.word(index) in ("of", "the", "them"):  # all of the three, one of them
             index += 1
         adjectives = index
-        wanted: dict[str, str] = {}
-        clash = False
-        while True:
-            if self.word(index) in _WORDS:
-                key, value = _WORDS[self.word(index)]
-                clash |= wanted.get(key, value) != value
-                wanted[key] = value
-                index += 1
-            elif (
-                adjectives < index
-                and self.word(index) in ("and", ",")
-                and self.word(index + 1) in _WORDS
-                and self.word(index - 1) in _WORDS
-            ):
-                index += 1
-            else:
-                break
+        index, wanted, clash = self.read_adjectives(index)
         noun = self.word(index)
         if clash:
             self.claim("colour" if "colour" in wanted else "object", False, start, index + 1)
@@ -520,6 +504,27 @@ class _Reading:
             self.claim("object", False, start, index + 1)
             return index + 1
         return index if index > start else None
+
+    def read_adjectives(self, index: int) -> tuple[int, dict[str, str], bool]:
+        """Where they end, the attributes, and whether two of them contradict each other."""
+        start = index
+        wanted: dict[str, str] = {}
+        clash = False
+        while True:
+            if self.word(index) in _WORDS:
+                key, value = _WORDS[self.word(index)]
+                clash |= wanted.get(key, value) != value
+                wanted[key] = value
+                index += 1
+            elif (
+                start < index
+                and self.word(index) in ("and", ",")
+                and self.word(index + 1) in _WORDS
+                and self.word(index - 1) in _WORDS
+            ):
+                index += 1
+            else:
+                return index, wanted, clash
 
     def number_of_all(self) -> int | None:
         """In `all of the three shapes are red hearts`, three."""

@@ -128,7 +128,7 @@ def read_shard(root: Path | str, shard: str) -> tuple[list[ShardPhoto], list[tup
 
 def _open(place: Path | str) -> BinaryIO:
     if isinstance(place, str):
-        return io.BufferedReader(RangedFile(place), READ_AHEAD)  # type: ignore[return-value]
+        return io.BufferedReader(RangedFile(place), READ_AHEAD)
     if not place.is_file():  # opening a pipe would wait for ever
         raise UserError(f"{place}: this is not a file")
     return open(place, "rb")

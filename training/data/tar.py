@@ -70,11 +70,7 @@ def read_entries(file: BinaryIO, size: int) -> Iterator[Entry]:
         if info.isfile() and "size" in attributes:
             length = _size(attributes["size"], offset)
         name = attributes.get("path") or long_name or info.name
-        if length < 0:
-            raise DamagedTar(offset, f"the size of {name[:80]!r} is {length}")
-        if content + length > size:
-            left = size - content
-            raise DamagedTar(offset, f"cut off within {name[:80]}: {left} of its {length} bytes")
+        _check_length(offset, name, length, size - content)
         if info.type in (*PAX, *LONG):
             if length > LONGEST_HEADER:
                 raise DamagedTar(offset, f"a header of {length} bytes")
@@ -90,6 +86,13 @@ def read_entries(file: BinaryIO, size: int) -> Iterator[Entry]:
                 yield Entry(name, content, length, header)
             long_name, attributes = None, {}
         offset = content + -(-length // BLOCK) * BLOCK
+
+
+def _check_length(offset: int, name: str, length: int, left: int) -> None:
+    if length < 0:
+        raise DamagedTar(offset, f"the size of {name[:80]!r} is {length}")
+    if length > left:
+        raise DamagedTar(offset, f"cut off within {name[:80]}: {left} of its {length} bytes")
 
 
 def _read(file: BinaryIO, offset: int, length: int) -> bytes:

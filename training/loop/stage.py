@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from handler.errors import UserError
 from training.config import Stage
 from training.data.captions import Batch, Captions
-from training.data.features import FeatureCache
+from training.data.features import FeatureCache, FrozenEncoder
 from training.data.photos import Augment, PhotoDataset, epoch_order, photo_batches, shard_numbers
 from training.data.seeds import seed_of
 from training.loop.distributed import without_exchange
@@ -200,11 +200,9 @@ def make_features(run: Run, stage: Stage) -> FeatureCache:
     shape = (encoder.config.memory_tokens, encoder.config.width)
     return FeatureCache(
         FEATURES,
-        fingerprint.hexdigest(),
+        FrozenEncoder(fingerprint.hexdigest(), encode, shape),
         run.manifest,
         run.train_rows,
-        encode,
-        shape,
         stage.views,
         Augment(run.preprocessing, stage.augment, stage.flip),
         run.config.seed,

@@ -6,7 +6,7 @@ from pathlib import Path
 from handler.caption_tokenizer import CaptionTokenizer, is_written_without_spaces
 from handler.captioner import check_config, load_tokenizer, read_config
 from handler.errors import UserError
-from handler.image_preprocess import PreprocessConfig
+from handler.image_preprocess import Interpolation, PreprocessConfig
 from training.config import TokenizerChoice, TrainConfig
 from training.data.manifest import Row
 from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
@@ -55,7 +55,7 @@ def make_model(
     """A new model with the preprocessing that its encoder wants."""
     source, shape = config.encoder, config.decoder
     mean = std = (0.5, 0.5, 0.5)
-    interpolation = "bicubic"
+    interpolation: Interpolation = "bicubic"
     encoder: Encoder | None = None
     if source.pretrained is not None:
         pretrained = load_encoder(source.pretrained, weights, source.image_size)
@@ -94,7 +94,7 @@ def make_model(
         image_size=encoder_config.image_size,
         mean=mean,
         std=std,
-        resize=config.resize,  # type: ignore[arg-type]  # refused there when it is none of the two
-        interpolation=interpolation,  # type: ignore[arg-type]
+        resize=config.resize,
+        interpolation=interpolation,
     )
     return model, preprocessing

@@ -47,7 +47,8 @@ class CrossEntropyLoss:
 def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:
     """As `F.cross_entropy(..., label_smoothing=smoothing, reduction="sum")` of float32 logits, to
     the rounding; the gradient comes in the type of the logits."""
-    return _SummedCrossEntropy.apply(logits_NV, targets_N, smoothing)
+    total: Tensor = _SummedCrossEntropy.apply(logits_NV, targets_N, smoothing)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _slices(logits_NV: Tensor) -> Iterator[slice]:

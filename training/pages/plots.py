@@ -7,6 +7,13 @@ a legend in words; the text and the axes take the page's own colours.
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+
+from markupsafe import Markup
+
+from handler.web.page import templates
+
+HERE = Path(__file__).parent
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 14, 40
@@ -131,15 +138,12 @@ def _stroke(number: int) -> str:
 
 
 def _figure(title: str, parts: Sequence[str], keys: Mapping[str, str], height: int = HEIGHT) -> str:
-    """The chart with its title and, for several series, its legend: `keys` are what each name's
-    line or bar looks like."""
-    legend = "".join(
-        f'<span><svg viewBox="0 0 26 10" aria-hidden="true">{key}</svg>{escape(name)}</span>'
-        for name, key in keys.items()
-    )
-    legend = f'<p class="legend">{legend}</p>' if len(keys) > 1 else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{legend}'
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, True)}">'
-        f"{''.join(parts)}</svg></figure>"
-    )
+    """The chart with its legend: `keys` are what each name's line or bar looks like."""
+    content = {
+        "title": title,
+        "keys": {name: Markup(key) for name, key in keys.items()},
+        "drawing": Markup("".join(parts)),
+        "width": WIDTH,
+        "height": height,
+    }
+    return Markup(templates(HERE / "templates").get_template("chart.html").render(content))

@@ -1,13 +1,12 @@
 """The report as HTML: a section each for scores, training, mistakes, words, and photos."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from handler.web.page import HEAT, HEAT_LEGEND, page, words_html
+from handler.web.page import HEAT, Photo, page
 from handler.web.word_maps import FUNCTION_WORDS, Word
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
@@ -19,7 +18,7 @@ from training.scores.intervals import CONFIDENCE, interval, interval_of_score
 from training.scores.metrics import plain_words
 from training.scores.mistakes import Mistakes
 
-STYLE = Path(__file__).with_name("report.css")
+HERE = Path(__file__).parent
 # Points of a loss curve: each is the mean of as many steps as it takes.
 CURVE_POINTS = 200
 LONGEST, FREQUENT, CONFUSIONS = 24, 20, 6
@@ -29,10 +28,51 @@ NOT_SCORES = ("loss", "distinct_captions")
 
 @dataclass(frozen=True)
 class Shown:
-    """A photo of the report: its HTML, and for each system the words of each of its captions."""
+    """A photo of the report, and for each system the words of each of its captions."""
 
-    photo: str
+    photo: Photo
     words: list[list[list[Word]]]
+
+
+class Cell(NamedTuple):
+    """A cell of a table; one that stands out is set in bold."""
+
+    text: str
+    stands_out: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """`numbers` are the columns that are set to the right; a row is its name and its cells."""
+
+    head: Sequence[str]
+    numbers: Sequence[int]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+class Entry(NamedTuple):
+    """What one system says of a photo, best caption first."""
+
+    name: str
+    fit: str
+    words: list[list[Word]]
+    scores: list[float]
+    cider: float
+    wrong: list[str]
+
+
+class Card(NamedTuple):
+    row: Row
+    photo: Photo
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class Section:
+    notes: str = ""
+    table: Table | None = None
+    charts: Sequence[str] = ()
+    cards: Sequence[Card] = field(default_factory=tuple)
 
 
 def render(
@@ -45,7 +85,6 @@ def render(
 ) -> str:
     """The whole document."""
     names = " and ".join(system.name for system in systems)
-    title = f"Captions of {names} on {manifest.name}, {split}"
     sections = {
         "Scores": scores_section(systems),
         "Training": training_section(systems),
@@ -53,61 +92,52 @@ def render(
         "Words": words_section(systems, manifest, rows),
     }
     for heading, group in groups.items():
-        cards = "".join(card(systems, row, photos[row.id]) for row in group)
-        sections[heading] = f'<div class="cards">{cards}</div>' if group else ""
-    sections = {heading: html for heading, html in sections.items() if html}
-    anchors = {heading: f"section-{number}" for number, heading in enumerate(sections)}
-    links = "".join(f'<li><a href="#{anchors[h]}">{escape(h)}</a></li>' for h in sections)
-    body = "".join(
-        f'<section aria-labelledby="{anchors[heading]}"><h2 id="{anchors[heading]}">'
-        f"{escape(heading)}</h2>{html}</section>"
-        for heading, html in sections.items()
+        if group:
+            sections[heading] = Section(cards=[card(systems, r, photos[r.id]) for r in group])
+    return page(
+        HERE / "templates" / "report.html",
+        [HERE / "report.css"],
+        [HEAT],
+        title=f"Captions of {names} on {manifest.name}, {split}",
+        systems=systems,
+        facts=[facts(system, len(rows)) for system in systems],
+        sections=sections,
     )
-    body = (
-        f"<header><h1>{escape(title)}</h1>{facts(systems, rows)}{HEAT_LEGEND}</header>"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav><main>{body}</main>'
-    )
-    return page(title, body, [STYLE], [HEAT])
 
 
-def facts(systems: Sequence[System], rows: Sequence[Row]) -> str:
-    lines = []
-    for system in systems:
-        options = system.decoding
-        training = system.captioner.config.get("training", {})
-        said = [
-            f"{len(rows):,} photos",
-            "sampled" if options.do_sample else f"{options.beams} beams",
-        ]
-        if "minutes" in training:
-            said.append(f"trained for {training['minutes']:g} minutes")
-        if "precision" in system.captioner.config:
-            said.append(f"export in {system.captioner.config['precision']}")
-        folder = escape(system.folder.as_posix())
-        lines.append(f"<b>{escape(system.name)}</b> ({folder}): {escape(', '.join(said))}")
-    return f'<p class="quiet">{"<br>".join(lines)}</p>'
+def facts(system: System, photos: int) -> list[str]:
+    """How a system was trained and asked."""
+    options, config = system.decoding, system.captioner.config
+    known = [
+        f"{photos:,} photos",
+        "sampled" if options.do_sample else f"{options.beams} beams",
+    ]
+    if "minutes" in config.get("training", {}):
+        known.append(f"trained for {config['training']['minutes']:g} minutes")
+    if "precision" in config:
+        known.append(f"export in {config['precision']}")
+    return known
 
 
 # ------------------------------------------------------------------------------------- scores
 
 
-def scores_section(systems: Sequence[System]) -> str:
+def scores_section(systems: Sequence[System]) -> Section:
     """Every score with its interval; beside another system, the paired difference too."""
     first = systems[0]
-    head = "".join(
-        f'<th class="number">{escape(s.name)}</th><th class="number">{CONFIDENCE:.0%} interval</th>'
-        for s in systems
-    )
+    head = ["score"]
+    for system in systems:
+        head += [system.name, f"{CONFIDENCE:.0%} interval"]
     if len(systems) == 2:
-        head += '<th class="number">difference</th><th class="number">its interval</th>'
+        head += ["difference", "its interval"]
     lines = []
     for name, score in first.scores.items():
         if not isinstance(score, float):
             continue
-        cells = "".join(_score_cells(system, name) for system in systems)
+        cells = [cell for system in systems for cell in _score_cells(system, name)]
         if len(systems) == 2:
             cells += _difference_cells(systems, name)
-        lines.append(f"<tr><th scope=row>{escape(score_name(name))}</th>{cells}</tr>")
+        lines.append((score_name(name), cells))
     note = (
         "Corpus scores of pycocoevalcap"
         + (" after its PTB tokenizer" if first.scores["tokenizer"] == "ptb" else
@@ -116,10 +146,7 @@ def scores_section(systems: Sequence[System]) -> str:
     )  # fmt: skip
     if len(systems) == 2:
         note += " A difference in bold is one whose interval leaves out zero."
-    return (
-        f'<div class="wide"><table><thead><tr><th>score</th>{head}</tr></thead>'
-        f'<tbody>{"".join(lines)}</tbody></table></div><p class="quiet">{note}</p>'
-    )
+    return Section(note, Table(head, range(1, len(head)), lines))
 
 
 def score_name(name: str) -> str:
@@ -129,39 +156,36 @@ def score_name(name: str) -> str:
     return {"claims_true": "true claims", "captions_true": "entirely true captions"}.get(name, name)
 
 
-def _score_cells(system: System, name: str) -> str:
+def _score_cells(system: System, name: str) -> tuple[Cell, Cell]:
     score = system.scores.get(name)
     if score is None:
-        return '<td class="number">–</td><td></td>'
+        return Cell("–"), Cell("")
     between = ""
     if name in system.resamples:
         between = "{:.3f} to {:.3f}".format(*interval_of_score(name, system.resamples[name]))
-    return f'<td class="number">{score:.3f}</td><td class="number">{between}</td>'
+    return Cell(f"{score:.3f}"), Cell(between)
 
 
-def _difference_cells(systems: Sequence[System], name: str) -> str:
+def _difference_cells(systems: Sequence[System], name: str) -> tuple[Cell, Cell]:
     first, second = systems
     if name not in second.scores:
-        return "<td></td><td></td>"
+        return Cell(""), Cell("")
     difference = second.scores[name] - first.scores[name]
-    between, apart = "", ""
+    between, apart = "", False
     if name in first.resamples and name in second.resamples:
         low, high = interval(second.resamples[name] - first.resamples[name])
-        between = f"{low:+.3f} to {high:+.3f}"
-        apart = " apart" if low > 0 or high < 0 else ""
-    return (
-        f'<td class="number{apart}">{difference:+.3f}</td><td class="number{apart}">{between}</td>'
-    )
+        between, apart = f"{low:+.3f} to {high:+.3f}", low > 0 or high < 0
+    return Cell(f"{difference:+.3f}", apart), Cell(between, apart)
 
 
 # ----------------------------------------------------------------------------------- training
 
 
-def training_section(systems: Sequence[System]) -> str:
+def training_section(systems: Sequence[System]) -> Section:
     """Loss, learning rate and validation scores over the steps of all stages."""
     logs = {system.name: _in_one_row(system.log) for system in systems if system.log}
     if not logs:
-        return '<p class="quiet">No training log lies beside an export; its checkpoint has it.</p>'
+        return Section("No training log lies beside an export; its checkpoint has it.")
     starts = {}
     if len(logs) == 1:
         [entries] = logs.values()
@@ -185,7 +209,7 @@ def training_section(systems: Sequence[System]) -> str:
     charts.append(line_chart("Validation", values, "step", starts))
     rates = {name: _curve(entries, "lr") for name, entries in logs.items()}
     charts.append(line_chart("Learning rate of the decoder", rates, "step", starts))
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return Section(charts=charts)
 
 
 def _in_one_row(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,7 +236,7 @@ def _curve(entries: Sequence[dict[str, Any]], name: str) -> list[tuple[float, fl
 # ----------------------------------------------------------------------------------- mistakes
 
 
-def mistakes_section(systems: Sequence[System], rows: Sequence[Row]) -> str:
+def mistakes_section(systems: Sequence[System], rows: Sequence[Row]) -> Section:
     """How often each kind of word is wrong, and what was said instead of what."""
     kinds = dict.fromkeys(kind for system in systems for kind in system.mistakes)
     lines = []
@@ -221,32 +245,25 @@ def mistakes_section(systems: Sequence[System], rows: Sequence[Row]) -> str:
             found = system.mistakes.get(kind, Mistakes())
             share = f"{len(found.photos) / found.judged:.0%}" if found.judged else "–"
             pairs = "; ".join(
-                f"{escape(said)}{' for ' + escape(true) if true else ''} ({count})"
-                for (said, true), count in found.confusions.most_common(CONFUSIONS)
+                f"{wrong}{' for ' + true if true else ''} ({count})"
+                for (wrong, true), count in found.confusions.most_common(CONFUSIONS)
             )
-            name = escape(system.name) if len(systems) == 2 else ""
-            lines.append(
-                f'<tr><th scope=row>{escape(kind)} {name}</th><td class="number">'
-                f'{len(found.photos):,} of {found.judged:,}</td><td class="number">{share}</td>'
-                f"<td>{pairs}</td></tr>"
-            )
+            name = f"{kind} {system.name}" if len(systems) == 2 else kind
+            count = f"{len(found.photos):,} of {found.judged:,}"
+            lines.append((name, [Cell(count), Cell(share), Cell(pairs)]))
     truth = (
         "Each claim of a caption is checked against the drawn scene."
         if all(row.scene is not None for row in rows)
         else "By simple word classes: a word is wrong where no reference says it and the "
         "references say another word of its class."
     )
-    return (
-        f'<p class="quiet">{truth}</p><div class="wide"><table><thead><tr><th>wrong</th>'
-        '<th class="number">captions</th><th class="number">share</th><th>said (times)</th></tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return Section(truth, Table(["wrong", "captions", "share", "said (times)"], (1, 2), lines))
 
 
 # -------------------------------------------------------------------------------------- words
 
 
-def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[Row]) -> str:
+def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[Row]) -> Section:
     """Lengths and vocabulary beside those of the references."""
     said = {system.name: list(system.best.values()) for system in systems}
     said["references"] = [caption for row in rows for caption in row.captions]
@@ -270,22 +287,16 @@ def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[
     for name, texts in words.items():
         flat = [word for text in texts for word in text]
         captions = said[name]
-        lines.append(
-            f'<tr><th scope=row>{escape(name)}</th><td class="number">{len(set(flat)):,}</td>'
-            f'<td class="number">{len(flat) / len(texts):.1f}</td>'
-            f'<td class="number">{distinct(captions) / len(captions):.0%}</td>'
-            f'<td class="number">{copied(captions, learnt):.0%}</td></tr>'
-        )
-    table = (
-        '<div class="wide"><table><thead><tr><th></th><th class="number">different words</th>'
-        '<th class="number">words a caption</th><th class="number">different captions</th>'
-        '<th class="number">stand in the training captions</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-    charts = bar_chart("Length of captions", lengths, by_length, "words")
+        shares = (distinct(captions) / len(captions), copied(captions, learnt))
+        figures = [f"{len(set(flat)):,}", f"{len(flat) / len(texts):.1f}"]
+        figures += [f"{share:.0%}" for share in shares]
+        lines.append((name, [Cell(figure) for figure in figures]))
+    head = ["", "different words", "words a caption", "different captions"]
+    table = Table([*head, "stand in the training captions"], (1, 2, 3, 4), lines)
+    charts = [bar_chart("Length of captions", lengths, by_length, "words")]
     if frequent:
-        charts += bar_chart("Captions with a word", frequent, by_word, "")
-    return f'{table}<div class="charts">{charts}</div>'
+        charts.append(bar_chart("Captions with a word", frequent, by_word, ""))
+    return Section(table=table, charts=charts)
 
 
 def _shares(values: Sequence[int], places: Sequence[int]) -> list[float]:
@@ -296,41 +307,21 @@ def _shares(values: Sequence[int], places: Sequence[int]) -> list[float]:
 # ------------------------------------------------------------------------------------- photos
 
 
-def card(systems: Sequence[System], row: Row, shown: Shown) -> str:
+def card(systems: Sequence[System], row: Row, shown: Shown) -> Card:
     """One photo with what every system says of it, and what people said."""
-    parts = []
+    entries = []
     for system, words in zip(systems, shown.words, strict=True):
-        captions = system.captions[row.id]
-        fit = system.captioner.preprocessing.resize
-        name = f"<b>{escape(system.name)}</b>, " if len(systems) == 2 else ""
-        others = "".join(
-            f"<li>{words_html(w, fit)}<span class=quiet>score {caption.score:.2f}</span></li>"
-            for caption, w in list(zip(captions, words, strict=True))[1:]
-        )
-        parts.append(
-            f'<div class="system">{words_html(words[0], fit)}<p class="quiet">{name}'
-            f"CIDEr {system.each[row.id]['CIDEr']:.2f}, score {captions[0].score:.2f}"
-            f"{_wrong(system, row)}</p>"
-            + (
-                f"<details><summary>next best</summary><ul>{others}</ul></details>"
-                if others
-                else ""
-            )
-            + "</div>"
-        )
-    references = "".join(f"<li>{escape(caption)}</li>" for caption in row.captions)
-    return (
-        f'<article class="card">{shown.photo}<div class="text">{"".join(parts)}'
-        f"<details><summary>references</summary><ul>{references}</ul></details>"
-        f'<p class="quiet">{escape(row.id)}</p></div></article>'
-    )
+        scores = [caption.score for caption in system.captions[row.id]]
+        fit, cider = system.captioner.preprocessing.resize, system.each[row.id]["CIDEr"]
+        entries.append(Entry(system.name, fit, words, scores, cider, list(_wrong(system, row))))
+    return Card(row, shown.photo, entries)
 
 
-def _wrong(system: System, row: Row) -> str:
+def _wrong(system: System, row: Row) -> Iterator[str]:
     """What is wrong with a caption, in a few words."""
-    if row.scene is not None:
-        claims = check(system.best[row.id], row.scene)
-        wrong = [f"{claim.kind} “{claim.text}”" for claim in claims if not claim.true]
+    if row.scene is None:
+        yield from (kind for kind, found in system.mistakes.items() if row.id in found.photos)
     else:
-        wrong = [kind for kind, found in system.mistakes.items() if row.id in found.photos]
-    return f'; <span class="false">wrong: {escape(", ".join(wrong))}</span>' if wrong else ""
+        for claim in check(system.best[row.id], row.scene):
+            if not claim.true:
+                yield f"{claim.kind} “{claim.text}”"

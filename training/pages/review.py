@@ -13,13 +13,12 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from handler.errors import UserError
 from handler.files import read_object
-from handler.web.page import page, photo_html
+from handler.web.page import page, photo
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.scores.captions import read_predictions
@@ -96,39 +95,19 @@ def key_of(items: Sequence[Item], manifest: Manifest, split: str) -> dict[str, A
 
 def render(items: Sequence[Item], manifest: Manifest) -> str:
     """The sheet as HTML: one photo at a time, a five-point scale for each caption."""
-    articles = []
+    shown = []
     for number, item in enumerate(items):
-        fields = []
-        for place, (text, _) in enumerate(item.captions):
-            name = f"{number}-{place}"
-            choices = "".join(
-                f'<label><input type="radio" name="{name}" value="{value}">'
-                f'<span>{value}</span><span class="out-of-sight">{escape(said)}</span></label>'
-                for value, said in SCALE.items()
-            )
-            fields.append(
-                f"<fieldset><legend>{escape(text)}</legend>"
-                f'<div class="choices">{choices}</div></fieldset>'
-            )
-        photo = photo_html(read_photo(manifest, item.row), PHOTO_SIDE, f"Photo {number + 1}")
-        articles.append(
-            f'<article class="card item" id="item-{number}" hidden>{photo}'
-            f'<div class="text">{"".join(fields)}</div></article>'
-        )
-    scale = "".join(f"<li>{escape(said)}</li>" for said in SCALE.values())
-    body = (
-        "<header><h1>How well do these captions describe the photo?</h1>"
-        "<p>People and programs wrote them; judge each by the photo alone.</p>"
-        f'<ol class="quiet">{scale}</ol>'
-        '<p><label>Your name or initials <input id="rater" autocomplete="off" maxlength="60">'
-        "</label></p></header>"
-        f'<main data-sheet="{sheet_id(items)}" data-photos="{len(items)}">{"".join(articles)}'
-        '<p class="turn"><button class="action" type="button" id="back">Back</button> '
-        '<button class="action main" type="button" id="next">Next</button> '
-        '<button class="action" type="button" id="save">Save the ratings</button></p>'
-        '<p id="status" role="status" aria-live="polite"></p></main>'
+        image = photo(read_photo(manifest, item.row), PHOTO_SIDE, f"Photo {number + 1}")
+        shown.append((image, [text for text, _ in item.captions]))
+    return page(
+        HERE / "templates" / "review.html",
+        [HERE / "review.css"],
+        [HERE / "review.js"],
+        title="Captions to judge",
+        sheet=sheet_id(items),
+        scale=SCALE,
+        items=shown,
     )
-    return page("Captions to judge", body, [HERE / "review.css"], [HERE / "review.js"])
 
 
 def read_systems(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
