@@ -386,7 +386,7 @@ def test_the_archive_of_another_checkpoint_is_kept(tiny_export, tmp_path, capsys
     for version in ("1.0", "2.0"):
         build_archive(tiny_export, out, version)
         assert checkpoint(out) == config["checkpoint"] and checkpoint(previous) == "sha256:0"
-    assert capsys.readouterr().out.count("captioner.previous.mar: the archive of another") == 1
+    assert capsys.readouterr().out.count("captioner.previous.mar: the previous captioner.mar") == 1
     assert sorted(os.listdir(tmp_path)) == ["captioner.mar", "captioner.previous.mar", "mine"]
 
 
