@@ -139,6 +139,11 @@ def decode(
     if isinstance(photo, Image.Image):
         check_size(photo.size)
         return decode_photo(photo)
+    if not isinstance(photo, (bytes, bytearray, memoryview)):
+        raise InvalidImage(
+            f"a photo is of type {type(photo).__name__}; give the bytes of its file, as from "
+            "Path('photo.jpg').read_bytes(), or a PIL image"
+        )
     data = bytes(photo)
     if len(data) > MAX_BYTES:
         raise ImageTooLarge(f"the image has more than {MAX_BYTES // 2**20} MiB")

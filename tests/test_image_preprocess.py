@@ -143,6 +143,13 @@ def test_transparent_palette_entries_are_white():
         assert [photo.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (250, 0, 0)]
 
 
+@pytest.mark.parametrize(("mode", "key"), [("L", 7), ("RGB", (7, 7, 7)), ("1", 0)])
+def test_a_transparent_colour_of_a_png_that_python_opened_is_white(mode, key):
+    """It was refused as damaged."""
+    data = encoded(Image.new(mode, (4, 4), key), "PNG", transparency=key)
+    assert decode(Image.open(io.BytesIO(data))).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_transparent_level_of_a_16_bit_png_is_white():
     name = b"tRNS" + struct.pack(">H", 500)
     extra = struct.pack(">I", 2) + name + struct.pack(">I", zlib.crc32(name))

@@ -15,6 +15,7 @@ from training.data.photos import read_photo
 from training.pages.report import Shown, render
 from training.pages.system import System, caption_split, load_system, maps_of, score_system
 from training.scores.captions import dataset_of, write_predictions
+from training.scores.metrics import choose_tokenizer
 
 REPORT = FolderKind(
     *("a report", "report.json", ("report",)), ("report.json", "report.html", "predictions.json")
@@ -71,6 +72,7 @@ def main() -> None:
     add_decoding_options(parser)
     arguments = parser.parse_args()
     options = decoding_options(arguments)
+    choose_tokenizer()  # a Java that does not work ends it before anything is captioned
 
     folders = [arguments.checkpoint or arguments.export]
     folders += [arguments.compare] if arguments.compare else []

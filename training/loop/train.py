@@ -24,7 +24,12 @@ from training.loop.run import Run, read_state, restore_parts
 from training.loop.stage import run_stage
 from training.loop.start import make_model, make_tokenizer
 from training.loop.teachers import check_teachers
-from training.loop.validation import announce, validate, warn_of_little_learnt
+from training.loop.validation import (
+    announce,
+    choose_metric_tokenizer,
+    validate,
+    warn_of_little_learnt,
+)
 
 
 def train(
@@ -76,6 +81,8 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
         if run.processes.first:
             # For --resume before the first validation, which writes the checkpoint.
             run.tokenizer.save(run.folder.path / "tokenizer.json")
+    if run.processes.first:
+        choose_metric_tokenizer(run, state)
     run.processes.wait()
     run.model.to(run.device)
     run.average = copy.deepcopy(run.model).requires_grad_(False).eval()

@@ -11,14 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handler.captioner import Captioner
+from handler.errors import UserError
 from training.data.captions import Captions
 from training.data.manifest import Row
 from training.data.photos import read_photo
 from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.scores.claims import score_claims
-from training.scores.habits import little_learnt
-from training.scores.metrics import score
+from training.scores.habits import distinct, little_learnt
+from training.scores.metrics import choose_tokenizer, score
 
 BATCH = 50
 # CIDEr weights a word by log(photos / photos with the word). With one photo, all weights are 0;
@@ -32,9 +33,9 @@ def validate(run: Run) -> None:
     captioner, rows = run.captioner(), run.val_rows
     predictions, loss = caption_and_loss(run, captioner, rows)
     references = {row.id: row.captions for row in rows}
-    scores = score(predictions, references, metrics=("bleu", "cider"))
+    scores = score(predictions, references, ("bleu", "cider"), run.metric_tokenizer)
     result: dict[str, Any] = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
-    result |= {"loss": loss, "distinct_captions": len(set(predictions.values()))}
+    result |= {"loss": loss, "distinct_captions": distinct(list(predictions.values()))}
     if all(row.scene is not None for row in rows):
         claims = score_claims(predictions, rows)
         result |= {name: claims[name] for name in ("claims_true", "captions_true")}
@@ -51,8 +52,29 @@ def chosen_by(rows: list[Row]) -> str:
     return "CIDEr" if len(rows) >= LEAST_PHOTOS_FOR_CIDER else "loss"
 
 
+def choose_metric_tokenizer(run: Run, state: dict[str, Any] | None) -> None:
+    """What splits captions into words for the figures of a run: the PTB tokenizer, or plain words
+    without Java; of a resumed run, what its `state` has. Raises UserError where that needs a Java
+    that is not there any more, or does not work."""
+    found = choose_tokenizer()
+    run.metric_tokenizer = found if state is None else state["metric_tokenizer"]
+    if run.metric_tokenizer == "ptb" and found == "python":
+        raise UserError(
+            f"{run.folder.final}: its figures are after the PTB tokenizer, and no Java is found; "
+            "make setup brings one"
+        )
+
+
 def announce(run: Run) -> None:
-    """Says what chooses the checkpoint, where it is not CIDEr."""
+    """Says by what validation captions are split into words, and what chooses the checkpoint, where
+    it is not CIDEr."""
+    if run.metric_tokenizer == "ptb":
+        run.log.say("validation: figures after the PTB tokenizer")
+    else:
+        run.log.say(
+            "validation: figures on plain words, since no Java was found when the run began: they "
+            "compare only with each other (make setup brings Java)"
+        )
     if chosen_by(run.val_rows) == "loss":
         run.log.say(
             f"{len(run.val_rows)} validation photos are too few for CIDEr (at least "

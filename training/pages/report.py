@@ -13,8 +13,8 @@ from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart
 from training.pages.system import System
 from training.scores.captions import training_captions
-from training.scores.habits import copied
-from training.scores.intervals import CONFIDENCE, interval
+from training.scores.habits import copied, distinct
+from training.scores.intervals import CONFIDENCE, interval, interval_of_score
 from training.scores.metrics import plain_words
 from training.scores.mistakes import Mistakes
 
@@ -162,7 +162,7 @@ def _score_cells(system: System, name: str) -> tuple[Cell, Cell]:
         return Cell("–"), Cell("")
     between = ""
     if name in system.resamples:
-        between = "{:.3f} to {:.3f}".format(*interval(system.resamples[name]))
+        between = "{:.3f} to {:.3f}".format(*interval_of_score(name, system.resamples[name]))
     return Cell(f"{score:.3f}"), Cell(between)
 
 
@@ -289,7 +289,7 @@ def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[
     for name, texts in words.items():
         flat = [word for text in texts for word in text]
         captions = captions_of[name]
-        shares = (len(set(captions)) / len(captions), copied(captions, training))
+        shares = (distinct(captions) / len(captions), copied(captions, training))
         figures = [f"{len(set(flat)):,}", f"{len(flat) / len(texts):.1f}"]
         figures += [f"{share:.0%}" for share in shares]
         lines.append((name, [Cell(figure) for figure in figures]))

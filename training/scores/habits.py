@@ -61,7 +61,7 @@ def describe(
     spoken = list(words.values())
     count = max(1, len(spoken))
     result: dict[str, Any] = {
-        "distinct_captions": len(set(map(tuple, spoken))),
+        "distinct_captions": distinct(list(predictions.values())),
         "vocabulary": len({word for caption in spoken for word in caption}),
         "mean_length": sum(map(len, spoken)) / count,
         "ending_in_function_word": sum(c[-1:] != [] and c[-1] in DANGLING for c in spoken) / count,
@@ -73,6 +73,11 @@ def describe(
         frequency = Counter(word for caption in known for word in caption)
         result["recall_by_training_count"] = recall_by_count(words, references, frequency)
     return result
+
+
+def distinct(captions: Sequence[str]) -> int:
+    """How many different captions there are, word by word: capitals and punctuation make none."""
+    return len({tuple(plain_words(text)) for text in captions})
 
 
 def copied(captions: Sequence[str], training: Sequence[str]) -> float:

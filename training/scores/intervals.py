@@ -42,7 +42,7 @@ def score_with_intervals(
     tokens = tokenize(predictions, references)
     scores, each = score_tokens(tokens, metrics)
     found = bootstrap_scores(tokens, scores, each)
-    return {**scores, "intervals": {name: list(interval(v)) for name, v in found.items()}}
+    return {**scores, "intervals": {n: list(interval_of_score(n, v)) for n, v in found.items()}}
 
 
 def bootstrap_scores(
@@ -57,16 +57,21 @@ def bootstrap_scores(
     for name, score in scores.items():
         if isinstance(score, float) and name not in found and name in each[ids[0]]:
             own_N = np.array([each[i][name] for i in ids])
-            # The corpus score need not be the mean of the photos' own; moved there, a resample
-            # stays within what the metric can be.
-            moved_R = draws_RN @ own_N / len(ids) + (score - own_N.mean())
-            found[name] = moved_R.clip(0, HIGHEST.get(name, 1.0))
+            # The corpus score need not be the mean of the photos' own.
+            found[name] = draws_RN @ own_N / len(ids) + (score - own_N.mean())
     return found
 
 
 def interval(values: Floats) -> tuple[float, float]:
     """The interval that contains the middle CONFIDENCE of the resampled values."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def interval_of_score(name: str, values: Floats) -> tuple[float, float]:
+    """As `interval`, ending where the metric does: a resample that was shifted may lie outside.
+    Differences of two systems are of the resamples as they are."""
+    low, high = np.clip(interval(values), 0, HIGHEST.get(name, 1.0))
     return float(low), float(high)
 
 

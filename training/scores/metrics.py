@@ -3,9 +3,10 @@ its PTB tokenizer, so that the figures compare with published ones.
 
 The tokenizer, METEOR and SPICE run in Java. Without Java the other metrics are computed on plainly
 split words, and the result says so ("tokenizer": "python"): such figures compare only with each
-other.
+other. What compares figures over time chooses the tokenizer once (`choose_tokenizer`).
 """
 
+import functools
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from handler.errors import UserError
 
@@ -33,14 +34,44 @@ JAVA_SETTINGS = (
     *("-Duser.language=en", "-Duser.country=US"),
 )
 
+Tokenizer = Literal["ptb", "python"]
+
 log = logging.getLogger(__name__)
 
 
 def find_java() -> str | None:
     """The `java` on PATH or, where a program runs without its environment activated, the one that
-    `make setup` linked beside this Python."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
-    return shutil.which("java", path=path)
+    `make setup` linked beside this Python. Raises UserError where the only ones cannot be run: a
+    link to nothing, a file that is not executable."""
+    folders = [*os.environ.get("PATH", "").split(os.pathsep), str(Path(sys.executable).parent)]
+    if found := shutil.which("java", path=os.pathsep.join(folders)):
+        return found
+    for path in (Path(folder) / "java" for folder in folders if folder):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{path}: a link to {path.readlink()}, which is missing; make setup brings one"
+            )
+        if path.is_file():
+            raise UserError(
+                f"{path}: not executable; chmod +x it, or remove it: make setup brings one"
+            )
+    return None
+
+
+def choose_tokenizer() -> Tokenizer:
+    """The tokenizer to use here: "ptb" where there is Java, else "python". Raises UserError for a
+    Java that does not work."""
+    java = find_java()
+    if java is None:
+        return "python"
+    check_java(java)
+    return "ptb"
+
+
+@functools.cache
+def check_java(java: str) -> None:
+    """Raises UserError where this Java cannot run the tokenizer."""
+    _ptb(java, ["a dog"])
 
 
 def has_spice() -> bool:
@@ -55,26 +86,29 @@ def score(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     metrics: Sequence[str] = DEFAULT_METRICS,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Corpus scores of one caption a photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
     "SPICE", "tokenizer": "ptb" or "python"}; see `score_each` for a photo's own."""
-    return score_each(predictions, references, metrics)[0]
+    return score_each(predictions, references, metrics, tokenizer)[0]
 
 
 def score_each(
     predictions: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
     metrics: Sequence[str] = DEFAULT_METRICS,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """As `score`, and the scores of each photo by its id.
 
     CIDEr weighs words by how many of the photos given here have them, so compare only what was
-    scored on the same photos. Without Java, METEOR is left out. Raises UserError when a prediction
-    has no references or no reference holds a word, where SPICE is asked for but not installed, and
-    where nothing is left without Java.
+    scored on the same photos. `tokenizer` None is "ptb" where there is Java; without it, METEOR is
+    left out. Raises UserError when a prediction has no references or no reference holds a word,
+    where SPICE is asked for but not installed, where nothing is left without Java, and where Java
+    is missing for "ptb" or does not work.
     """
     check_metrics(metrics)
-    return score_tokens(tokenize(predictions, references), metrics)
+    return score_tokens(tokenize(predictions, references, tokenizer), metrics)
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
@@ -92,35 +126,51 @@ class Tokens:
     """Captions as the metrics read them, words between spaces: by photo, one hypothesis (in a list)
     and its references; `tokenizer` is "ptb" or "python"."""
 
-    tokenizer: str
+    tokenizer: Tokenizer
     hypotheses: dict[str, list[str]]
     truths: dict[str, list[str]]
 
 
-def tokenize(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> Tokens:
-    """Splits one caption a photo and its references into words. Raises UserError when a prediction
-    has no references or no reference holds a word."""
+def tokenize(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    tokenizer: Tokenizer | None = None,
+) -> Tokens:
+    """Splits one caption a photo and its references into words; `tokenizer` as for `score_each`.
+    Raises UserError when a prediction has no references, no reference holds a word, or Java is
+    missing or does not work."""
     if not predictions:
         raise UserError("predictions: there are none to score")
     if missing := [key for key in predictions if not references.get(key)]:
         raise UserError(f"references: none for photo {missing[0]!r} ({len(missing)} in all)")
     ids = list(predictions)
-    java = find_java()
-    if java is None:
+    if tokenizer is None and find_java() is None:
         log.warning(
             "no Java is found (make setup brings one): METEOR and SPICE are left out, the others "
             "are of plain tokens instead of PTB's"
         )
+    tokenizer = tokenizer or ("python" if find_java() is None else "ptb")
     texts = [[predictions[i], *references[i]] for i in ids]
     flat = [text for group in texts for text in group]
-    tokenized = iter(_ptb(java, flat) if java else [" ".join(plain_words(text)) for text in flat])
+    if tokenizer == "ptb":
+        tokenized = iter(_ptb(needed_java(), flat))
+    else:
+        tokenized = iter([" ".join(plain_words(text)) for text in flat])
     hypotheses, truths = {}, {}
     for i, group in zip(ids, texts, strict=True):
         lines = [next(tokenized) for _ in group]
         hypotheses[i], truths[i] = lines[:1], lines[1:]
     if not any(line for lines in truths.values() for line in lines):
         raise UserError("references: none of them holds a word")
-    return Tokens("ptb" if java else "python", hypotheses, truths)
+    return Tokens(tokenizer, hypotheses, truths)
+
+
+def needed_java() -> str:
+    """The `java` to run. Raises UserError where there is none."""
+    java = find_java()
+    if java is None:
+        raise UserError("java: not found, but the PTB tokenizer needs it; make setup brings one")
+    return java
 
 
 def score_tokens(
@@ -128,7 +178,6 @@ def score_tokens(
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """As `score_each`, for captions that are tokenised already."""
     hypotheses, truths = tokens.hypotheses, tokens.truths
-    java = find_java()
     result: dict[str, Any] = {"tokenizer": tokens.tokenizer}
     each: dict[str, dict[str, float]] = {i: {} for i in hypotheses}
 
@@ -143,8 +192,8 @@ def score_tokens(
         totals, values = Bleu(4).compute_score(truths, hypotheses, verbose=0)
         for n in range(4):
             add(f"BLEU-{n + 1}", totals[n], values[n])
-    if "meteor" in metrics and java:
-        add("METEOR", *_meteor(java, list(truths.values()), list(hypotheses.values())))
+    if "meteor" in metrics and tokens.tokenizer == "ptb":
+        add("METEOR", *_meteor(needed_java(), list(truths.values()), list(hypotheses.values())))
     if "rouge" in metrics:
         from pycocoevalcap.rouge.rouge import Rouge
 
@@ -183,19 +232,25 @@ def _ptb(java: str, texts: Sequence[str]) -> list[str]:
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as file:
         file.writelines(_one_line(text) + "\n" for text in texts)
         file.flush()
-        done = subprocess.run([*command, file.name], capture_output=True, check=False)
+        try:
+            done = subprocess.run([*command, file.name], capture_output=True, check=False)
+        except OSError as error:  # no program of this machine
+            raise _java_failed(java, "the PTB tokenizer", str(error.strerror).encode()) from error
     tokenized = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
     if done.returncode or len(tokenized) != len(texts):
-        raise _java_failed("the PTB tokenizer", done.stderr)
+        raise _java_failed(java, "the PTB tokenizer", done.stderr)
     return [
         " ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION)
         for line in tokenized
     ]
 
 
-def _java_failed(what: str, stderr: bytes) -> UserError:
+def _java_failed(java: str, what: str, stderr: bytes) -> UserError:
     reason = stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it gave no reason"]
-    return UserError(f"java: {what} failed ({reason[0]}); Java 11 or later is needed")
+    return UserError(
+        f"{java}: {what} failed ({reason[0]}); Java 11 or later is needed: put one first on PATH, "
+        "or remove this one and run make setup"
+    )
 
 
 def _meteor(
@@ -212,12 +267,15 @@ def _meteor(
     jar = Path(meteor.__file__).parent / meteor.METEOR_JAR
     command = [java, *JAVA_SETTINGS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio"]
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [*command, "-l", "en", "-norm"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
+        try:
+            process = subprocess.Popen(
+                [*command, "-l", "en", "-norm"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
+        except OSError as error:
+            raise _java_failed(java, "METEOR", str(error.strerror).encode()) from error
         assert process.stdin is not None and process.stdout is not None
         try:
             statistics = []
@@ -234,7 +292,7 @@ def _meteor(
             process.kill()
             process.communicate()  # closes the pipes, whose other end may be gone
         errors.seek(0)
-        raise _java_failed("METEOR", errors.read()) from failure
+        raise _java_failed(java, "METEOR", errors.read()) from failure
 
 
 def _tell(pipe: IO[bytes], fields: Sequence[str]) -> None:
