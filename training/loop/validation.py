@@ -1,5 +1,5 @@
-"""Captions of the validation photos by the averaged weights, their scores, and which weights become
-the checkpoint.
+"""Validation: generates captions of the validation photos with the averaged weights, scores them,
+and decides which weights become the checkpoint.
 
 Dimension key: B photos, P memory tokens, D width.
 """
@@ -22,14 +22,14 @@ from training.scores.habits import distinct, little_learnt
 from training.scores.metrics import choose_tokenizer, score
 
 BATCH = 50
-# CIDEr weighs a word by how few of the photos have it: log(photos / photos with the word). Among
-# one photo every weight is 0, among a few nearly every word has one of two or three weights.
+# CIDEr weights a word by log(photos / photos with the word). With one photo, all weights are 0;
+# with a few, nearly all words have one of two or three weights.
 LEAST_PHOTOS_FOR_CIDER = 10
 
 
 def validate(run: Run) -> None:
-    """Scores the averaged weights; where they are no worse than the best so far, they become the
-    checkpoint. The figure is CIDEr, or the loss where there are too few photos for CIDEr."""
+    """Scores the averaged weights. If they are not worse than the best so far, they become the
+    checkpoint. The figure is CIDEr, or the loss if there are too few photos for CIDEr."""
     captioner, rows = run.captioner(), run.val_rows
     predictions, loss = caption_and_loss(run, captioner, rows)
     references = {row.id: row.captions for row in rows}
@@ -48,7 +48,7 @@ def validate(run: Run) -> None:
 
 
 def chosen_by(rows: list[Row]) -> str:
-    """The figure that chooses the checkpoint: "CIDEr" or "loss"."""
+    """The figure by which the checkpoint is chosen: "CIDEr" or "loss"."""
     return "CIDEr" if len(rows) >= LEAST_PHOTOS_FOR_CIDER else "loss"
 
 
@@ -91,8 +91,8 @@ def warn_of_little_learnt(run: Run) -> None:
 def caption_and_loss(
     run: Run, captioner: Captioner, rows: list[Row]
 ) -> tuple[dict[str, str], float]:
-    """One caption for each row's photo by its id, and the mean cross-entropy of the references in
-    nats a token."""
+    """One caption for each row by its id, and the mean cross-entropy of the references in nats per
+    token."""
     options = captioner.options(num_beams=run.config.validation.num_beams)
     captions = Captions(rows, run.tokenizer, run.config.decoder.max_tokens)
     cross_entropy = CrossEntropyLoss(smoothing=0.0)
@@ -102,8 +102,8 @@ def caption_and_loss(
         part = rows[start : start + BATCH]
         images = [captioner.preprocess(read_photo(run.manifest, row)) for row in part]
         memory_BPD: Tensor = captioner.encode(torch.stack(images))
-        found = captioner.caption_memory(memory_BPD, [options] * len(part))
-        predictions |= {row.id: best[0].text for row, best in zip(part, found, strict=True)}
+        results = captioner.caption_memory(memory_BPD, [options] * len(part))
+        predictions |= {row.id: best[0].text for row, best in zip(part, results, strict=True)}
         indices = range(start, start + len(part))
         batch = captions.batch(memory_BPD, indices, [False] * len(part)).to(run.device)
         total, tokens, _ = cross_entropy(captioner.decoder, memory_BPD, batch, 0)

@@ -208,21 +208,21 @@ def score_tokens(
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text in lower case, by no tokenizer's rules."""
+    """The words of a text in lower case, split by a simple regular expression."""
     return re.findall(r"[\w'-]+", text.lower())
 
 
 def _one_line(text: str) -> str:
-    """`text` without anything that Java might take for the end of a line or cannot encode."""
+    """`text` without characters that Java treats as the end of a line or cannot encode."""
     spaced = re.sub(r"[\s\x00-\x1f\x7f\x85\u2028\u2029]+", " ", text)
     return spaced.encode("utf-8", "replace").decode("utf-8")
 
 
 def _ptb(java: str, texts: Sequence[str]) -> list[str]:
-    """Tokenises with Stanford's PTB tokenizer as pycocoevalcap calls it, one line a text.
+    """Runs Stanford's PTB tokenizer with pycocoevalcap's options, one line per text.
 
-    pycocoevalcap's own wrapper writes its temporary file beside its jar and lets a carriage return
-    inside a caption shift all captions after it; hence this call of the same jar.
+    pycocoevalcap's own wrapper is not used: it writes its temporary file beside its jar, and a
+    carriage return within a caption shifts all captions after it.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer
 
@@ -256,11 +256,11 @@ def _java_failed(java: str, what: str, stderr: bytes) -> UserError:
 def _meteor(
     java: str, truths: Sequence[list[str]], hypotheses: Sequence[list[str]]
 ) -> tuple[float, list[float]]:
-    """METEOR 1.5 over its pipe: a line SCORE for each photo answers its statistics, one line EVAL
-    with all of them answers each photo's score and the corpus's.
+    """METEOR 1.5 through its pipe. A line SCORE returns the statistics of one photo; a line EVAL
+    with all of them returns the score of each photo and then that of the corpus.
 
-    pycocoevalcap's own wrapper runs the same jar in the machine's locale, where numbers may have a
-    comma, and with an error pipe that nobody reads; hence this one.
+    pycocoevalcap's own wrapper is not used: it runs the jar in the machine's locale, in which
+    numbers may have a decimal comma, and never reads its error pipe.
     """
     import pycocoevalcap.meteor.meteor as meteor
 
@@ -305,7 +305,7 @@ def _spice(
 ) -> tuple[float, list[float]]:
     from pycocoevalcap.spice.spice import Spice
 
-    # It answers in the order of the sorted ids: numbers keep ours.
+    # SPICE returns scores in the order of the sorted ids; integers keep our order.
     numbered = dict(enumerate(truths)), dict(enumerate(hypotheses))
     try:
         total, values = Spice().compute_score(*numbered)
