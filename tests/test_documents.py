@@ -25,7 +25,8 @@ NOT_HERE = {
     r"(docker|kubectl|helm) ": "need an engine or a cluster; see test_deploy.py",
     r"make data DATA=shards|DATA=cc|SOURCE='s3:": "their hosts are examples",
     r"python -m tests\.benchmarks|make batch .*EXPORT=\.\.\.": "minutes of measuring",
-    r"DATA=scenes_full|checkpoints/(scenes|demo)\b|flickr8k_full": "another run's checkpoint",
+    r"scenes_full|checkpoints/(scenes|demo)\b|flickr8k_full": "another run's checkpoint",
+    r"make data .*DATA=(flickr|coco)": "downloads a dataset; see test_prepare.py",
     r"import_huggingface \w+/|MODEL=\w+/": "downloads gigabytes; see test_import_huggingface.py",
     r"\.\.\.|ADDRESS=": "a form, not a command",
 }
@@ -84,7 +85,7 @@ def clone(tmp_path_factory) -> Path:
         if photos.parent == home:
             (photos / "captions.csv").write_text("\n".join(lines))
     shutil.copy2(home / "photos" / "1.jpg", folder / "photo.jpg")
-    for name in ("flickr8k", "coco"):
+    for name in ("scenes", "flickr8k", "coco"):
         rows = [
             Row(str(n), f"{n}.jpg", (f"a square {n % 4}", f"the square is {n % 4}"), split)
             for n, split in enumerate(["train"] * 16 + ["val"] * 6)
