@@ -59,7 +59,11 @@ help: ## list the targets
 
 setup: $(STAMP) ## .venv from the pinned requirements, Java where it is missing, gRPC stubs
 
-$(STAMP): requirements.txt requirements-batch.txt requirements-dev.txt requirements-java.txt
+# Java that has gone since the last set-up is brought again; a link to nothing is none.
+NO_JAVA = $(shell PATH=$(call quote,$(PATH)); command -v java >/dev/null || echo no-java)
+.PHONY: no-java
+
+$(STAMP): requirements.txt requirements-batch.txt requirements-dev.txt requirements-java.txt $(NO_JAVA)
 	@$(BIN)/python -c 'import pip; $(IS_SUPPORTED)' 2>/dev/null || { \
 		$(call quote,$(PYTHON)) -c '$(IS_SUPPORTED)' 2>/dev/null || { \
 			version=$$($(call quote,$(or $(PYTHON),python3)) --version 2>&1 | head -n 1); \

@@ -1,7 +1,8 @@
-"""`python -m export.archive`, behind `make mar`: an export and the package `handler` -> one `.mar`.
+"""`python -m export.archive`, behind `make mar`: packs an export and the package `handler` into one
+`.mar`.
 
-The manifest is torch-model-archiver's. Its command writes neither a dotted handler nor the same
-bytes twice, so that the zip is written here: the same inputs give the same bytes.
+The manifest is created with torch-model-archiver's classes. The zip is written here because its
+command cannot write a handler with a dotted name, and does not give the same bytes twice.
 """
 
 import json
@@ -27,24 +28,24 @@ EPOCH, CREATED_ON = (1980, 1, 1, 0, 0, 0), "01/01/1980 00:00:00"
 
 
 def build_archive(export: Path, out: Path, version: str) -> Path:
-    """Packs `export` into the archive `out`, whose stem is the model's name. Raises UserError
-    naming what is missing; an older archive is replaced only by a whole new one."""
+    """Packs `export` into the archive `out`, whose stem is the model's name. An older archive is
+    replaced only when the new one is complete. Raises UserError naming what is missing or wrong."""
     if not export.is_dir():
         raise UserError(f"{export}: no such folder; run make export, or name one with EXPORT=")
     if out.suffix != ".mar":
-        raise UserError(f"{out}: an archive's name ends in .mar")
+        raise UserError(f"{out}: the name of an archive must end in .mar")
     if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z._-]*", version):
-        raise UserError(f"version {version!r}: give letters, digits, dots and dashes, as 1.0")
+        raise UserError(f"version {version!r}: give letters, digits, dots and dashes, such as 1.0")
     if out.is_dir():
         raise UserError(f"{out}: this is a folder; give the archive another name")
     check_apart(out, [export])
-    # Loaded once, so that a damaged file is found here and not by a worker that never comes up.
+    # Loaded once to find damaged files here; with one, a worker of the server would never start.
     config = Captioner.load(export).config
     for field in ("name", "checkpoint", "precision"):
         if not isinstance(config.get(field), str):
             path = export / "config.json"
             raise UserError(f"{path}: field {field!r} is missing; export the checkpoint again")
-    # Folders within the package are tools of the client's side.
+    # Files only: the folders of the package are programs that run outside the server.
     files = {f"handler/{path.name}": path for path in HANDLER.iterdir() if path.is_file()}
     files |= {name: export / name for name in EXPORT_FILES}
     with locked(out), atomic_path(out) as partial:
@@ -54,25 +55,25 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
 
 
 def _keep_previous(out: Path, config: dict[str, Any]) -> None:
-    """Renames an archive of another checkpoint before the new one takes its place. One that an
-    earlier demo made is not worth the archive that is kept already."""
+    """Renames an archive of another checkpoint before the new one replaces it. An archive of an
+    earlier demo does not replace the archive that is kept already."""
     if not out.exists():
         return
     try:
         with zipfile.ZipFile(out) as archive:
             old = json.loads(archive.read("config.json"))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        old = {}  # no archive of this project
+        old = {}  # not an archive of this project
     previous = out.with_name(f"{out.stem}.previous.mar")
     demos = old.get("name") == config["name"] == DEMO
     if old.get("checkpoint") == config["checkpoint"] or (demos and previous.exists()):
         return
     out.replace(previous)
-    print(f"{previous}: the archive of another checkpoint, which was {out.name} before")
+    print(f"{previous}: the previous {out.name}, which has another checkpoint")
 
 
 def _manifest(name: str, version: str) -> bytes:
-    """What TorchServe reads first; its handler is a module, its settings lie in the package."""
+    """The manifest for TorchServe; it names the handler's module and the settings file."""
     model = Model(name, None, "handler.caption_handler", model_version=version)
     model.model_dict["configFile"] = "handler/model-config.yaml"
     content = Manifest("python", model).manifest_dict
@@ -81,7 +82,7 @@ def _manifest(name: str, version: str) -> bytes:
 
 
 def _write_zip(out: Path, files: Mapping[str, Path], manifest: bytes) -> None:
-    """Stored: weights hardly shrink, and two versions of zlib give different bytes."""
+    """Uncompressed: weights hardly compress, and versions of zlib give different bytes."""
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr(_entry("MAR-INF/MANIFEST.json", len(manifest)), manifest)
         for name, path in sorted(files.items(), key=lambda item: Path(item[0])):
@@ -95,7 +96,7 @@ def _write_zip(out: Path, files: Mapping[str, Path], manifest: bytes) -> None:
 def _entry(name: str, size: int) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, EPOCH)
     entry.external_attr = 0o100644 << 16
-    entry.create_system = 3  # whatever machine packs it
+    entry.create_system = 3  # Unix, whatever the system is
     entry.file_size = size
     return entry
 

@@ -121,7 +121,8 @@ class DecodeOptions:
         longest = self.max_new_tokens or 2**31
         _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", max_new_tokens")
         _number("length_penalty", self.length_penalty, -5, 5, False)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+        given = self.early_stopping
+        if not isinstance(given, bool) and not (isinstance(given, str) and given == "never"):
             raise InvalidParameter("early_stopping", "early_stopping must be false, true or never")
         _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10)
         _number("repetition_penalty", self.repetition_penalty, 0, 10, True)

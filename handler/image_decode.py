@@ -172,7 +172,8 @@ def to_rgb(image: Image.Image, data: bytes = b"") -> Image.Image:
     if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getextrema()[1]:
         # An alpha channel that nobody filled: browsers show such a picture opaque.
         return image.convert("RGB")
-    if image.format == "PNG" and "transparency" in image.info and image.mode in ("1", "L", "RGB"):
+    keyed = "transparency" in image.info and image.mode in ("1", "L", "RGB")
+    if data and image.format == "PNG" and keyed:
         return over_white_by_key(image, data)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image

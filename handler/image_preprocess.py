@@ -43,11 +43,14 @@ __all__ = [
     "decode",
     "preprocess",
     "resize",
+    "seen_region",
     "sniff",
     "to_tensor",
 ]
 
 Interpolation = Literal["bicubic", "bilinear"]
+# Left, top, right, bottom.
+Box = tuple[float, float, float, float]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -139,6 +142,11 @@ def decode(
     if isinstance(photo, Image.Image):
         check_size(photo.size)
         return decode_photo(photo)
+    if not isinstance(photo, (bytes, bytearray, memoryview)):
+        raise InvalidImage(
+            f"a photo is of type {type(photo).__name__}; give the bytes of its file, as from "
+            "Path('photo.jpg').read_bytes(), or a PIL image"
+        )
     data = bytes(photo)
     if len(data) > MAX_BYTES:
         raise ImageTooLarge(f"the image has more than {MAX_BYTES // 2**20} MiB")
@@ -159,17 +167,29 @@ def decode(
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
     """RGB of (S, S): the middle of the photo once it is resized (squashed to a square, or by its
     short side). The same geometry as resizing first and cutting then, as Hugging Face does it."""
-    size, side = config.image_size, config.side
     # Cutting before the resize keeps a strip of 1 x 60,000 from growing to S x 60,000 S.
-    box = []
-    for length in image.size:
-        resized = side * length // min(image.size) if config.resize == "crop" else side
-        start = (resized - size) // 2
-        box.append((start * length / resized, (start + size) * length / resized))
-    (left, right), (top, bottom) = box
-    return image.resize(
-        (size, size), RESAMPLING[config.interpolation], box=(left, top, right, bottom)
-    )
+    size = (config.image_size, config.image_size)
+    return image.resize(size, RESAMPLING[config.interpolation], box=_seen_box(image.size, config))
+
+
+def _seen_box(size: tuple[int, int], config: PreprocessConfig) -> Box:
+    """The part of a photo of this size that the model sees, in pixels of the photo."""
+    sides = []
+    for length in size:
+        resized = config.side * length // min(size) if config.resize == "crop" else config.side
+        start = (resized - config.image_size) // 2
+        end = start + config.image_size
+        sides.append((start * length / resized, end * length / resized))
+    (left, right), (top, bottom) = sides
+    return left, top, right, bottom
+
+
+def seen_region(size: tuple[int, int], config: PreprocessConfig) -> Box:
+    """The part of an upright photo of this size (width, height) that the model sees, and that its
+    maps cover: (x0, y0, x1, y1) in shares of the photo's width and height."""
+    left, top, right, bottom = _seen_box(size, config)
+    width, height = size
+    return left / width, top / height, right / width, bottom / height
 
 
 def to_tensor(image: Image.Image, config: PreprocessConfig) -> Tensor:

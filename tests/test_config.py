@@ -63,7 +63,7 @@ def stage(**fields: object) -> dict[str, object]:
         (stage(weight_decay=-1), "weight_decay must be 0"),
         (stage(clip=0), "clip must be above 0"),
         (stage(ema=1.0), "ema must be 0 to below 1"),
-        (stage(warmup=2), "warmup must be a share"),
+        (stage(warmup=2), "warmup must be 0 to 1"),
         (stage(encoder="half"), "stage 'a': encoder must be frozen or trained, not 'half'"),
         (stage(label_smoothing=float("nan")), "label_smoothing"),
         (stage(name=" "), "name is empty"),

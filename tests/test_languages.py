@@ -120,7 +120,7 @@ def test_characters_are_scored_where_captions_have_no_spaces(caplog):
     assert scores["tokenizer"] == "characters"
     assert scores["BLEU-4"] > 0.3 and scores["CIDEr"] > 1 and "METEOR" not in scores
     assert all(photo["BLEU-2"] > 0 for photo in each.values())
-    assert "6 of 6 references are written without spaces" in caplog.text
+    assert "the references are written without spaces" in caplog.text
     # As captions in which every character is a word already; punctuation is dropped.
     spaced = {key: " ".join(text) for key, text in near.items()}
     truths = {k: [" ".join(t.replace("。", "")) for t in texts] for k, texts in REFERENCES.items()}

@@ -130,6 +130,58 @@ def test_a_java_that_fails_is_one_clear_error(fake_java):
         score(PREDICTIONS, REFERENCES)
 
 
+def test_a_java_that_is_no_program_is_one_clear_error(tmp_path, monkeypatch):
+    """Its OSError was a traceback."""
+    java = tmp_path / "java"
+    java.write_bytes(b"\x7fELF of another machine")
+    java.chmod(0o755)
+    monkeypatch.setattr(metrics, "find_java", lambda: str(java))
+    for call in (
+        lambda: score(PREDICTIONS, REFERENCES),
+        lambda: metrics._meteor(str(java), [["a b"]], [["a b"]]),
+        metrics.choose_tokenizer,
+    ):
+        with pytest.raises(UserError, match=r"java: .* failed \(Exec format error\); Java 11"):
+            call()
+
+
+@pytest.fixture
+def only_java(tmp_path, monkeypatch):
+    """The one place where a `java` may be."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    return tmp_path / "java"
+
+
+def test_a_java_that_cannot_be_run_is_not_passed_over(only_java):
+    """Figures were of plain words, where make setup had linked a Java that was removed later."""
+    only_java.symlink_to("gone/bin/java")
+    with pytest.raises(UserError, match=r"java: a link to gone/bin/java, which is missing; make"):
+        score(PREDICTIONS, REFERENCES)
+    only_java.unlink()
+    only_java.write_text("#!/bin/sh\n")
+    only_java.chmod(0o644)
+    with pytest.raises(UserError, match=r"java: not executable; chmod \+x it"):
+        metrics.choose_tokenizer()
+    only_java.chmod(0o755)
+    assert metrics.find_java() == str(only_java)
+    only_java.unlink()
+    only_java.mkdir()  # a folder of that name is nobody's Java
+    assert metrics.find_java() is None and metrics.choose_tokenizer() == "python"
+
+
+def test_a_tokenizer_that_was_chosen_is_kept(monkeypatch, caplog):
+    """Java that came or went between two epochs changed what their figures meant."""
+    plain = score(PREDICTIONS, REFERENCES, tokenizer="python")
+    assert plain["tokenizer"] == "python" and "METEOR" not in plain
+    assert score(PREDICTIONS, REFERENCES, ("cider",))["tokenizer"] == "ptb"
+    monkeypatch.setattr(metrics, "find_java", lambda: None)
+    assert score(PREDICTIONS, REFERENCES, tokenizer="python") == plain
+    assert not caplog.records
+    with pytest.raises(UserError, match="java: not found, .* make setup brings one"):
+        score(PREDICTIONS, REFERENCES, tokenizer="ptb")
+
+
 def test_a_meteor_that_dies_is_an_error_and_not_a_hang(fake_java):
     fake_java("read line; echo 'out of memory' >&2; exit 3")
     with pytest.raises(UserError, match="METEOR failed"):

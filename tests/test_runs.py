@@ -20,6 +20,7 @@ from tiny_training import config_of
 
 import training.loop.train
 import training.loop.validation
+import training.scores.metrics
 from export.archive import build_archive
 from export.export import export_checkpoint
 from handler.captioner import Captioner
@@ -174,6 +175,54 @@ def test_an_epoch_is_saved_before_it_is_validated(config, tiny_data, tmp_path, m
     assert alone[WEIGHTS_FILE] == died[WEIGHTS_FILE]
 
 
+@pytest.mark.parametrize("java_at_first", [True, False])
+def test_the_tokenizer_of_the_figures_does_not_change_within_a_run(
+    config, tiny_data, monkeypatch, capsys, java_at_first
+):
+    """CIDEr on plain words was compared with that of earlier epochs, which had Java."""
+    find_java, score = training.scores.metrics.find_java, training.loop.validation.score
+    used = []
+
+    def java(there: bool) -> None:
+        found = find_java() if there else None
+        monkeypatch.setattr("training.scores.metrics.find_java", lambda: found)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def note(*arguments):
+        scores = score(*arguments)
+        used.append(scores["tokenizer"])
+        return scores
+
+    java(java_at_first)
+    monkeypatch.setattr("training.loop.validation.score", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, read_manifest(tiny_data), Path("run"))
+    said = "figures after the PTB tokenizer" if java_at_first else "figures on plain words"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr("training.loop.validation.score", note)
+    java(not java_at_first)
+    if java_at_first:
+        with pytest.raises(UserError, match="run: its figures are after the PTB.*make setup"):
+            train(config, read_manifest(tiny_data), Path("run"), resume=True)
+        java(True)
+    train(config, read_manifest(tiny_data), Path("run"), resume=True)
+    assert said in capsys.readouterr().out
+    assert set(used) == {"ptb" if java_at_first else "python"}
+
+
+def test_a_run_that_learnt_little_says_so(config, tiny_data, tmp_path, capsys):
+    """A run whose captions are of one word each was exported, packed and served."""
+    config = config_of(
+        tmp_path / "short.yaml", data=str(tiny_data), stages=ONE_STAGE,
+        decoding={"max_new_tokens": 1},
+    )  # fmt: skip
+    train(config, read_manifest(tiny_data), Path("run"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("warning: ") and last.endswith("train it longer")
+
+
 def test_a_second_start_of_a_run_is_refused(config, tiny_data, tmp_path):
     with (
         locked(tmp_path / "run"),
@@ -279,7 +328,7 @@ def test_captions_without_spaces_get_byte_pairs(share, tiny_data, tmp_path, monk
               "max_tokens": 40}}  # fmt: skip
     config = config_of(Path("ja.yaml"), **fields, tokenizer={"min_count": 1, "vocab_size": 400})
     train(config, read_manifest(data), Path("run"))
-    assert "written without spaces: the vocabulary is of byte pairs" in capsys.readouterr().out
+    assert "spaces: the vocabulary consists of byte pairs" in capsys.readouterr().out
     tokenizer = load_captioner("run").tokenizer
     assert tokenizer.decode(tokenizer.encode("左にある四角")) == "左にある四角"
     config = config_of(Path("ja.yaml"), **fields, tokenizer={"kind": "word", "min_count": 1})
@@ -387,7 +436,7 @@ def test_the_archive_of_another_checkpoint_is_kept(tiny_export, tmp_path, capsys
     for version in ("1.0", "2.0"):
         build_archive(tiny_export, out, version)
         assert checkpoint(out) == config["checkpoint"] and checkpoint(previous) == "sha256:0"
-    assert capsys.readouterr().out.count("captioner.previous.mar: the archive of another") == 1
+    assert capsys.readouterr().out.count("captioner.previous.mar: the previous captioner.mar") == 1
     assert sorted(os.listdir(tmp_path)) == ["captioner.mar", "captioner.previous.mar", "mine"]
 
 

@@ -44,9 +44,10 @@ RATE = Range(SOME, 10, "above 0, to 10")
 DROPOUT = Range(0, NEARLY_ONE, "0 to below 1")
 
 
-def about(text: str, allowed: Range | None = None) -> dict[str, Any]:
-    """A field's metadata: what it does, for `docs/config.md`, and the values that it may take."""
-    return {"about": text, "range": allowed}
+def about(text: str, allowed: Range | None = None, default: str = "") -> dict[str, Any]:
+    """The metadata of a field: its meaning, the values that it may take, and its default in words
+    where the dataclass has none or None; `docs/config.md` shows them."""
+    return {"about": text, "range": allowed, "default": default}
 
 
 def _check_fields(section: Any, where: str) -> None:
@@ -82,25 +83,25 @@ class EncoderSource:
     pretrained: str | None = field(
         default=None,
         metadata=about(
-            "Pretrained encoder: timm/NAME, torchvision/NAME or checkpoint/DIR; the fields below "
-            "but image_size are then its own"
+            "Pretrained encoder: timm/NAME, torchvision/NAME or checkpoint/DIR. The other fields, "
+            "except image_size, must then be left out"
         ),
     )
     image_size: int | None = field(
         default=None,
         metadata=about(
-            "Side of the square that the encoder sees, in pixels; left out: the pretrained one's, "
-            "or 224",
+            "Side of the square input in pixels",
             SIDE,
+            "that of the pretrained encoder, or 224",
         ),
     )
     patch_size: int = field(
-        default=16, metadata=about("Side of a patch in pixels; divides image_size", SIDE)
+        default=16, metadata=about("Side of a patch in pixels; must divide image_size", SIDE)
     )
-    width: int = field(default=192, metadata=about("Width of a token; heads divide it", WIDTH))
+    width: int = field(default=192, metadata=about("Width of a token; a multiple of heads", WIDTH))
     layers: int = field(default=12, metadata=about("Transformer blocks", LAYERS))
-    heads: int = field(default=3, metadata=about("Attention heads of a block", LAYERS))
-    dropout: float = field(default=0.0, metadata=about("Share of values dropped", DROPOUT))
+    heads: int = field(default=3, metadata=about("Attention heads per block", LAYERS))
+    dropout: float = field(default=0.0, metadata=about("Dropout rate", DROPOUT))
 
     def __post_init__(self) -> None:
         _check_fields(self, "encoder.")
@@ -127,14 +128,15 @@ class EncoderSource:
 class DecoderShape:
     """The decoder, which is trained from scratch."""
 
-    width: int = field(default=384, metadata=about("Width of a token; heads divide it", WIDTH))
+    width: int = field(default=384, metadata=about("Width of a token; a multiple of heads", WIDTH))
     layers: int = field(default=4, metadata=about("Transformer blocks", LAYERS))
-    heads: int = field(default=6, metadata=about("Attention heads of a block", LAYERS))
-    dropout: float = field(default=0.1, metadata=about("Share of values dropped", DROPOUT))
+    heads: int = field(default=6, metadata=about("Attention heads per block", LAYERS))
+    dropout: float = field(default=0.1, metadata=about("Dropout rate", DROPOUT))
     max_tokens: int = field(
         default=32,
         metadata=about(
-            "Longest caption that is learnt or written, in tokens, end token included",
+            "Length of the longest caption in training and generation, in tokens, including the "
+            "end token",
             Range(2, 65536, "2 to 65536"),
         ),
     )
@@ -155,15 +157,15 @@ class TokenizerChoice:
     kind: Literal["word", "bpe"] | None = field(
         default=None,
         metadata=about(
-            "A vocabulary of words, or of byte pairs; left out: words, or byte pairs where "
-            "captions are written without spaces"
+            "Whether the vocabulary consists of words or of byte pairs",
+            default="`word`, or `bpe` if the captions are written without spaces",
         ),
     )
     vocab_size: int = field(
-        default=10_000, metadata=about("Most tokens", Range(5, 10**7, "5 to 10000000"))
+        default=10_000, metadata=about("Largest number of tokens", Range(5, 10**7, "5 to 10000000"))
     )
     min_count: int = field(
-        default=2, metadata=about("Occurrences that a word needs to be in the vocabulary", COUNT)
+        default=2, metadata=about("How often a word must occur to be in the vocabulary", COUNT)
     )
     lowercase: bool | None = field(
         default=None,
@@ -182,7 +184,7 @@ class TokenizerChoice:
     )
     checkpoint: str | None = field(
         default=None,
-        metadata=about("Folder of a checkpoint whose tokenizer is taken instead of a new one"),
+        metadata=about("Folder of a checkpoint whose tokenizer is used instead of a new one"),
     )
 
     def __post_init__(self) -> None:
@@ -200,16 +202,16 @@ class TokenizerChoice:
 class SelfCritical:
     """Self-critical training on CIDEr-D (see `training.objectives.self_critical`)."""
 
-    samples: int = field(default=5, metadata=about("Sampled captions of each photo"))
+    samples: int = field(default=5, metadata=about("Number of captions that are sampled per photo"))
     temperature: float = field(
         default=0.5,
-        metadata=about("Temperature at which they are sampled", RATE),
+        metadata=about("Sampling temperature", RATE),
     )
     baseline: Literal["greedy", "mean"] = field(
         default="mean",
         metadata=about(
-            "What a sample's reward is compared with: the greedy caption's, or the mean of the "
-            "other samples'"
+            "Reward that is subtracted from a sample's: that of the greedy caption, or the mean of "
+            "the other samples of the photo"
         ),
     )
 
@@ -227,16 +229,18 @@ class Distillation:
     """Word-level distillation (see `training.objectives.distillation`)."""
 
     teachers: tuple[str, ...] = field(
-        metadata=about("Folders of the checkpoints whose mean distribution is learnt")
+        metadata=about(
+            "Folders of the teachers' checkpoints; the target is the mean of their distributions"
+        )
     )
     weight: float = field(
         default=0.5,
-        metadata=about("Share of the teachers' term in the loss; the rest is cross-entropy"),
+        metadata=about("Weight of the teachers' term in the loss; cross-entropy has 1 - weight"),
     )
     temperature: float = field(
         default=1.0,
         metadata=about(
-            "What softens the teachers' distributions and the student's",
+            "Temperature that softens the distributions of the teachers and of the student",
             Range(SOME, 1000, "above 0, to 1000"),
         ),
     )
@@ -257,74 +261,80 @@ class Stage:
     objective is cross-entropy, mixed with what teachers say where the stage has `distillation`, or,
     where it has `self_critical`, the expected CIDEr-D."""
 
-    name: str = field(metadata=about("Name of the stage, for logs and messages"))
+    name: str = field(metadata=about("Name of the stage in logs and messages"))
     epochs: int = field(metadata=about("Passes over the training photos", COUNT))
     encoder: Literal["frozen", "trained"] = field(
         default="trained",
         metadata=about(
-            "`frozen` computes the features of every photo once and trains the decoder on them; "
-            "`trained` runs and trains the encoder, too"
+            "`frozen`: compute the features of every photo once and train only the decoder; "
+            "`trained`: train the encoder as well"
         ),
     )
     views: int = field(
         default=1,
         metadata=about(
-            "Versions of each photo whose features are cached with a frozen encoder: the photo "
-            "itself, the others augmented",
+            "Number of versions of each photo whose features are cached with a frozen encoder; "
+            "the first is the photo itself, the others are augmented",
             LAYERS,
         ),
     )
-    batch_photos: int = field(default=32, metadata=about("Photos of a batch", COUNT))
-    accumulate: int = field(default=1, metadata=about("Batches of a step", COUNT))
+    batch_photos: int = field(default=32, metadata=about("Photos per batch", COUNT))
+    accumulate: int = field(default=1, metadata=about("Batches per optimizer step", COUNT))
     decoder_lr: float = field(
-        default=3e-4, metadata=about("Highest learning rate of the decoder", RATE)
+        default=3e-4, metadata=about("Peak learning rate of the decoder", RATE)
     )
     encoder_lr: float = field(
-        default=3e-5, metadata=about("Highest learning rate of the encoder's last block", RATE)
+        default=3e-5, metadata=about("Peak learning rate of the encoder's last block", RATE)
     )
     encoder_layer_decay: float = field(
         default=1.0,
-        metadata=about("What multiplies encoder_lr for each block further down; above 0, to 1"),
+        metadata=about(
+            "Factor on encoder_lr for each block further from the output; above 0, to 1"
+        ),
     )
     warmup: float = field(
         default=0.05,
         metadata=about(
-            "Share of the steps in which the rate rises", Range(0, 1, "a share, 0 to 1")
+            "Share of the steps in which the learning rate rises", Range(0, 1, "0 to 1")
         ),
     )
     weight_decay: float = field(
-        default=0.01, metadata=about("AdamW's weight decay", Range(0, 100, "0 to 100"))
+        default=0.01, metadata=about("Weight decay of AdamW", Range(0, 100, "0 to 100"))
     )
     label_smoothing: float | None = field(
         default=None,
-        metadata=about("Label smoothing of cross-entropy, 0 to below 1; left out: 0.1"),
+        metadata=about("Label smoothing of cross-entropy, 0 to below 1", default="`0.1`"),
     )
     distillation: Distillation | None = field(
-        default=None, metadata=about("Teachers to learn from (table below)")
+        default=None, metadata=about("Distillation from teachers (table below)")
     )
     self_critical: SelfCritical | None = field(
         default=None,
-        metadata=about("Self-critical training instead of cross-entropy; `{}`: its defaults"),
+        metadata=about(
+            "Self-critical training instead of cross-entropy (table below); `{}` for its defaults"
+        ),
     )
     clip: float = field(
-        default=1.0, metadata=about("Largest norm of the gradient", Range(SOME, MOST, "above 0"))
+        default=1.0,
+        metadata=about("Gradients are clipped to this norm", Range(SOME, MOST, "above 0")),
     )
     ema: float = field(
         default=0.999,
         metadata=about(
-            "Decay of the exponential moving average of the weights, which is saved; 0: off",
+            "Decay of the exponential moving average of the weights; the average is what is saved. "
+            "0 turns it off",
             DROPOUT,
         ),
     )
     augment: bool = field(
-        default=False, metadata=about("Random crops and colours of the training photos")
+        default=False, metadata=about("Random crops and colour changes of the training photos")
     )
     flip: bool = field(
         default=False,
-        metadata=about("Mirror photos at random; left and right are swapped in their captions"),
+        metadata=about("Mirror photos at random and swap left and right in their captions"),
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata=about("Compute each block twice to keep less of it in memory")
+        default=False, metadata=about("Recompute each block in the backward pass to save memory")
     )
 
     def __post_init__(self) -> None:
@@ -373,16 +383,16 @@ class Validation:
 
     photos: int = field(
         default=0,
-        metadata=about("Validation photos, 0 for all", Range(0, MOST, "0 (all) or more")),
+        metadata=about("Number of validation photos; 0 for all", Range(0, MOST, "0 (all) or more")),
     )
     num_beams: int = field(
-        default=3, metadata=about("Beams", Range(1, MAX_BEAMS, f"1 to {MAX_BEAMS}"))
+        default=3, metadata=about("Number of beams", Range(1, MAX_BEAMS, f"1 to {MAX_BEAMS}"))
     )
     every: int = field(default=1, metadata=about("Epochs between two validations", COUNT))
     patience: int = field(
         default=0,
         metadata=about(
-            "Validations without a better CIDEr after which training stops; 0: never",
+            "Training stops after this many validations without a better CIDEr; 0: never",
             Range(0, MOST, "0 (never) or more"),
         ),
     )
@@ -395,9 +405,11 @@ class Validation:
 class TrainConfig:
     """A whole run."""
 
-    name: str = field(metadata=about("Name of the run; left out: the file's"))
+    name: str = field(metadata=about("Name of the run", default="the name of the file"))
     data: str | None = field(
-        metadata=about("Dataset: a name under build/data, or a folder; left out: give `DATA=`")
+        metadata=about(
+            "Name of a dataset under build/data, or its folder; without it, `DATA=` is needed"
+        )
     )
     stages: tuple[Stage, ...] = field(metadata=about("The stages, in order"))
     start: str | None = field(
@@ -406,7 +418,7 @@ class TrainConfig:
     )
     seed: int = field(
         default=0,
-        metadata=about("Seed of everything random", Range(0, 2**63 - 1, "0 to 2^63 - 1")),
+        metadata=about("Seed of all random numbers", Range(0, 2**63 - 1, "0 to 2^63 - 1")),
     )
     encoder: EncoderSource = field(
         default_factory=EncoderSource, metadata=about("The encoder (table below)")
@@ -418,29 +430,30 @@ class TrainConfig:
         default_factory=TokenizerChoice, metadata=about("The tokenizer (table below)")
     )
     validation: Validation = field(
-        default_factory=Validation, metadata=about("Scores while training (table below)")
+        default_factory=Validation, metadata=about("Validation during training (table below)")
     )
     resize: Literal["squash", "crop"] = field(
         default="squash",
         metadata=about(
-            "How a photo becomes a square: the whole photo squeezed, or its middle cut out"
+            "How a photo becomes a square: `squash` resizes the whole photo, `crop` cuts out its "
+            "middle"
         ),
     )
     decoding: dict[str, Any] = field(
         default_factory=dict,
-        metadata=about("Default decoding options of the checkpoint (see serving.md)"),
+        metadata=about("Default decoding options of the checkpoint (see [serving.md](serving.md))"),
     )
     precision: Literal["auto", "fp32", "bf16"] = field(
         default="auto",
-        metadata=about("Type of the products; `auto`: bf16 where the processor has it"),
+        metadata=about("Data type of matrix products; `auto`: bf16 if the processor supports it"),
     )
     device: str = field(default="auto", metadata=about("`auto`, `cpu`, `cuda` or `cuda:NUMBER`"))
     workers: int | None = field(
         default=None,
         metadata=about(
-            "Processes that load photos; left out: 1 beside a model that trains on the same "
-            "processor, up to 8 for one on a GPU, which would wait for fewer",
+            "Number of processes that load photos",
             Range(0, 1000, "0 to 1000"),
+            "1 on a CPU, up to 8 on a GPU",
         ),
     )
 

@@ -30,10 +30,10 @@ SECTIONS = {
 }
 HEAD = """# Every field of a config
 
-A config is a YAML file: a name under `training/configs/`, or a path, given as `CONFIG=`. Unknown
-fields, values out of their range and fields that contradict each other are refused in one line
-before any file is read. Written by `python -m training.describe_config` from the dataclasses in
-`training/config.py`.
+A config is a YAML file. `CONFIG=` is the name of a preset under `training/configs/`, or a path. An
+unknown field, a value out of its range and a contradiction between fields are errors that are found
+before any other file is read. This page is the output of `python -m training.describe_config` and
+describes the dataclasses in `training/config.py`.
 """
 
 
@@ -42,7 +42,7 @@ def section(heading: str, kind: Any) -> str:
     hints = typing.get_type_hints(kind)
     lines = [
         f"\n## {heading}\n",
-        "| field | values | default | what it is |",
+        "| field | values | default | meaning |",
         "| --- | --- | --- | --- |",
     ]
     for item in dataclasses.fields(kind):
@@ -66,10 +66,12 @@ def allowed(kind: Any, limits: Any) -> str:
 
 
 def default(item: Any) -> str:
+    if item.metadata["default"]:
+        return str(item.metadata["default"])
     if item.default_factory is not dataclasses.MISSING:
-        return "its fields' own"
+        return "the defaults below" if dataclasses.is_dataclass(item.default_factory) else "empty"
     if item.default is dataclasses.MISSING:
-        return "needed"
+        return "required"
     if item.default is None:
         return "none"
     return f"`{str(item.default).lower() if isinstance(item.default, bool) else item.default}`"

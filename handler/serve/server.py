@@ -71,6 +71,12 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
     home = home or Path.cwd()
     settings = read_properties(ts_config)
     models = initial_models(settings, ts_config, home)
+    if unknown := [letter for letter in str(home.resolve()) if ord(letter) > 0xFFFF]:
+        # The JDK's ParseUtil takes each half of such a character for one of its own.
+        raise UserError(
+            f"{home.resolve()}: Java cannot start in a folder with {unknown[0]!r} in its path; "
+            "move it elsewhere"
+        )
     if running(home):
         raise UserError("a server runs here already; run make stop first")
     for name, (host, port) in ports(settings, tls).items():
@@ -295,10 +301,13 @@ def is_free(host: str, port: int) -> bool:
 
 def environment(temporary: str) -> dict[str, str]:
     """The server's environment: temporary files in `temporary`, Java from beside this Python where
-    there is no other, and none of the variables that would win over the configuration."""
+    there is no other, a locale in which Java finds file names of all letters, and none of the
+    variables that would win over the configuration."""
     # PYTHONPATH comes before the archive's own folder: its code would not be what is served.
     unwanted = ("PYTHONPATH", "TS_CONFIG_FILE", "LOG_LOCATION", "METRICS_LOCATION")
     inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
+    if inherited.get("LC_ALL") in ("C", "POSIX"):
+        inherited["LC_ALL"] = "C.UTF-8"  # Python itself does as much for LANG (PEP 538)
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
     return {**inherited, "PATH": path, "TMPDIR": temporary, "TEMP": temporary}
 

@@ -1,8 +1,7 @@
-"""Captions -> tokens: all captions of a photo packed into one row.
+"""Captions to tokens: all captions of a photo are packed into one row.
 
-The captions of a photo stand one after the other in one row of tokens, so that they share one
-encoder pass and waste no padding on each other; a mask keeps each causal and apart from its
-neighbours.
+The captions of a photo follow each other in one row of tokens. They share one encoder pass and need
+no padding between them. A mask makes each caption causal and hides its neighbours.
 
 Dimension key: B photos, Q packed tokens of a photo, P memory tokens, D width.
 """
@@ -24,8 +23,8 @@ IGNORED = -100  # torch's cross-entropy leaves these targets out
 @dataclass(frozen=True)
 class Batch:
     """`photos` is (B, 3, S, S) images or (B, P, D) features; tokens, positions and targets are
-    (B, Q), the mask (B, Q, Q). `indices` are the photos' places in the split, `mirror` says which
-    of them are seen (and described) mirrored."""
+    (B, Q), the mask is (B, Q, Q). `indices` are the positions of the photos in the split; `mirror`
+    is true where a photo and its captions are mirrored."""
 
     photos: Tensor
     tokens: Tensor
@@ -45,8 +44,8 @@ def pack_captions(
     captions: Sequence[Sequence[Sequence[int]]], tokenizer: CaptionTokenizer, max_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packs token ids [photo][caption][token] into tokens, positions, targets (B, Q) and mask
-    (B, Q, Q). A caption longer than `max_tokens`, end token included, is cut, and then learns no
-    end."""
+    (B, Q, Q). A caption of more than `max_tokens` tokens, including the end token, is truncated and
+    has no end token among its targets."""
     rows = []
     for photo in captions:
         tokens: list[int] = []
@@ -66,7 +65,7 @@ def pack_captions(
         torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
         for i, fill in enumerate(fills)
     )
-    # A padding query sees the other padding: a row without any visible slot would be NaN.
+    # Padding attends to padding: softmax over a row without any visible token gives NaN.
     same_BQQ = segments_BQ.unsqueeze(2) == segments_BQ.unsqueeze(1)
     return tokens_BQ, positions_BQ, targets_BQ, same_BQQ.tril()
 
@@ -75,16 +74,16 @@ SIDES = {"left": "right", "right": "left"}
 
 
 def mirrored(caption: str) -> str:
-    """The caption of the mirrored photo: left and right change places."""
+    """The caption of the mirrored photo: left and right are swapped."""
     return re.sub(
         r"\b(left|right)\b", lambda match: SIDES[match[0].lower()], caption, flags=re.IGNORECASE
     )
 
 
 class Captions:
-    """Token ids of every caption of a split, as they are and mirrored. `longest` is the length of
-    the longest, `cut` how many are longer than `max_tokens`; both count the end token. `unknown` is
-    how many captions have a word that the vocabulary lacks."""
+    """Token ids of every caption of a split, original and mirrored. `longest` is the length of the
+    longest caption, `cut` the number of captions longer than `max_tokens`; both count the end
+    token. `unknown` is the number of captions with a word that is not in the vocabulary."""
 
     def __init__(self, rows: Sequence[Row], tokenizer: CaptionTokenizer, max_tokens: int) -> None:
         self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
@@ -97,9 +96,9 @@ class Captions:
         self.unknown = sum(tokenizer.unknown_id in ids for ids in every)
 
     def notes(self, max_new_tokens: int, borrowed: str | None = None) -> list[str]:
-        """What is lost of the captions, a line each, where a caption that is written has at most
-        `max_new_tokens`; `borrowed` is the checkpoint that the vocabulary is from, if not fitted on
-        these captions."""
+        """One line for each kind of loss: truncated captions, captions longer than
+        `max_new_tokens`, the limit of what is generated, and unknown words. `borrowed` is the
+        checkpoint that the vocabulary comes from, if it was not fitted on these captions."""
         notes = []
         if self.cut:
             notes.append(

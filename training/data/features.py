@@ -1,4 +1,4 @@
-"""The frozen encoder's output for every photo, computed once and kept in a file.
+"""The frozen encoder's output for every photo, computed once and cached in a file.
 
 Dimension key: P memory tokens, D width.
 """
@@ -23,8 +23,8 @@ from training.data.seeds import seed_of
 
 
 class FrozenEncoder(NamedTuple):
-    """What makes features of photos (n, 3, H, W): bits that tell it from any other, and the shape
-    (P, D) of the memory that it makes of one photo."""
+    """An encoder of photos (n, 3, H, W): a hash that identifies it, the function, and the shape
+    (P, D) of the memory of one photo."""
 
     fingerprint: str
     encode: Callable[[Tensor], Tensor]
@@ -32,9 +32,9 @@ class FrozenEncoder(NamedTuple):
 
 
 class FeatureCache:
-    """The frozen encoder's memory of every photo in `views` versions, bfloat16, in one file that is
-    mapped into memory: (photos, views, P, D). View 0 is the photo itself, the others are augmented.
-    The file is reused when encoder, photos and preprocessing are the same."""
+    """The frozen encoder's memory of `views` versions of every photo, (photos, views, P, D) in
+    bfloat16, in one memory-mapped file. View 0 is the photo itself; the others are augmented. The
+    file is reused if encoder, photos and preprocessing are the same."""
 
     def __init__(
         self,
@@ -64,7 +64,10 @@ class FeatureCache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    print(f"{self.path}: waiting for another run that makes them", flush=True)
+                    print(
+                        f"{self.path}: waiting for another run that computes these features",
+                        flush=True,
+                    )
                     fcntl.flock(file, fcntl.LOCK_EX)
                 if self.path.exists():
                     partial.unlink(missing_ok=True)
@@ -102,7 +105,7 @@ class FeatureCache:
     def batches(
         self, captions: Captions, batches: list[list[int]], seed: int, epoch: int
     ) -> Iterator[Batch]:
-        """Batches of features; which view of a photo is seen depends on seed and epoch."""
+        """Batches of features; seed and epoch determine which view of each photo is used."""
         photos, views = self.memory.shape[:2]
         generator = torch.Generator().manual_seed(seed_of(seed, "views", epoch))
         view_of = torch.randint(views, (photos,), generator=generator)
@@ -113,8 +116,8 @@ class FeatureCache:
 
 
 def _reserve(path: Path, size: tuple[int, ...]) -> None:
-    """Gives a file all its blocks: writing to mapped memory that has none when the disk is full
-    kills the process (SIGBUS). Raises OSError where they do not fit."""
+    """Allocates all blocks of a file. Without them, writing to mapped memory on a full disk kills
+    the process (SIGBUS). Raises OSError if the disk has too little space."""
     if not hasattr(os, "posix_fallocate"):  # macOS
         return
     with path.open("ab") as file:

@@ -1,4 +1,4 @@
-"""What a new run starts from: its tokenizer, its model and the preprocessing of its encoder."""
+"""Creates the parts of a new run: tokenizer, model, and the preprocessing of its encoder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +20,9 @@ from training.weights.encoders import load_encoder
 def make_tokenizer(
     choice: TokenizerChoice, rows: Sequence[Row], say: Callable[[str], None] = print
 ) -> CaptionTokenizer:
-    """The tokenizer of a new run, whose training photos are `rows`. `say` is told what was chosen
-    for the user. Raises UserError where a vocabulary of words cannot hold the captions."""
+    """The tokenizer of a new run with the training photos `rows`. `say` is called with a message if
+    byte pairs are chosen automatically. Raises UserError if a vocabulary of words does not fit the
+    captions."""
     if choice.checkpoint is not None:
         folder = Path(choice.checkpoint)
         config = read_config(folder)
@@ -34,10 +35,10 @@ def make_tokenizer(
         what = f"{without_spaces} of {len(captions)} captions are written without spaces"
         if choice.kind == "word":
             raise UserError(
-                f"{what}, so a word is a whole sentence; set tokenizer: {{kind: bpe}} or leave "
-                "tokenizer.kind out"
+                f"{what}, so each sentence would be one word; set tokenizer: {{kind: bpe}}, or "
+                "leave tokenizer.kind out"
             )
-        say(f"{what}: the vocabulary is of byte pairs (tokenizer: {{kind: bpe}})")
+        say(f"{what}: the vocabulary consists of byte pairs (tokenizer: {{kind: bpe}})")
         kind = "bpe"
     tokenizer = CaptionTokenizer.train(
         captions, kind, choice.vocab_size, choice.min_count, choice.lowercase
@@ -55,7 +56,7 @@ def make_tokenizer(
 def make_model(
     config: TrainConfig, tokenizer: CaptionTokenizer, weights: Path | None
 ) -> tuple[CaptioningModel, PreprocessConfig]:
-    """A new model with the preprocessing that its encoder wants."""
+    """A new model and the preprocessing for its encoder."""
     source, shape = config.encoder, config.decoder
     mean = std = (0.5, 0.5, 0.5)
     interpolation: Interpolation = "bicubic"

@@ -1,12 +1,12 @@
-"""A config and a manifest in, a checkpoint out: the stages of a run in order.
+"""Trains a checkpoint from a config and a manifest: the stages of a run in order.
 
-One or more stages (see `training.config.Stage`) of teacher-forced cross-entropy, of distillation or
-of self-critical training, validated by generated captions; the best by CIDEr is kept (by the loss
-where there are too few validation photos for CIDEr), and each stage goes on from it. A run that
-starts from a checkpoint is validated before its first step, too, and says at its end what it
-gained. A run that was
-killed goes on with `--resume` and ends with the very same weights as one that was not. Several
-processes that torchrun started train as one (see `training.loop.distributed`).
+A stage (see `training.config.Stage`) trains with teacher-forced cross-entropy, distillation or
+self-critical training. It is validated by generated captions; the weights with the best CIDEr are
+kept (with the best loss if there are too few validation photos for CIDEr), and the next stage
+starts from them. A run that fine-tunes a checkpoint is also validated before its first step, and
+reports at its end what it gained. A killed run can be continued with `--resume` and ends with the
+same weights as an uninterrupted one. Several processes of torchrun train one model (see
+`training.loop.distributed`).
 """
 
 import contextlib
@@ -27,7 +27,13 @@ from training.loop.run import Run, read_state, restore_parts
 from training.loop.stage import run_stage
 from training.loop.start import make_model, make_tokenizer
 from training.loop.teachers import check_teachers
-from training.loop.validation import announce, tell_gain, validate, warn_of_little_learnt
+from training.loop.validation import (
+    announce,
+    choose_metric_tokenizer,
+    tell_gain,
+    validate,
+    warn_of_little_learnt,
+)
 
 
 def train(
@@ -38,11 +44,11 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Trains and returns the checkpoint's folder. A run that is there already is continued with
-    `resume` and replaced with `overwrite`.
+    """Trains and returns the checkpoint's folder. An existing run is continued with `resume` and
+    replaced with `overwrite`.
 
-    Raises UserError for what the user gave wrong, for a run of this name that neither was asked
-    for, and for a loss that is no number; what was there before is then as it was.
+    Raises UserError for bad input, for an existing run without `resume` or `overwrite`, and for a
+    loss that is not finite; existing files are then unchanged.
     """
     torch.manual_seed(config.seed)
     run_folder = RunFolder(folder)
@@ -59,16 +65,16 @@ def train(
             raise KeyboardInterrupt(
                 "interrupted; continue with --resume (make: ARGS=--resume)"
                 if saved
-                else "interrupted before anything was saved; nothing is changed"
+                else "interrupted before anything was saved; no files were changed"
             ) from None
         finally:
-            run.log.end()  # what is printed next stands on a line of its own
+            run.log.end()  # the next message starts on a new line
     leave()
     return folder
 
 
 def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | None:
-    """Makes or reads back the parts of a run; returns the state that a resumed one goes on from."""
+    """Creates or reads the parts of a run; returns the state of a resumed one."""
     state: dict[str, Any] | None = None
     if resume:
         state = read_state(run.folder.final, run.config)
@@ -83,8 +89,10 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
             run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
         check_teachers(run.config, run.student())
         if run.processes.first:
-            # What --resume needs before the first validation has written a checkpoint.
+            # For --resume before the first validation, which writes the checkpoint.
             run.tokenizer.save(run.folder.path / "tokenizer.json")
+    if run.processes.first:
+        choose_metric_tokenizer(run, state)
     run.processes.wait()
     run.model.to(run.device)
     run.average = copy.deepcopy(run.model).requires_grad_(False).eval()

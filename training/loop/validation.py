@@ -1,5 +1,5 @@
-"""Captions of the validation photos by the averaged weights, their scores, and which weights become
-the checkpoint.
+"""Validation: generates captions of the validation photos with the averaged weights, scores them,
+and decides which weights become the checkpoint.
 
 Dimension key: B photos, P memory tokens, D width.
 """
@@ -11,30 +11,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handler.captioner import Captioner
+from handler.errors import UserError
 from training.data.captions import Captions
 from training.data.manifest import Row
 from training.data.photos import read_photo
 from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.scores.claims import score_claims
-from training.scores.habits import little_learnt
-from training.scores.metrics import score
+from training.scores.habits import distinct, little_learnt
+from training.scores.metrics import choose_tokenizer, score
 
 BATCH = 50
-# CIDEr weighs a word by how few of the photos have it: log(photos / photos with the word). Among
-# one photo every weight is 0, among a few nearly every word has one of two or three weights.
+# CIDEr weights a word by log(photos / photos with the word). With one photo, all weights are 0;
+# with a few, nearly all words have one of two or three weights.
 LEAST_PHOTOS_FOR_CIDER = 10
 
 
 def validate(run: Run) -> None:
-    """Scores the averaged weights; where they are no worse than the best so far, they become the
-    checkpoint. The figure is CIDEr, or the loss where there are too few photos for CIDEr."""
+    """Scores the averaged weights. If they are not worse than the best so far, they become the
+    checkpoint. The figure is CIDEr, or the loss if there are too few photos for CIDEr."""
     captioner, rows = run.captioner(), run.val_rows
     predictions, loss = caption_and_loss(run, captioner, rows)
     references = {row.id: row.captions for row in rows}
-    scores = score(predictions, references, metrics=("bleu", "cider"))
+    scores = score(predictions, references, ("bleu", "cider"), run.metric_tokenizer)
     result: dict[str, Any] = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
-    result |= {"loss": loss, "distinct_captions": len(set(predictions.values()))}
+    result |= {"loss": loss, "distinct_captions": distinct(list(predictions.values()))}
     if all(row.scene is not None for row in rows):
         claims = score_claims(predictions, rows)
         result |= {name: claims[name] for name in ("claims_true", "captions_true")}
@@ -49,12 +50,38 @@ def validate(run: Run) -> None:
 
 
 def chosen_by(rows: list[Row]) -> str:
-    """The figure that chooses the checkpoint: "CIDEr" or "loss"."""
+    """The figure by which the checkpoint is chosen: "CIDEr" or "loss"."""
     return "CIDEr" if len(rows) >= LEAST_PHOTOS_FOR_CIDER else "loss"
 
 
+def choose_metric_tokenizer(run: Run, state: dict[str, Any] | None) -> None:
+    """What splits captions into words for the figures of a run: the PTB tokenizer, or plain words
+    without Java; of a resumed run, what its `state` has. Raises UserError where that needs a Java
+    that is not there any more, or does not work."""
+    found = choose_tokenizer([caption for row in run.val_rows for caption in row.captions])
+    run.metric_tokenizer = found if state is None else state["metric_tokenizer"]
+    if run.metric_tokenizer == "ptb" and found == "python":
+        raise UserError(
+            f"{run.folder.final}: its figures are after the PTB tokenizer, and no Java is found; "
+            "make setup brings one"
+        )
+
+
 def announce(run: Run) -> None:
-    """Says what chooses the checkpoint, where it is not CIDEr."""
+    """Says by what validation captions are split into words, and what chooses the checkpoint, where
+    it is not CIDEr."""
+    if run.metric_tokenizer == "ptb":
+        run.log.say("validation: figures after the PTB tokenizer")
+    elif run.metric_tokenizer == "characters":
+        run.log.say(
+            "validation: figures on characters, since the captions are written without spaces and "
+            "the PTB tokenizer would treat a sentence as one word"
+        )
+    else:
+        run.log.say(
+            "validation: figures on plain words, since no Java was found when the run began: they "
+            "compare only with each other (make setup brings Java)"
+        )
     if chosen_by(run.val_rows) == "loss":
         run.log.say(
             f"{len(run.val_rows)} validation photos are too few for CIDEr (at least "
@@ -90,8 +117,8 @@ def tell_gain(run: Run) -> None:
 def caption_and_loss(
     run: Run, captioner: Captioner, rows: list[Row]
 ) -> tuple[dict[str, str], float]:
-    """One caption for each row's photo by its id, and the mean cross-entropy of the references in
-    nats a token."""
+    """One caption for each row by its id, and the mean cross-entropy of the references in nats per
+    token."""
     # Samples would choose a checkpoint by luck.
     options = captioner.options(
         num_beams=run.config.validation.num_beams, num_return_sequences=1, do_sample=False
@@ -104,8 +131,8 @@ def caption_and_loss(
         part = rows[start : start + BATCH]
         images = [captioner.preprocess(read_photo(run.manifest, row)) for row in part]
         memory_BPD: Tensor = captioner.encode(torch.stack(images))
-        found = captioner.caption_memory(memory_BPD, [options] * len(part))
-        predictions |= {row.id: best[0].text for row, best in zip(part, found, strict=True)}
+        results = captioner.caption_memory(memory_BPD, [options] * len(part))
+        predictions |= {row.id: best[0].text for row, best in zip(part, results, strict=True)}
         indices = range(start, start + len(part))
         batch = captions.batch(memory_BPD, indices, [False] * len(part)).to(run.device)
         total, tokens, _ = cross_entropy(captioner.decoder, memory_BPD, batch, 0)

@@ -1,4 +1,4 @@
-"""The report as HTML: a section each for scores, training, mistakes, words, and photos."""
+"""The report as HTML, with sections for scores, training, mistakes, words, and photos."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from handler.image_preprocess import Box, seen_region
 from handler.web.page import HEAT, Photo, page
 from handler.web.word_maps import FUNCTION_WORDS, Word
 from training.data.manifest import Manifest, Row
@@ -13,24 +14,26 @@ from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart
 from training.pages.system import System
 from training.scores.captions import training_captions
-from training.scores.habits import copied
-from training.scores.intervals import CONFIDENCE, interval
+from training.scores.habits import copied, distinct
+from training.scores.intervals import CONFIDENCE, interval, interval_of_score
 from training.scores.metrics import plain_words
 from training.scores.mistakes import Mistakes
 
 HERE = Path(__file__).parent
-# Points of a loss curve: each is the mean of as many steps as it takes.
+# Points of a loss curve; each is the mean of several steps.
 CURVE_POINTS = 200
 LONGEST, FREQUENT, CONFUSIONS = 24, 20, 6
-# Validation figures that are on another scale than the scores.
+# Validation figures whose scale differs from that of the scores.
 NOT_SCORES = ("loss", "distinct_captions")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A photo of the report, and for each system the words of each of its captions."""
+    """A photo of the report, its size (width, height) and, for each system, the words of its
+    captions."""
 
     photo: Photo
+    size: tuple[int, int]
     words: list[list[list[Word]]]
 
 
@@ -43,7 +46,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """`numbers` are the columns that are set to the right; a row is its name and its cells."""
+    """`numbers` are the right-aligned columns; a row is its name and its cells."""
 
     head: Sequence[str]
     numbers: Sequence[int]
@@ -51,10 +54,10 @@ class Table:
 
 
 class Entry(NamedTuple):
-    """What one system says of a photo, best caption first."""
+    """The captions of one system for a photo, best first."""
 
     name: str
-    fit: str
+    seen: Box
     words: list[list[Word]]
     scores: list[float]
     cider: float
@@ -106,7 +109,7 @@ def render(
 
 
 def facts(system: System, photos: int) -> list[str]:
-    """How a system was trained and asked."""
+    """How a system was trained and decoded."""
     options, config = system.decoding, system.captioner.config
     known = [
         f"{photos:,} photos",
@@ -123,7 +126,7 @@ def facts(system: System, photos: int) -> list[str]:
 
 
 def scores_section(systems: Sequence[System]) -> Section:
-    """Every score with its interval; beside another system, the paired difference too."""
+    """Every score with its interval; for two systems, also the paired difference."""
     first = systems[0]
     head = ["score"]
     for system in systems:
@@ -140,18 +143,18 @@ def scores_section(systems: Sequence[System]) -> Section:
         lines.append((score_name(name), cells))
     tokens = {
         "ptb": " after its PTB tokenizer",
-        "characters": " of characters, since the captions are written without spaces",
-        "python": " on plainly split words, since no Java was found: they compare only with each "
+        "characters": " on characters, because the captions are written without spaces",
+        "python": " on plainly split words, because no Java was found; compare them only with each "
         "other",
     }[first.scores["tokenizer"]]
     note = f"Corpus scores of pycocoevalcap{tokens}; intervals by bootstrap over the photos."
     if len(systems) == 2:
-        note += " A difference in bold is one whose interval leaves out zero."
+        note += " A difference is in bold if its interval does not contain zero."
     return Section(note, Table(head, range(1, len(head)), lines))
 
 
 def score_name(name: str) -> str:
-    """`claims_true_colour` for people."""
+    """The name of a score as it is shown: `claims_true_colour` becomes "true claims: colour"."""
     if name.startswith("claims_true_"):
         return f"true claims: {name.removeprefix('claims_true_')}"
     return {"claims_true": "true claims", "captions_true": "entirely true captions"}.get(name, name)
@@ -163,7 +166,7 @@ def _score_cells(system: System, name: str) -> tuple[Cell, Cell]:
         return Cell("–"), Cell("")
     between = ""
     if name in system.resamples:
-        between = "{:.3f} to {:.3f}".format(*interval(system.resamples[name]))
+        between = "{:.3f} to {:.3f}".format(*interval_of_score(name, system.resamples[name]))
     return Cell(f"{score:.3f}"), Cell(between)
 
 
@@ -186,7 +189,7 @@ def training_section(systems: Sequence[System]) -> Section:
     """Loss, learning rate and validation scores over the steps of all stages."""
     logs = {system.name: _in_one_row(system.log) for system in systems if system.log}
     if not logs:
-        return Section("No training log lies beside an export; its checkpoint has it.")
+        return Section("An export has no training log; see the report on its checkpoint.")
     starts = {}
     if len(logs) == 1:
         [entries] = logs.values()
@@ -214,18 +217,18 @@ def training_section(systems: Sequence[System]) -> Section:
 
 
 def _in_one_row(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries with `x`, a step that goes on counting where a stage begins anew."""
-    found, before, stage, last = [], 0, None, 0
+    """The entries with `x`, the step counted over all stages."""
+    entries, before, stage, last = [], 0, None, 0
     for entry in log:
         if stage is not None and entry["stage"] != stage:
             before += last
         stage, last = entry["stage"], entry["step"]
-        found.append({**entry, "x": before + entry["step"]})
-    return found
+        entries.append({**entry, "x": before + entry["step"]})
+    return entries
 
 
 def _curve(entries: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """At most CURVE_POINTS means of one figure."""
+    """A curve of one figure with at most CURVE_POINTS points, which are means."""
     points = [(entry["x"], entry[name]) for entry in entries if name in entry]
     size = -(-len(points) // CURVE_POINTS) or 1
     parts = [points[start : start + size] for start in range(0, len(points), size)]
@@ -238,37 +241,39 @@ def _curve(entries: Sequence[dict[str, Any]], name: str) -> list[tuple[float, fl
 
 
 def mistakes_section(systems: Sequence[System], rows: Sequence[Row]) -> Section:
-    """How often each kind of word is wrong, and what was said instead of what."""
+    """How often each kind of word is wrong, and the most common confusions."""
     kinds = dict.fromkeys(kind for system in systems for kind in system.mistakes)
     lines = []
     for kind in kinds:
         for system in systems:
-            found = system.mistakes.get(kind, Mistakes())
-            share = f"{len(found.photos) / found.judged:.0%}" if found.judged else "–"
+            mistakes = system.mistakes.get(kind, Mistakes())
+            share = f"{len(mistakes.photos) / mistakes.judged:.0%}" if mistakes.judged else "–"
             pairs = "; ".join(
-                f"{wrong}{' for ' + true if true else ''} ({count})"
-                for (wrong, true), count in found.confusions.most_common(CONFUSIONS)
+                f"{wrong}{' instead of ' + true if true else ''} ({count})"
+                for (wrong, true), count in mistakes.confusions.most_common(CONFUSIONS)
             )
             name = f"{kind} {system.name}" if len(systems) == 2 else kind
-            count = f"{len(found.photos):,} of {found.judged:,}"
+            count = f"{len(mistakes.photos):,} of {mistakes.judged:,}"
             lines.append((name, [Cell(count), Cell(share), Cell(pairs)]))
     truth = (
         "Each claim of a caption is checked against the drawn scene."
         if all(row.scene is not None for row in rows)
-        else "By simple word classes: a word is wrong where no reference says it and the "
-        "references say another word of its class."
+        else "By simple word classes: a word is wrong if it is in no reference and the references "
+        "have another word of its class."
     )
-    return Section(truth, Table(["wrong", "captions", "share", "said (times)"], (1, 2), lines))
+    return Section(
+        truth, Table(["kind", "wrong captions", "share", "words (times)"], (1, 2), lines)
+    )
 
 
 # -------------------------------------------------------------------------------------- words
 
 
 def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[Row]) -> Section:
-    """Lengths and vocabulary beside those of the references."""
-    said = {system.name: list(system.best.values()) for system in systems}
-    said["references"] = [caption for row in rows for caption in row.captions]
-    words = {name: [plain_words(text) for text in texts] for name, texts in said.items()}
+    """Lengths and vocabulary of the captions and of the references."""
+    captions_of = {system.name: list(system.best.values()) for system in systems}
+    captions_of["references"] = [caption for row in rows for caption in row.captions]
+    words = {name: [plain_words(text) for text in texts] for name, texts in captions_of.items()}
     lengths = [str(n) for n in range(1, LONGEST)] + [f"{LONGEST}+"]
     by_length = {
         name: _shares([min(LONGEST, max(1, len(w))) for w in texts], range(1, LONGEST + 1))
@@ -283,45 +288,46 @@ def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[
         name: [counts[word] / max(1, len(words[name])) for word in frequent]
         for name, counts in presence.items()
     }
-    learnt = training_captions(manifest)
+    training = training_captions(manifest)
     lines = []
     for name, texts in words.items():
         flat = [word for text in texts for word in text]
-        captions = said[name]
-        shares = (len(set(captions)) / len(captions), copied(captions, learnt))
+        captions = captions_of[name]
+        shares = (distinct(captions) / len(captions), copied(captions, training))
         figures = [f"{len(set(flat)):,}", f"{len(flat) / len(texts):.1f}"]
         figures += [f"{share:.0%}" for share in shares]
         lines.append((name, [Cell(figure) for figure in figures]))
-    head = ["", "different words", "words a caption", "different captions"]
-    table = Table([*head, "stand in the training captions"], (1, 2, 3, 4), lines)
+    head = ["", "different words", "words per caption", "different captions"]
+    table = Table([*head, "copied from training"], (1, 2, 3, 4), lines)
     charts = [bar_chart("Length of captions", lengths, by_length, "words")]
     if frequent:
         charts.append(bar_chart("Captions with a word", frequent, by_word, ""))
     return Section(table=table, charts=charts)
 
 
-def _shares(values: Sequence[int], places: Sequence[int]) -> list[float]:
+def _shares(values: Sequence[int], bins: Sequence[int]) -> list[float]:
     counts = Counter(values)
-    return [counts[place] / max(1, len(values)) for place in places]
+    return [counts[each] / max(1, len(values)) for each in bins]
 
 
 # ------------------------------------------------------------------------------------- photos
 
 
 def card(systems: Sequence[System], row: Row, shown: Shown) -> Card:
-    """One photo with what every system says of it, and what people said."""
+    """One photo with the captions of every system and its references."""
     entries = []
     for system, words in zip(systems, shown.words, strict=True):
         scores = [caption.score for caption in system.captions[row.id]]
-        fit, cider = system.captioner.preprocessing.resize, system.each[row.id]["CIDEr"]
-        entries.append(Entry(system.name, fit, words, scores, cider, list(_wrong(system, row))))
+        seen = seen_region(shown.size, system.captioner.preprocessing)
+        cider = system.each[row.id]["CIDEr"]
+        entries.append(Entry(system.name, seen, words, scores, cider, list(_wrong(system, row))))
     return Card(row, shown.photo, entries)
 
 
 def _wrong(system: System, row: Row) -> Iterator[str]:
-    """What is wrong with a caption, in a few words."""
+    """The mistakes of a caption, each in a few words."""
     if row.scene is None:
-        yield from (kind for kind, found in system.mistakes.items() if row.id in found.photos)
+        yield from (kind for kind, wrong in system.mistakes.items() if row.id in wrong.photos)
     else:
         for claim in check(system.best[row.id], row.scene):
             if not claim.true:
