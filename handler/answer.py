@@ -12,29 +12,12 @@ from torch import Tensor
 from ts.handler_utils.utils import send_intermediate_predict_response
 
 from handler.attention_maps import overlay, png_bytes
-from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter
 from handler.caption_tokenizer import PieceStream
 from handler.captioner import Caption, Captioner, caption_as_dict
-from handler.request import OPTION_TYPES, Request, describe_error, to_json
+from handler.request import Request, describe_error, to_json
 
 log = logging.getLogger(__name__)
-
-# What DecodeOptions checks, in words; the model's own limits are put in where they stand in braces.
-RANGES = {
-    "num_beams": "1 to 16",
-    "num_return_sequences": "1 to num_beams; 1 to 16 when sampling",
-    "max_new_tokens": "1 to {positions}",
-    "min_new_tokens": "0 to max_new_tokens",
-    "length_penalty": "-5 to 5",
-    "early_stopping": "false, true, never",
-    "no_repeat_ngram_size": "0 to 10",
-    "repetition_penalty": "above 0, to 10",
-    "do_sample": "true, false",
-    "temperature": "above 0, to 10",
-    "top_k": "0 (off) to {vocabulary}",
-    "top_p": "above 0, to 1",
-    "seed": "0 to 9223372036854775807",
-}
 
 
 @dataclass
@@ -101,13 +84,13 @@ def answer(
 def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int) -> str:
     """What this model is and takes: for `?customized=true` of the management API."""
     decoder, defaults = captioner.decoder, captioner.options()
-    limits = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
-    longest = {"num_beams": defaults.beams, "max_new_tokens": limits["positions"]}
+    sizes = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
+    unset = {"num_beams": defaults.beams, "max_new_tokens": sizes["positions"]}
     options = {}
-    for name in OPTION_TYPES:
+    for name, option in OPTIONS.items():
         default = getattr(defaults, name)
-        default = longest.get(name) if default is None else default
-        options[name] = {"default": default, "range": RANGES[name].format(**limits)}
+        default = unset.get(name) if default is None else default
+        options[name] = {"default": default, "range": option.range(sizes)}
     card = {
         "model": model,
         "options": options,

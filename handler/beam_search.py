@@ -42,9 +42,9 @@ vocabulary, S slots, T time; B1 and BT are columns and tables of a photo's own s
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ from handler.errors import UserError
 
 MAX_BEAMS = 16
 NUMBER = TypeVar("NUMBER", int, float)
+Kind = Literal["integer", "number", "boolean"]
 NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's memory are damaged"
 
 
@@ -65,71 +66,161 @@ class InvalidParameter(UserError):
         self.field = field
 
 
-def _integer(name: str, value: object, low: int, high: int, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidParameter(name, f"{name} must be an integer from {low} to {high}{why}")
+@dataclass(frozen=True)
+class Option:
+    """All that is declared of a decoding option, once: checks, the parsing of requests, the
+    arguments of commands, the model card and the table in docs/serving.md are made of it.
+
+    A number lies from `low` to `high` (`above`: low itself is out of range; `off`: low turns the
+    option off). `limit` names what else it must not exceed: another option, or the model's
+    `positions` (less one) or `vocabulary`. The values of a boolean may include a further word.
+    `unset` says what None means where that is the default.
+    """
+
+    help: str
+    kind: Kind
+    low: int = 0
+    high: int = 0
+    above: bool = False
+    off: bool = False
+    limit: str = ""
+    values: tuple[str, ...] = ("true", "false")
+    unset: str = ""
+
+    def check(self, name: str, value: object, limit: int | None = None, why: str = "") -> None:
+        """Raises InvalidParameter for a value of another kind or out of range. `limit` replaces
+        `high`, and `why` says what sets it."""
+        if self.kind == "boolean":
+            if not isinstance(value, bool) and value not in self.values[2:]:
+                raise InvalidParameter(name, f"{name} must be {self.choices}")
+            return
+        kinds = int if self.kind == "integer" else int | float
+        high = self.high if limit is None else limit
+        # NaN fails both comparisons; an integer too great for a float compares all the same.
+        valid = isinstance(value, kinds) and not isinstance(value, bool)
+        if not valid or not self.low <= value <= high or (self.above and value == self.low):
+            kind = f"{'an' if self.kind == 'integer' else 'a'} {self.kind}"
+            bounds = f"{'above' if self.above else 'from'} {self.low} to {high}"
+            why = f", {why}" if why else ""
+            raise InvalidParameter(name, f"{name} must be {kind} {bounds}{why}")
+
+    @property
+    def choices(self) -> str:
+        """The values of a boolean as a sentence lists them."""
+        return f"{', '.join(self.values[:-1])} or {self.values[-1]}"
+
+    def range(self, sizes: Mapping[str, object]) -> str:
+        """The range in words; `sizes` says what `positions` and `vocabulary` are."""
+        if self.kind == "boolean":
+            return ", ".join(self.values)
+        low = f"{'above ' * self.above}{self.low}{' (off)' * self.off}{',' * self.above}"
+        high = sizes.get(self.limit, self.limit or self.high)
+        sampling = f"; {self.low} to {self.high} when sampling" if self.limit == "num_beams" else ""
+        return f"{low} to {high}{sampling}"
 
 
-def _number(name: str, value: object, low: float, high: float, open_low: bool) -> None:
-    # NaN fails both comparisons; an integer too great for a float compares all the same.
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not low <= value <= high or (open_low and value == low):
-        raise InvalidParameter(
-            name, f"{name} must be a number {'above' if open_low else 'from'} {low:g} to {high:g}"
-        )
-
-
-def _truth(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InvalidParameter(name, f"{name} must be true or false")
+def _option(default: Any, kind: Kind, help: str, **range: Any) -> Any:
+    return field(default=default, metadata={"option": Option(help, kind, **range)})
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to decode one photo, named after Hugging Face's `generate`.
+    """How to decode one photo, named after Hugging Face's `generate`. Raises InvalidParameter,
+    which names the field and its range."""
 
-    `num_beams` None means 5, or 1 when sampling; `max_new_tokens` None means as many as the model
-    has positions for. Raises InvalidParameter, which names the field and its range.
-    """
-
-    num_beams: int | None = None
-    num_return_sequences: int = 1
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = "never"
-    no_repeat_ngram_size: int = 0
-    repetition_penalty: float = 1.0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
+    num_beams: int | None = _option(
+        None,
+        "integer",
+        "beams of the search; 1 is greedy search",
+        low=1,
+        high=MAX_BEAMS,
+        unset="5, or 1 when sampling",
+    )
+    num_return_sequences: int = _option(
+        1, "integer", "captions that are returned", low=1, high=MAX_BEAMS, limit="num_beams"
+    )
+    max_new_tokens: int | None = _option(
+        None,
+        "integer",
+        "most tokens that are generated, the end token included",
+        low=1,
+        high=2**31,
+        limit="positions",
+        unset="the model's positions less one",
+    )
+    min_new_tokens: int = _option(
+        0, "integer", "fewest tokens before the end token", high=2**31, limit="max_new_tokens"
+    )
+    length_penalty: float = _option(
+        1.0,
+        "number",
+        "a score is divided by the length to this power; above 0 favours long captions",
+        low=-5,
+        high=5,
+    )
+    early_stopping: bool | Literal["never"] = _option(
+        "never",
+        "boolean",
+        "beam search stops at num_beams finished captions (true), or once a better one is unlikely "
+        "(false) or impossible (never)",
+        values=("false", "true", "never"),
+    )
+    no_repeat_ngram_size: int = _option(
+        0, "integer", "no sequence of so many tokens occurs twice; 0 turns this off", high=10
+    )
+    repetition_penalty: float = _option(
+        1.0,
+        "number",
+        "above 1 makes tokens less likely that occurred already",
+        high=10,
+        above=True,
+    )
+    do_sample: bool = _option(False, "boolean", "sample instead of searching, with one beam")
+    temperature: float = _option(
+        1.0, "number", "divides the logits before sampling", high=10, above=True
+    )
+    top_k: int = _option(
+        0,
+        "integer",
+        "sample from so many most likely tokens",
+        high=2**31,
+        off=True,
+        limit="vocabulary",
+    )
+    top_p: float = _option(
+        1.0,
+        "number",
+        "sample from the most likely tokens whose probabilities sum to this",
+        high=1,
+        above=True,
+    )
+    seed: int | None = _option(
+        None,
+        "integer",
+        "of sampling; the same seed gives the same captions",
+        high=2**63 - 1,
+        unset="another one each time",
+    )
 
     def __post_init__(self) -> None:
-        _truth("do_sample", self.do_sample)
-        if self.num_beams is not None:
-            _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
-            if self.do_sample and self.num_beams > 1:
+        # The limits of others depend on do_sample.
+        for name in ("do_sample", *OPTIONS):
+            option, value = OPTIONS[name], getattr(self, name)
+            if value is None and option.unset:
+                continue
+            option.check(name, value, *self._limit(option.limit))
+            if name == "num_beams" and self.do_sample and value > 1:
                 raise InvalidParameter(
                     "num_beams", "num_beams must be 1 with do_sample; leave one of them out"
                 )
-        most, why = (MAX_BEAMS, "") if self.do_sample else (self.beams, ", num_beams")
-        _integer("num_return_sequences", self.num_return_sequences, 1, most, why)
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, 2**31)
-        longest = self.max_new_tokens or 2**31
-        _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", max_new_tokens")
-        _number("length_penalty", self.length_penalty, -5, 5, False)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise InvalidParameter("early_stopping", "early_stopping must be false, true or never")
-        _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10)
-        _number("repetition_penalty", self.repetition_penalty, 0, 10, True)
-        _number("temperature", self.temperature, 0, 10, True)
-        _integer("top_k", self.top_k, 0, 2**31)
-        _number("top_p", self.top_p, 0, 1, True)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**63 - 1)
+
+    def _limit(self, name: str) -> tuple[int | None, str]:
+        """The value of another option that limits one, where it is known, and its name."""
+        if name == "num_beams" and not self.do_sample:
+            return self.beams, name
+        if name == "max_new_tokens":
+            return self.max_new_tokens, name
+        return None, ""
 
     @property
     def beams(self) -> int:
@@ -144,12 +235,15 @@ class DecodeOptions:
     def limits(self, vocab_size: int, max_positions: int) -> tuple[int, int]:
         """(max_new_tokens, top_k) of a model. Raises InvalidParameter where it is too small."""
         longest = max_positions - 1
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, longest, ", the model's limit")
-        else:
-            _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", the model's limit")
-        _integer("top_k", self.top_k, 0, vocab_size, ", the vocabulary")
+        length = "min_new_tokens" if self.max_new_tokens is None else "max_new_tokens"
+        OPTIONS[length].check(length, getattr(self, length), longest, "the model's limit")
+        OPTIONS["top_k"].check("top_k", self.top_k, vocab_size, "the vocabulary")
         return self.max_new_tokens or longest, self.top_k
+
+
+OPTIONS: dict[str, Option] = {
+    option.name: option.metadata["option"] for option in fields(DecodeOptions)
+}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ decoder in it are either the eager ones of a checkpoint or the TorchScript ones 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, search
+from handler.beam_search import OPTIONS, DecodeOptions, Hypothesis, InvalidParameter, search
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
@@ -109,11 +109,10 @@ class Captioner:
     def options(self, **given: Any) -> DecodeOptions:
         """Decoding options: the checkpoint's own defaults, overridden by `given`. Raises
         InvalidParameter for an unknown name or a value out of its range."""
-        known = {field.name for field in fields(DecodeOptions)}
         for name in given:
-            if name not in known:
+            if name not in OPTIONS:
                 raise InvalidParameter(
-                    name, f"{name} is unknown; the options are {', '.join(sorted(known))}"
+                    name, f"{name} is unknown; the options are {', '.join(sorted(OPTIONS))}"
                 )
         defaults = dict(self.decoding)
         if given.get("do_sample") is True:
