@@ -12,9 +12,9 @@ from torch import Tensor
 from ts.handler_utils.utils import send_intermediate_predict_response
 
 from handler.attention_maps import overlay, png_bytes
-from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
-from handler.captioner import Caption, Captioner, caption_as_dict
+from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt
 from handler.request import Request, describe_error, to_json
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,11 @@ class TokenStream:
     def __init__(self, captioner: Captioner, jobs: Sequence[Job], context: Any) -> None:
         self.context = context
         # The number of a job among its batch -> its place among the requests, its text so far.
-        self.jobs: dict[int, tuple[int, PieceStream]] = {
-            number: (job.place, PieceStream(captioner.tokenizer))
-            for number, job in enumerate(jobs)
-            if job.request.stream
-        }
+        self.jobs: dict[int, tuple[int, PieceStream]] = {}
+        for number, job in enumerate(jobs):
+            if job.request.stream:
+                prompt = encode_prompt(captioner.tokenizer, job.options.prompt)
+                self.jobs[number] = job.place, PieceStream(captioner.tokenizer, prompt)
 
     def on_token(self, number: int, token_id: int) -> None:
         if number not in self.jobs:
@@ -68,12 +68,15 @@ def answer(
 ) -> str | bytes:
     """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's."""
     if job.as_picture:
-        [maps_Tgg] = captioner.attention_memory(memory_PD.unsqueeze(0), [captions[0].ids])
-        return png_bytes(overlay(job.image, captions[0].tokens, maps_Tgg))
+        best, memory_1PD = captions[0], memory_PD.unsqueeze(0)
+        [maps_Tgg] = captioner.attention_memory(memory_1PD, [best.ids], [best.prompt_ids])
+        return png_bytes(overlay(job.image, best.tokens, maps_Tgg))
     entries = [caption_as_dict(caption) for caption in captions]
     if job.request.attention:
         memory_NPD = memory_PD.expand(len(captions), -1, -1)
-        maps = captioner.attention_memory(memory_NPD, [caption.ids for caption in captions])
+        maps = captioner.attention_memory(
+            memory_NPD, [c.ids for c in captions], [c.prompt_ids for c in captions]
+        )
         for entry, maps_Tgg in zip(entries, maps, strict=True):
             rows = [[round(weight, 8) for weight in row] for row in maps_Tgg.flatten(1).tolist()]
             entry["attention"] = {"grid": list(maps_Tgg.shape[1:]), "maps": rows}
@@ -85,6 +88,7 @@ def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int
     """What this model is and takes: for `?customized=true` of the management API."""
     decoder, defaults = captioner.decoder, captioner.options()
     sizes = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
+    sizes["half"] = most_prompt_tokens(decoder.max_positions)
     unset = {"num_beams": defaults.beams, "max_new_tokens": sizes["positions"]}
     options = {}
     for name, option in OPTIONS.items():

@@ -21,7 +21,11 @@ from handler.image_decode import sniff
 IMAGE_FIELDS = ("image", "data")
 FLAGS = ("attention", "stream")
 # What the ranges of options call a model's sizes, where no model is there.
-SIZES = {"positions": "the model's positions less one", "vocabulary": "the vocabulary"}
+SIZES = {
+    "positions": "the model's positions less one",
+    "half": "half of the model's positions in",
+    "vocabulary": "the vocabulary",
+}
 # ASCII on purpose: Python's int() and float() take other scripts' digits, "1_000", "nan" and more.
 INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 # No text matches in two ways: a client's megabytes of digits would take days to refuse otherwise.
@@ -171,8 +175,8 @@ def parse_fields(given: dict[str, Any], read_photo: Any) -> Request:
 def plain(value: Any) -> Any:
     """Form fields and gRPC values are bytes: their text is what counts. JSON values stay."""
     if isinstance(value, bytes | bytearray):
-        value = bytes(value).decode("utf-8", "replace")
-    return value.strip() if isinstance(value, str) else value
+        return bytes(value).decode("utf-8", "replace")
+    return value
 
 
 def parse_option(name: str, value: Any) -> Any:
@@ -180,12 +184,18 @@ def parse_option(name: str, value: Any) -> Any:
     if name not in OPTIONS:
         known = ", ".join((*IMAGE_FIELDS, *FLAGS, *OPTIONS))
         raise InvalidParameter(name[:50], f"{printable(name)} is unknown; the fields are {known}")
-    if value == "":
+    text = value.strip() if isinstance(value, str) else None
+    if text == "":
         raise InvalidParameter(name, f"{name} is empty; give a value or leave it out")
     option = OPTIONS[name]
+    if option.kind == "string":
+        if text is None:
+            raise InvalidParameter(name, f"{name} must be a string")
+        return value  # as it is: a tokenizer may read a space at its end
+    value = value if text is None else text
     if option.kind != "boolean":
         return parse_number(name, value, option.kind == "integer")
-    word = value.lower() if isinstance(value, str) else ""
+    word = "" if text is None else text.lower()
     return word if word in option.values[2:] else parse_truth(name, value, option.choices)
 
 
@@ -204,7 +214,7 @@ def parse_number(name: str, value: Any, integer: bool) -> int | float:
 
 def parse_truth(name: str, value: Any, choices: str = "true or false") -> bool:
     """true and false, as JSON or as text, also 1 and 0."""
-    text = str(value).lower() if isinstance(value, str | int) else ""
+    text = str(value).strip().lower() if isinstance(value, str | int) else ""
     if text in ("true", "1"):
         return True
     if text in ("false", "0"):
@@ -245,12 +255,12 @@ def add_decoding_options(parser: argparse.ArgumentParser, defaults: str = "check
     group = parser.add_argument_group(f"decoding options (the {defaults}'s defaults otherwise)")
     for name, option in OPTIONS.items():
         # A bare flag is true (`--do-sample`).
+        bare: dict[str, Any] = {} if option.kind == "string" else {"nargs": "?", "const": "true"}
         group.add_argument(
             f"--{name.replace('_', '-')}",
-            nargs="?",
-            const="true",
-            metavar="VALUE",
+            metavar="TEXT" if option.kind == "string" else "VALUE",
             help=f"{option.help} ({option.range(SIZES)})",
+            **bare,
         )
 
 

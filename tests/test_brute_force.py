@@ -39,6 +39,21 @@ class Table:
         slots_B1S1 = torch.zeros(photos, 1, slots, 1)
         return KeysValues([slots_B1S1], [slots_B1S1])
 
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        cross: KeysValues,
+    ) -> Tensor:
+        assert real_BQ[:, -1].all()
+        assert (mask_BQQ & real_BQ.unsqueeze(1))[real_BQ].sum() == (positions_BQ + 1)[real_BQ].sum()
+        cache.keys[0][:, 0, : tokens_BQ.size(1) - 1, 0] = tokens_BQ[:, :-1]
+        last = (tokens_BQ[:, -1:], positions_BQ[:, -1:], mask_BQQ[:, -1:])
+        return self.step(*last, cache, tokens_BQ.size(1) - 1, cross)
+
     def step(
         self,
         tokens_BQ: Tensor,
