@@ -179,6 +179,10 @@ def test_both_image_and_data():
         ("do_sample", "False", False),
         ("early_stopping", "never", "never"),
         ("early_stopping", "1", True),
+        ("prompt", "a photo of", "a photo of"),
+        ("prompt", " a photo of ", " a photo of "),  # a space may be a token
+        ("prompt", "true", "true"),
+        ("prompt", "3", "3"),
     ],
 )
 def test_text_and_json_values_are_the_same(name, text, value):
@@ -218,6 +222,10 @@ def parse_json(name: str, value: object) -> Request:
         ("do_sample", 2),
         ("do_sample", 1.0),
         ("early_stopping", "always"),
+        ("prompt", ""),
+        ("prompt", " \n"),
+        ("prompt", None),
+        ("prompt", ["a", "photo"]),
         ("attention", ""),
         ("attention", "maybe"),
         ("stream", "2"),
@@ -272,7 +280,9 @@ def test_the_table_in_the_docs_is_the_declared_one():
     assert section[section.index("| option") :].strip() == options_table().strip()
 
 
-@pytest.mark.parametrize("name", [name for name, o in OPTIONS.items() if o.kind != "boolean"])
+@pytest.mark.parametrize(
+    "name", [name for name, option in OPTIONS.items() if option.kind in ("integer", "number")]
+)
 def test_the_declared_range_is_what_is_checked(name):
     option = OPTIONS[name]
     step = 1 if option.kind == "integer" else 1e-6
@@ -287,6 +297,13 @@ def test_the_declared_range_is_what_is_checked(name):
             DecodeOptions(**{**wide, name: value})
         assert refused.value.field == name
     assert str(option.high) in option.range({}) or option.limit in option.range({})
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", 3, True, ["a"], "a" * (2**14 + 1), "a \ud800"])
+def test_a_prompt_is_a_string(prompt):
+    with pytest.raises(InvalidParameter, match="^prompt must be a string") as refused:
+        DecodeOptions(prompt=prompt)
+    assert refused.value.field == "prompt"
 
 
 def test_arguments_of_commands_are_the_declared_options():
