@@ -43,11 +43,14 @@ __all__ = [
     "decode",
     "preprocess",
     "resize",
+    "seen_region",
     "sniff",
     "to_tensor",
 ]
 
 Interpolation = Literal["bicubic", "bilinear"]
+# Left, top, right, bottom.
+Box = tuple[float, float, float, float]
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -168,17 +171,29 @@ def decode(
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
     """Resizes a photo (to a square, or by its short side) and crops its middle: RGB (S, S). The
     geometry is that of Hugging Face, which resizes first and crops then."""
-    size, side = config.image_size, config.side
     # Cropped before the resize, since a strip of 1 x 60,000 would grow to S x 60,000 S.
-    box = []
-    for length in image.size:
-        resized = side * length // min(image.size) if config.resize == "crop" else side
-        start = (resized - size) // 2
-        box.append((start * length / resized, (start + size) * length / resized))
-    (left, right), (top, bottom) = box
-    return image.resize(
-        (size, size), RESAMPLING[config.interpolation], box=(left, top, right, bottom)
-    )
+    size = (config.image_size, config.image_size)
+    return image.resize(size, RESAMPLING[config.interpolation], box=_seen_box(image.size, config))
+
+
+def _seen_box(size: tuple[int, int], config: PreprocessConfig) -> Box:
+    """The region of a photo of this size that is the model's input, in pixels of the photo."""
+    sides = []
+    for length in size:
+        resized = config.side * length // min(size) if config.resize == "crop" else config.side
+        start = (resized - config.image_size) // 2
+        end = start + config.image_size
+        sides.append((start * length / resized, end * length / resized))
+    (left, right), (top, bottom) = sides
+    return left, top, right, bottom
+
+
+def seen_region(size: tuple[int, int], config: PreprocessConfig) -> Box:
+    """The region of an upright photo of this size (width, height) that is the model's input, and
+    that word maps cover: (x0, y0, x1, y1) as shares of the photo's width and height."""
+    left, top, right, bottom = _seen_box(size, config)
+    width, height = size
+    return left / width, top / height, right / width, bottom / height
 
 
 def to_tensor(image: Image.Image, config: PreprocessConfig) -> Tensor:

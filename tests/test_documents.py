@@ -165,8 +165,12 @@ def test_a_reader_types_what_the_documents_show(clone):
         rate(clone, json.loads(key.read_text()))
         run_all(r"^make review-score\b")
         succeeds(clone, "make export PRECISION=int8 RUN=flickr8k")
-        for command in take(r"^make batch\b"):
-            succeeds(clone, command.replace("SOURCE=DIR", "SOURCE=photos OUT=again"))
+        for number, command in enumerate(take(r"^make batch\b")):
+            succeeds(
+                clone,
+                re.sub("OUT=\\S+", "", command).replace("SOURCE=DIR", "SOURCE=photos")
+                + f" OUT=out{number}",
+            )
         succeeds(clone, "make mar EXPORT=build/export/flickr8k")
         for command in take(r"^torchrun\b"):
             command = command.replace("NAME", "flickr8k").replace("--run RUN", "--run several")

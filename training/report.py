@@ -51,13 +51,12 @@ def show(
     """The photos of the groups, with the words' maps of each system, by id."""
     shown = list({row.id: row for group in groups.values() for row in group}.values())
     maps = [maps_of(system, manifest, shown) for system in systems]
-    return {
-        row.id: Shown(
-            photo(read_photo(manifest, row), PHOTO_SIDE, row.captions[0]),
-            [by_id[row.id] for by_id in maps],
-        )
-        for row in shown
-    }
+    found = {}
+    for row in shown:
+        image = read_photo(manifest, row)
+        words = [by_id[row.id] for by_id in maps]
+        found[row.id] = Shown(photo(image, PHOTO_SIDE, row.captions[0]), image.size, words)
+    return found
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from handler.client.connection import Client, ServerError
 from handler.errors import UserError
-from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode
+from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode, seen_region
 from handler.web.page import HEAT, TEMPLATES, page, photo, templates
 from handler.web.word_maps import Word, words_of
 
@@ -61,16 +61,16 @@ class WebServer(ThreadingHTTPServer):
             title="Captioner",
             limit=MAX_BYTES,
         ).encode()
-        self.fits: dict[str, str] = {}
+        self.preprocessings: dict[str, PreprocessConfig] = {}
 
-    def fit(self, checkpoint: str) -> str:
-        """How the model of a checkpoint makes a photo square, as its model card says."""
-        if checkpoint not in self.fits:
+    def preprocessing(self, checkpoint: str) -> PreprocessConfig:
+        """What the model of a checkpoint sees of a photo, as its model card says."""
+        if checkpoint not in self.preprocessings:
             card = self.client.model_card()
             if not card:
-                return PreprocessConfig.resize
-            self.fits[checkpoint] = card["preprocessing"]["resize"]
-        return self.fits[checkpoint]
+                return PreprocessConfig()
+            self.preprocessings[checkpoint] = PreprocessConfig.from_dict(card["preprocessing"])
+        return self.preprocessings[checkpoint]
 
 
 class PageHandler(BaseHTTPRequestHandler):
@@ -147,15 +147,16 @@ def card(server: WebServer, data: bytes) -> str:
     answer = server.client.caption(
         data, num_beams=BEAMS, num_return_sequences=N_BEST, attention=True
     )
+    image = decode(data)
     return (
         templates(TEMPLATES)
         .get_template("card.html")
         .render(
-            shown=photo(decode(data), PHOTO_SIDE, answer["caption"]),
+            shown=photo(image, PHOTO_SIDE, answer["caption"]),
             captions=[
                 caption | {"words": words_of_answer(caption)} for caption in answer["captions"]
             ],
-            fit=server.fit(answer["model"]["checkpoint"]),
+            seen=seen_region(image.size, server.preprocessing(answer["model"]["checkpoint"])),
             model=answer["model"],
         )
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from handler.image_preprocess import Box, seen_region
 from handler.web.page import HEAT, Photo, page
 from handler.web.word_maps import FUNCTION_WORDS, Word
 from training.data.manifest import Manifest, Row
@@ -28,9 +29,11 @@ NOT_SCORES = ("loss", "distinct_captions")
 
 @dataclass(frozen=True)
 class Shown:
-    """A photo of the report and, for each system, the words of each of its captions."""
+    """A photo of the report, its size (width, height) and, for each system, the words of each of
+    its captions."""
 
     photo: Photo
+    size: tuple[int, int]
     words: list[list[list[Word]]]
 
 
@@ -54,7 +57,7 @@ class Entry(NamedTuple):
     """The captions of one system for a photo, best first."""
 
     name: str
-    fit: str
+    seen: Box
     words: list[list[Word]]
     scores: list[float]
     cider: float
@@ -314,8 +317,9 @@ def card(systems: Sequence[System], row: Row, shown: Shown) -> Card:
     entries = []
     for system, words in zip(systems, shown.words, strict=True):
         scores = [caption.score for caption in system.captions[row.id]]
-        fit, cider = system.captioner.preprocessing.resize, system.each[row.id]["CIDEr"]
-        entries.append(Entry(system.name, fit, words, scores, cider, list(_wrong(system, row))))
+        seen = seen_region(shown.size, system.captioner.preprocessing)
+        cider = system.each[row.id]["CIDEr"]
+        entries.append(Entry(system.name, seen, words, scores, cider, list(_wrong(system, row))))
     return Card(row, shown.photo, entries)
 
 

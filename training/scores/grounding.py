@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.web.word_maps import box, peak, words_of
+from handler.image_preprocess import seen_region
+from handler.web.word_maps import WHOLE, box, on_photo, peak, words_of
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.data.scene_language import SceneObject, caption_words, referents
@@ -79,15 +80,19 @@ def overlap(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def judge(
-    map_gg: Tensor, objects: Sequence[SceneObject], size: Sequence[int]
+    map_gg: Tensor,
+    objects: Sequence[SceneObject],
+    size: Sequence[int],
+    seen: Sequence[float] = WHOLE,
 ) -> tuple[bool, float]:
-    """Whether the peak of a map is inside one of the objects, and the best overlap of its box."""
-    x, y = peak(map_gg)
+    """Whether the peak of a map is inside one of the objects, and the best overlap of its box.
+    `size` is that of the picture, `seen` the region of it that the map covers."""
+    x, y = on_photo(peak(map_gg), seen)
     width, height = size
     boxes = [(x0 / width, y0 / height, x1 / width, y1 / height)
              for x0, y0, x1, y1 in (item["box"] for item in objects)]  # fmt: skip
     inside = any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in boxes)
-    return inside, max(overlap(box(map_gg), truth) for truth in boxes)
+    return inside, max(overlap(on_photo(box(map_gg), seen), truth) for truth in boxes)
 
 
 @torch.inference_mode()
@@ -133,11 +138,13 @@ def measure(
             counted += len(named)
             if not named:
                 continue
+            size = scene["size"]
+            seen = seen_region(size, captioner.preprocessing)
             for way, maps_Tgg in all_maps(captioner, image_3SS, caption):
                 words = words_of(caption.tokens, caption.token_log_probs, maps_Tgg)
                 owner = [word for word in words for _ in caption_words(word.text)]
                 results[way] += [
-                    judge(owner[index].map_gg, objects, scene["size"]) for index, objects in named
+                    judge(owner[index].map_gg, objects, size, seen) for index, objects in named
                 ]
     if not counted:
         raise UserError("no caption names a shape that is in its picture; train the model further")
