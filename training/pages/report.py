@@ -151,7 +151,7 @@ def scores_section(systems: Sequence[System]) -> Section:
     note = (
         "Corpus scores of pycocoevalcap"
         + (" after its PTB tokenizer" if first.scores["tokenizer"] == "ptb" else
-           " on plainly split words, because no Java was found; compare them only with each other")
+           " on simply split words, because no Java was found; compare them only with each other")
         + "; intervals by bootstrap over the photos."
     )  # fmt: skip
     if len(systems) == 2:

@@ -86,7 +86,7 @@ def judge(
     seen: Sequence[float] = WHOLE,
 ) -> tuple[bool, float]:
     """Whether the peak of a map is inside one of the objects, and the best overlap of its box.
-    `seen` is the part of the picture, which has this size, that the map covers."""
+    `size` is that of the picture, `seen` the region of it that the map covers."""
     x, y = on_photo(peak(map_gg), seen)
     width, height = size
     boxes = [(x0 / width, y0 / height, x1 / width, y1 / height)
