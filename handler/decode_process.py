@@ -1,5 +1,5 @@
-"""Photos that are not known to be ordinary are decoded in a process of their own, which is ended
-when it takes more processor time or memory than a photo of that size may take.
+"""Decodes photos that are not known to be cheap in a separate process, which the system ends if it
+takes more processor time or memory than is allowed for the size of the photo.
 
 The process is an interpreter without torch. It is started when the first such photo comes, takes
 one photo after the other, and ends when the process that started it does. Its limits are the
@@ -33,7 +33,7 @@ from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
 # the way there and back.
 SECONDS, PIXELS_A_SECOND = 1.2, 18e6
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
-# A process that waits for a processor is not slow; one that waits for ever is.
+# Limits on elapsed time, with room for a process that has to wait for a processor.
 WALL_FACTOR, WALL_SECONDS = 4, 5
 HEADER = struct.Struct("<Qqd4s")  # bytes of the photo, min_side, patience, kind
 # What the process may answer instead of a photo.
@@ -46,13 +46,13 @@ START = (
 
 
 def seconds_for(size: tuple[int, int]) -> float:
-    """Processor seconds that decoding a photo of this size may take."""
+    """The processor seconds that decoding a photo of this size may take."""
     return SECONDS + size[0] * size[1] / PIXELS_A_SECOND
 
 
 def decode_elsewhere(data: bytes, kind: str, min_side: int | None, patience: float) -> Image.Image:
-    """The photo in RGB, as `handler.image_decode.decode_photo` gives it. Raises InvalidImage, and
-    ImageTooComplex where the process took too long or too much."""
+    """The photo in RGB, as `handler.image_decode.decode_photo` returns it. Raises InvalidImage, and
+    ImageTooComplex if the process needs too much time or memory."""
     process = _idle.take()
     try:
         image = process.decode(data, kind, min_side, patience)
@@ -67,7 +67,7 @@ def decode_elsewhere(data: bytes, kind: str, min_side: int | None, patience: flo
 
 
 class DecodeProcess:
-    """One process that decodes, from the side of the one that asks."""
+    """A decoding process, as seen by the process that uses it."""
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
@@ -104,7 +104,7 @@ class DecodeProcess:
             return Image.frombytes("RGB", size, memoryview(pixels))
 
     def _answer(self, seconds: float) -> dict[str, Any]:
-        """The next line of the process, which may take so many seconds of processor time for it."""
+        """The next line from the process, for which it may use `seconds` of processor time."""
         wall = WALL_SECONDS + WALL_FACTOR * seconds
         line = b""
         while not line.endswith(b"\n"):
@@ -136,7 +136,7 @@ class DecodeProcess:
 
 
 class _Idle:
-    """Processes that wait for a photo, of this process and not of one that it was forked from."""
+    """The idle decoding processes of this process. A fork does not inherit those of its parent."""
 
     def __init__(self) -> None:
         self.clear()

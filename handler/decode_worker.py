@@ -1,5 +1,5 @@
-"""The process that `handler.decode_process` starts: decodes one photo after the other within the
-system's limits on processor time and address space."""
+"""The process that `handler.decode_process` starts: decodes photos one by one within limits of the
+system on processor time and address space."""
 
 import json
 import mmap
@@ -69,7 +69,7 @@ def _decode(connection: socket.socket, data: bytes, kind: str, side: int, patien
     rgb = decode_photo(image, data, None if side < 0 else side)
     del image
     if side > 0:
-        # As JPEG's draft does: pixels that the resize would average take long to hand over.
+        # As JPEG's draft mode does: it would take long to transfer pixels that are then averaged.
         rgb = rgb.reduce(max(1, min(rgb.size) // (GAP * side)))
     descriptor = os.memfd_create("photo")
     with os.fdopen(descriptor, "wb") as file:
@@ -82,7 +82,7 @@ def _decode(connection: socket.socket, data: bytes, kind: str, side: int, patien
 
 
 def _limit_memory(more: int | None) -> None:
-    """Lets the address space grow by so many bytes; None: without a limit of ours."""
+    """Limits the growth of the address space to `more` bytes; None removes the limit."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if more is None:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

@@ -151,7 +151,7 @@ def test_figures_without_java_are_said(tiny_data, tmp_path, monkeypatch, capsys,
     path = tmp_path / "predictions.json"
     write_predictions(path, {row.id: row.captions[0] for row in rows})
     assert run(monkeypatch, "--predictions", path, "--data", tiny_data) == 0
-    assert "no Java is found (make setup brings one): METEOR and SPICE are left out" in caplog.text
+    assert "no Java found (make setup installs one): METEOR and SPICE are left out" in caplog.text
     assert re.search(r"tokenizer +python", capsys.readouterr().out)
 
 

@@ -74,6 +74,7 @@ def test_measure_knows_what_the_model_saw(monkeypatch):
     captioner = MagicMock(preprocessing=PreprocessConfig(image_size=24, resize_to=32))
     captioner.preprocess.return_value = torch.zeros(3, 24, 24)
     captioner.caption_tensors.return_value = [[caption]]
+    captioner.tokenizer.decode.return_value = ""
     measure(captioner, MagicMock(), [Row("1", "1.png", ("x",), "val", scene=SCENE)])
     assert [given[3] for given in judged] == [(0.125, 0.125, 0.875, 0.875)]
 

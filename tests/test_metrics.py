@@ -119,8 +119,8 @@ def test_without_java_the_rest_is_scored_and_says_so(monkeypatch, caplog):
         result = score(PREDICTIONS, REFERENCES)
     assert result["tokenizer"] == "python"
     assert "METEOR" not in result and result["BLEU-4"] > 0 and result["CIDEr"] > 0
-    assert "no Java is found (make setup brings one): METEOR and SPICE are left out" in caplog.text
-    with pytest.raises(UserError, match="meteor needs Java 11 or later; make setup brings one"):
+    assert "no Java found (make setup installs one): METEOR and SPICE are left out" in caplog.text
+    with pytest.raises(UserError, match="meteor needs Java 11 or later; make setup installs one"):
         score(PREDICTIONS, REFERENCES, ("meteor",))
 
 
@@ -178,7 +178,7 @@ def test_a_tokenizer_that_was_chosen_is_kept(monkeypatch, caplog):
     monkeypatch.setattr(metrics, "find_java", lambda: None)
     assert score(PREDICTIONS, REFERENCES, tokenizer="python") == plain
     assert not caplog.records
-    with pytest.raises(UserError, match="java: not found, .* make setup brings one"):
+    with pytest.raises(UserError, match="java: not found, .* make setup installs one"):
         score(PREDICTIONS, REFERENCES, tokenizer="ptb")
 
 
@@ -213,8 +213,8 @@ def test_spice_runs_only_where_it_is_installed(monkeypatch):
         ({}, {}, ("bleu",), "there are none to score"),
         ({"a": "x"}, {}, ("bleu",), "none for photo 'a'"),
         ({"a": "x"}, {"a": []}, ("bleu",), "none for photo 'a'"),
-        ({"a": "x"}, {"a": ["."]}, ("bleu",), "none of them holds a word"),
-        ({"a": "x"}, {"a": ["x"]}, ("blue",), "'blue' is unknown; there are bleu, meteor"),
+        ({"a": "x"}, {"a": ["."]}, ("bleu",), "none of them contains a word"),
+        ({"a": "x"}, {"a": ["x"]}, ("blue",), "'blue' is unknown; choose from bleu, meteor"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(predictions, references, metrics, message):

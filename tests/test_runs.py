@@ -199,12 +199,12 @@ def test_the_tokenizer_of_the_figures_does_not_change_within_a_run(
     monkeypatch.setattr("training.loop.validation.score", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(config, read_manifest(tiny_data), Path("run"))
-    said = "figures after the PTB tokenizer" if java_at_first else "figures on plain words"
+    said = "scores with the PTB tokenizer" if java_at_first else "scores on simply split words"
     assert said in capsys.readouterr().out
     monkeypatch.setattr("training.loop.validation.score", note)
     java(not java_at_first)
     if java_at_first:
-        with pytest.raises(UserError, match="run: its figures are after the PTB.*make setup"):
+        with pytest.raises(UserError, match="run: its scores .* the PTB.*make setup"):
             train(config, read_manifest(tiny_data), Path("run"), resume=True)
         java(True)
     train(config, read_manifest(tiny_data), Path("run"), resume=True)

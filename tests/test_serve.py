@@ -193,7 +193,7 @@ def test_tls_settings(tmp_path):
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
-        ("", "the log does not say why"),
+        ("", "the log contains no reason"),
         (
             "x [INFO ] MODEL_LOG - Traceback (most recent call last):\n"
             "x [INFO ] MODEL_LOG -   File a, line 1, in initialize\n"

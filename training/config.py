@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from handler.beam_search import MAX_BEAMS, DecodeOptions
+from handler.beam_search import MAX_BEAMS, OPTIONS, DecodeOptions
 from handler.errors import UserError, naming
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -500,11 +500,10 @@ class TrainConfig:
 
 def decode_options(decoding: Mapping[str, Any]) -> DecodeOptions:
     """The options of a config's section `decoding`. Raises UserError naming the option."""
-    known = [option.name for option in dataclasses.fields(DecodeOptions)]
     for name in decoding:
         _require(
-            name in known,
-            f"decoding.{name}: unknown option; known are {', '.join(sorted(known))}",
+            name in OPTIONS,
+            f"decoding.{name}: unknown option; known are {', '.join(sorted(OPTIONS))}",
         )
     return DecodeOptions(**decoding)
 

@@ -19,7 +19,7 @@ from handler.client.connection import Client, ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode, seen_region
 from handler.web.page import HEAT, TEMPLATES, page, photo, templates
-from handler.web.word_maps import Word, words_of
+from handler.web.word_maps import prompt_of, words_of
 
 HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent
@@ -74,8 +74,8 @@ class WebServer(ThreadingHTTPServer):
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET / is the page; POST /caption takes the bytes of a photo and answers the HTML of its card,
-    or a sentence with the status of what went wrong."""
+    """GET / is the page; POST /caption takes the bytes of a photo, and a prompt in its address, and
+    answers the HTML of the photo's card, or a sentence with the status of what went wrong."""
 
     protocol_version = "HTTP/1.1"
     timeout = SILENCE_SECONDS
@@ -92,10 +92,10 @@ class PageHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self.is_ours():
             return
-        host = self.headers.get("Host", "")
+        host, address = self.headers.get("Host", ""), urlsplit(self.path)
         if self.headers.get("Origin") != f"http://{host}":
             self.refuse(403, "Photos are taken from this server's own page alone.")
-        elif urlsplit(self.path).path != "/caption":
+        elif address.path != "/caption":
             self.refuse(404, "Photos go to /caption.")
         elif not self.headers.get("Content-Length", "").isdecimal():
             self.refuse(411, "The length of the photo is missing.")
@@ -103,8 +103,9 @@ class PageHandler(BaseHTTPRequestHandler):
             self.refuse(413, f"The photo has more than {MAX_BYTES // 2**20} MiB; make it smaller.")
         else:
             photo = self.rfile.read(int(self.headers["Content-Length"]))
+            [prompt] = parse_qs(address.query).get("prompt", [""])[:1]
             try:
-                self.answer(200, card(self.server, photo), "text/html")
+                self.answer(200, card(self.server, photo, prompt), "text/html")
             except UserError as error:
                 status, said = sentence(error)
                 self.answer(status, said)
@@ -142,31 +143,32 @@ class PageHandler(BaseHTTPRequestHandler):
         """Nothing: what people show to the page is theirs."""
 
 
-def card(server: WebServer, data: bytes) -> str:
-    """Asks the server for the captions of a photo: the HTML of the photo with its captions."""
-    answer = server.client.caption(
-        data, num_beams=BEAMS, num_return_sequences=N_BEST, attention=True
-    )
+def card(server: WebServer, data: bytes, prompt: str) -> str:
+    """Asks the server for the captions of a photo that begin with `prompt`, unless it is empty: the
+    HTML of the photo with its captions."""
+    options: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": N_BEST}
+    if prompt:
+        options["prompt"] = prompt
+    answer = server.client.caption(data, attention=True, **options)
     image = decode(data)
     return (
         templates(TEMPLATES)
         .get_template("card.html")
         .render(
             shown=photo(image, PHOTO_SIDE, answer["caption"]),
-            captions=[
-                caption | {"words": words_of_answer(caption)} for caption in answer["captions"]
-            ],
+            captions=[words_of_answer(caption) for caption in answer["captions"]],
             seen=seen_region(image.size, server.preprocessing(answer["model"]["checkpoint"])),
             model=answer["model"],
         )
     )
 
 
-def words_of_answer(caption: dict[str, Any]) -> list[Word]:
-    """The words, with their maps, of a caption of the API."""
+def words_of_answer(caption: dict[str, Any]) -> dict[str, Any]:
+    """A caption of the API with its prompt, and the words behind it with their maps."""
     attention = caption["attention"]
     maps_Tgg = torch.tensor(attention["maps"]).reshape(-1, *attention["grid"])
-    return words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
+    words = words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
+    return caption | {"words": words, "prompt": prompt_of(caption["caption"], caption["tokens"])}
 
 
 def sentence(error: UserError) -> tuple[int, str]:
@@ -175,6 +177,8 @@ def sentence(error: UserError) -> tuple[int, str]:
         return 502, f"{str(error)[:1].upper()}{str(error)[1:]}."
     if error.kind in TOLD:
         return error.code, f"This file cannot be captioned: {error.message}."
+    if error.kind == "InvalidParameter" and error.message.startswith("prompt"):
+        return error.code, f"These words cannot be used: {error.message}."
     if error.kind == "InvalidKeyException":
         return 502, "TorchServe refused the key of this page; start it again with make serve."
     if error.code == 503:

@@ -30,7 +30,7 @@ from training.loop.student import Student
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.scores.metrics import Tokenizer as MetricTokenizer
 
-# What `Run` counts or has chosen, and keeps in its state.
+# Attributes of `Run` that are saved in its state.
 PROGRESS = (
     *("stage", "step", "seconds", "seconds_before"),
     *("at_start", "best", "best_before", "since_best", "stages"),
@@ -81,7 +81,7 @@ class Run:
         self.since_best = 0  # validations without a better figure
         # The scores before and after each finished stage.
         self.stages: list[dict[str, Any]] = []
-        # Chosen once: the figures of a run are compared with each other.
+        # Chosen once, because the scores of a run are compared with each other.
         self.metric_tokenizer: MetricTokenizer = "python"
         self.model: CaptioningModel
         self.average: CaptioningModel

@@ -55,32 +55,33 @@ def chosen_by(rows: list[Row]) -> str:
 
 
 def choose_metric_tokenizer(run: Run, state: dict[str, Any] | None) -> None:
-    """What splits captions into words for the figures of a run: the PTB tokenizer, or plain words
-    without Java; of a resumed run, what its `state` has. Raises UserError where that needs a Java
-    that is not there any more, or does not work."""
-    found = choose_tokenizer([caption for row in run.val_rows for caption in row.captions])
-    run.metric_tokenizer = found if state is None else state["metric_tokenizer"]
-    if run.metric_tokenizer == "ptb" and found == "python":
+    """Chooses how captions are split into words in the validations of a run: by the PTB tokenizer,
+    without Java by a simple rule, and captions without spaces into characters. A resumed run keeps
+    the choice in its `state`. Raises UserError if this needs a Java that is missing now or does not
+    work."""
+    available = choose_tokenizer([text for row in run.val_rows for text in row.captions])
+    run.metric_tokenizer = available if state is None else state["metric_tokenizer"]
+    if run.metric_tokenizer == "ptb" and available == "python":
         raise UserError(
-            f"{run.folder.final}: its figures are after the PTB tokenizer, and no Java is found; "
-            "make setup brings one"
+            f"{run.folder.final}: its scores are computed with the PTB tokenizer, but no Java is "
+            "found; make setup installs one"
         )
 
 
 def announce(run: Run) -> None:
-    """Says by what validation captions are split into words, and what chooses the checkpoint, where
-    it is not CIDEr."""
+    """Prints how captions are split into words and, if not by CIDEr, how the checkpoint is
+    chosen."""
     if run.metric_tokenizer == "ptb":
-        run.log.say("validation: figures after the PTB tokenizer")
+        run.log.say("validation: scores with the PTB tokenizer")
     elif run.metric_tokenizer == "characters":
         run.log.say(
-            "validation: figures on characters, since the captions are written without spaces and "
+            "validation: scores on characters, because the captions are written without spaces and "
             "the PTB tokenizer would treat a sentence as one word"
         )
     else:
         run.log.say(
-            "validation: figures on plain words, since no Java was found when the run began: they "
-            "compare only with each other (make setup brings Java)"
+            "validation: scores on simply split words, because no Java was found when the run "
+            "began; compare them only with each other (make setup installs Java)"
         )
     if chosen_by(run.val_rows) == "loss":
         run.log.say(

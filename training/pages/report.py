@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from handler.image_preprocess import Box, seen_region
 from handler.web.page import HEAT, Photo, page
-from handler.web.word_maps import FUNCTION_WORDS, Word
+from handler.web.word_maps import FUNCTION_WORDS, Word, prompt_of
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart
@@ -29,8 +29,8 @@ NOT_SCORES = ("loss", "distinct_captions")
 
 @dataclass(frozen=True)
 class Shown:
-    """A photo of the report, its size (width, height) and, for each system, the words of its
-    captions."""
+    """A photo of the report, its size (width, height) and, for each system, the words of each
+    caption."""
 
     photo: Photo
     size: tuple[int, int]
@@ -53,13 +53,20 @@ class Table:
     rows: Sequence[tuple[str, Sequence[Cell]]]
 
 
+class ShownCaption(NamedTuple):
+    """A caption: the prompt that it begins with, the words behind it, and its score."""
+
+    prompt: str
+    words: list[Word]
+    score: float
+
+
 class Entry(NamedTuple):
     """The captions of one system for a photo, best first."""
 
     name: str
     seen: Box
-    words: list[list[Word]]
-    scores: list[float]
+    captions: list[ShownCaption]
     cider: float
     wrong: list[str]
 
@@ -144,7 +151,7 @@ def scores_section(systems: Sequence[System]) -> Section:
     tokens = {
         "ptb": " after its PTB tokenizer",
         "characters": " on characters, because the captions are written without spaces",
-        "python": " on plainly split words, because no Java was found; compare them only with each "
+        "python": " on simply split words, because no Java was found; compare them only with each "
         "other",
     }[first.scores["tokenizer"]]
     note = f"Corpus scores of pycocoevalcap{tokens}; intervals by bootstrap over the photos."
@@ -317,10 +324,15 @@ def card(systems: Sequence[System], row: Row, shown: Shown) -> Card:
     """One photo with the captions of every system and its references."""
     entries = []
     for system, words in zip(systems, shown.words, strict=True):
-        scores = [caption.score for caption in system.captions[row.id]]
+        captions = system.captions[row.id]
+        shown_captions = [
+            ShownCaption(prompt_of(caption.text, caption.tokens), of_caption, caption.score)
+            for caption, of_caption in zip(captions, words, strict=True)
+        ]
         seen = seen_region(shown.size, system.captioner.preprocessing)
         cider = system.each[row.id]["CIDEr"]
-        entries.append(Entry(system.name, seen, words, scores, cider, list(_wrong(system, row))))
+        wrong = list(_wrong(system, row))
+        entries.append(Entry(system.name, seen, shown_captions, cider, wrong))
     return Card(row, shown.photo, entries)
 
 

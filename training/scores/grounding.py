@@ -86,7 +86,7 @@ def judge(
     seen: Sequence[float] = WHOLE,
 ) -> tuple[bool, float]:
     """Whether the peak of a map is inside one of the objects, and the best overlap of its box.
-    `seen` is the part of the picture, which has this size, that the map covers."""
+    `size` is that of the picture, `seen` the region of it that the map covers."""
     x, y = on_photo(peak(map_gg), seen)
     width, height = size
     boxes = [(x0 / width, y0 / height, x1 / width, y1 / height)
@@ -103,7 +103,8 @@ def all_maps(
     grid = captioner.encoder.config.grid
     prefix = captioner.encoder.config.prefix_tokens
     memory_1PD, mixed_1PP = rollout(captioner.encoder, image_3SS.unsqueeze(0))
-    tokens_1Q = torch.tensor([[captioner.tokenizer.begin_id, *caption.ids]])
+    first = len(caption.prompt_ids)
+    tokens_1Q = torch.tensor([[captioner.tokenizer.begin_id, *caption.prompt_ids, *caption.ids]])
     # If the model has no position for the last token, no query has it as input.
     tokens_1Q = tokens_1Q[:, : captioner.decoder.max_positions]
     queries = tokens_1Q.size(1)
@@ -114,8 +115,9 @@ def all_maps(
         maps_Qgg = weights_QP[:, prefix:].unflatten(1, (grid, grid))
         maps_Qgg = maps_Qgg / maps_Qgg.sum((1, 2), keepdim=True)
         count = len(caption.ids)
-        yield f"{name}, written", maps_Qgg[:count]
-        yield f"{name}, read", maps_Qgg[[*range(1, queries), *([queries - 1] * count)][:count]]
+        yield f"{name}, written", maps_Qgg[first:][:count]
+        read = [*range(first + 1, queries), *([queries - 1] * count)][:count]
+        yield f"{name}, read", maps_Qgg[read]
 
 
 def measure(
@@ -134,7 +136,10 @@ def measure(
             scene = row.scene or {}
             named = referents(caption.text, scene)
             absent += sum(not objects for _, objects in named)
-            named = [(index, objects) for index, objects in named if objects]
+            # A prompt's words were given: they have no maps.
+            given = len(caption_words(captioner.tokenizer.decode(caption.prompt_ids)))
+            named = [(index - given, objects) for index, objects in named if objects]
+            named = [(index, objects) for index, objects in named if index >= 0]
             counted += len(named)
             if not named:
                 continue

@@ -76,7 +76,7 @@ def describe(
 
 
 def distinct(captions: Sequence[str]) -> int:
-    """How many different captions there are, word by word: capitals and punctuation make none."""
+    """The number of different captions, ignoring capitals and punctuation."""
     return len({tuple(plain_words(text)) for text in captions})
 
 

@@ -57,7 +57,7 @@ def bootstrap_scores(
     for name, score in scores.items():
         if isinstance(score, float) and name not in found and name in each[ids[0]]:
             own_N = np.array([each[i][name] for i in ids])
-            # The corpus score need not be the mean of the photos' own.
+            # The corpus score need not be the mean of the scores of the photos.
             found[name] = draws_RN @ own_N / len(ids) + (score - own_N.mean())
     return found
 
@@ -69,8 +69,8 @@ def interval(values: Floats) -> tuple[float, float]:
 
 
 def interval_of_score(name: str, values: Floats) -> tuple[float, float]:
-    """As `interval`, ending where the metric does: a resample that was shifted may lie outside.
-    Differences of two systems are of the resamples as they are."""
+    """As `interval`, clipped to the range of the metric, which shifted resamples may exceed.
+    Differences of two systems are computed from unclipped resamples."""
     low, high = np.clip(interval(values), 0, HIGHEST.get(name, 1.0))
     return float(low), float(high)
 

@@ -1,14 +1,14 @@
-"""BLEU, METEOR, ROUGE-L, CIDEr and, where its models are installed, SPICE: pycocoevalcap's, after
-its PTB tokenizer, so that the figures compare with published ones.
+"""BLEU, METEOR, ROUGE-L, CIDEr and, if its models are installed, SPICE. The implementations and the
+PTB tokenizer are those of pycocoevalcap, so that scores are comparable with published ones.
 
-The tokenizer, METEOR and SPICE run in Java. Without Java the other metrics are computed on plainly
-split words, and the result says so ("tokenizer": "python"): such figures compare only with each
-other. What compares figures over time chooses the tokenizer once (`choose_tokenizer`).
+The tokenizer, METEOR and SPICE run in Java. Without Java, the other metrics are computed on simply
+split words, and the result contains "tokenizer": "python"; such scores are comparable only with
+each other. Code that compares scores over time chooses the tokenizer once (`choose_tokenizer`).
 
-PTB's tokenizer treats a sentence without spaces as one word. If references are written without
+The PTB tokenizer treats a sentence without spaces as one word. If references are written without
 spaces (Japanese, Chinese, Thai), each character of such a script counts as a word, as in
-sacreBLEU's `zh`, and the result has "tokenizer": "characters". METEOR and SPICE are left out: their
-synonyms and their parser are English.
+sacreBLEU's `zh`, and the result contains "tokenizer": "characters". METEOR and SPICE are left out
+then: their synonyms and their parser are English.
 """
 
 import functools
@@ -32,12 +32,12 @@ METRICS = (*DEFAULT_METRICS, "spice")
 ENGLISH = ("meteor", "spice")
 # A character of a script without spaces, or a word.
 WORD = re.compile(rf"{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})[\w'-])+")
-# Those that pycocoevalcap's PTBTokenizer drops.
+# Tokens that pycocoevalcap's PTBTokenizer drops.
 PUNCTUATION = {
     *("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"),
     *(".", "?", "!", ",", ":", "-", "--", "...", ";"),
 }
-# UTF-8 and a decimal point, whatever the machine's locale says.
+# UTF-8 and a decimal point, independent of the machine's locale.
 JAVA_SETTINGS = (
     *("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8"),
     *("-Duser.language=en", "-Duser.country=US"),
@@ -49,27 +49,26 @@ log = logging.getLogger(__name__)
 
 
 def find_java() -> str | None:
-    """The `java` on PATH or, where a program runs without its environment activated, the one that
-    `make setup` linked beside this Python. Raises UserError where the only ones cannot be run: a
-    link to nothing, a file that is not executable."""
+    """The `java` on PATH, or else the one that `make setup` has linked beside this Python, for
+    programs that run without an activated environment. Raises UserError if the only ones found
+    cannot be run: a broken link, a file that is not executable."""
     folders = [*os.environ.get("PATH", "").split(os.pathsep), str(Path(sys.executable).parent)]
     if found := shutil.which("java", path=os.pathsep.join(folders)):
         return found
     for path in (Path(folder) / "java" for folder in folders if folder):
         if path.is_symlink() and not path.exists():
             raise UserError(
-                f"{path}: a link to {path.readlink()}, which is missing; make setup brings one"
+                f"{path}: a link to {path.readlink()}, which is missing; make setup installs one"
             )
         if path.is_file():
-            raise UserError(
-                f"{path}: not executable; chmod +x it, or remove it: make setup brings one"
-            )
+            raise UserError(f"{path}: not executable; chmod +x it, or remove it and run make setup")
     return None
 
 
 def choose_tokenizer(references: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer to use here: "characters" if the references are written without spaces, else
-    "ptb" where there is Java, else "python". Raises UserError for a Java that does not work."""
+    """The tokenizer for these references on this machine: "characters" if they are written without
+    spaces, otherwise "ptb" if there is Java, otherwise "python". Raises UserError for a Java that
+    does not work."""
     java = find_java()
     if java is not None:
         check_java(java)
@@ -85,12 +84,12 @@ def are_without_spaces(references: Sequence[str]) -> bool:
 
 @functools.cache
 def check_java(java: str) -> None:
-    """Raises UserError where this Java cannot run the tokenizer."""
+    """Raises UserError if this Java cannot run the tokenizer."""
     _ptb(java, ["a dog"])
 
 
 def has_spice() -> bool:
-    """Whether SPICE can run: Java, and its models, which are never downloaded here."""
+    """Whether Java and the models of SPICE are installed; the models are never downloaded here."""
     import pycocoevalcap.spice.spice as spice
 
     library = Path(spice.__file__).parent / "lib"
@@ -103,8 +102,9 @@ def score(
     metrics: Sequence[str] = DEFAULT_METRICS,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Corpus scores of one caption a photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
-    "SPICE", "tokenizer": "ptb", "python" or "characters"}; see `score_each` for a photo's own."""
+    """Corpus scores of one caption per photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
+    "SPICE", "tokenizer": "ptb", "python" or "characters"}; see `score_each` for the scores of each
+    photo."""
     return score_each(predictions, references, metrics, tokenizer)[0]
 
 
@@ -116,11 +116,11 @@ def score_each(
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """As `score`, and the scores of each photo by its id.
 
-    CIDEr weighs words by how many of the photos given here have them, so compare only what was
-    scored on the same photos. `tokenizer` None is that of `choose_tokenizer`; without Java, and of
-    characters, METEOR is left out. Raises UserError when a prediction has no references or no
-    reference holds a word, where SPICE is asked for but not installed, where no metric is left, and
-    where Java is missing for "ptb" or does not work.
+    CIDEr weights a word by the number of photos in `references` that have it, so compare only
+    scores on the same photos. `tokenizer` None is that of `choose_tokenizer`; METEOR is left out
+    without Java and for "characters". Raises UserError if a prediction has no references, if no
+    reference contains a word, if SPICE is requested but not installed, if no metric is left, and if
+    Java is missing for "ptb" or does not work.
     """
     check_metrics(metrics)
     return score_tokens(tokenize(predictions, references, tokenizer), metrics)
@@ -129,17 +129,17 @@ def score_each(
 def check_metrics(metrics: Sequence[str]) -> None:
     """Raises UserError for a metric that is unknown or cannot run here."""
     if unknown := set(metrics) - set(METRICS):
-        raise UserError(f"metrics: {min(unknown)!r} is unknown; there are {', '.join(METRICS)}")
+        raise UserError(f"metrics: {min(unknown)!r} is unknown; choose from {', '.join(METRICS)}")
     if "spice" in metrics and not has_spice():
         raise UserError("metrics: spice needs Java and pycocoevalcap's SPICE models; leave it out")
     if set(metrics) == {"meteor"} and find_java() is None:
-        raise UserError("metrics: meteor needs Java 11 or later; make setup brings one")
+        raise UserError("metrics: meteor needs Java 11 or later; make setup installs one")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Captions as the metrics read them, words between spaces: by photo, one hypothesis (in a list)
-    and its references."""
+    """Tokenized captions, words separated by spaces: by photo, a list with one hypothesis, and its
+    references."""
 
     tokenizer: Tokenizer
     hypotheses: dict[str, list[str]]
@@ -151,13 +151,13 @@ def tokenize(
     references: Mapping[str, Sequence[str]],
     tokenizer: Tokenizer | None = None,
 ) -> Tokens:
-    """Splits one caption a photo and its references into words; `tokenizer` as for `score_each`.
-    Raises UserError when a prediction has no references, no reference holds a word, or Java is
-    missing or does not work."""
+    """Splits one caption per photo and its references into words; `tokenizer` as in `score_each`.
+    Raises UserError if a prediction has no references, if no reference contains a word, and if Java
+    is missing or does not work."""
     if not predictions:
         raise UserError("predictions: there are none to score")
     if missing := [key for key in predictions if not references.get(key)]:
-        raise UserError(f"references: none for photo {missing[0]!r} ({len(missing)} in all)")
+        raise UserError(f"references: none for photo {missing[0]!r} ({len(missing)} in total)")
     ids = list(predictions)
     if tokenizer is None:
         tokenizer = _announced_tokenizer([text for i in ids for text in references[i]])
@@ -172,7 +172,7 @@ def tokenize(
         lines = [next(tokenized) for _ in group]
         hypotheses[i], truths[i] = lines[:1], lines[1:]
     if not any(line for lines in truths.values() for line in lines):
-        raise UserError("references: none of them holds a word")
+        raise UserError("references: none of them contains a word")
     return Tokens(tokenizer, hypotheses, truths)
 
 
@@ -181,36 +181,38 @@ def _announced_tokenizer(references: Sequence[str]) -> Tokenizer:
     if are_without_spaces(references):
         log.warning(
             "the references are written without spaces, and the PTB tokenizer would treat a "
-            "sentence as one word: characters are scored; METEOR and SPICE, which are English, are "
-            "left out"
+            "sentence as one word: the metrics are computed on characters, without METEOR and "
+            "SPICE, which are for English"
         )
         return "characters"
     if find_java() is None:
         log.warning(
-            "no Java is found (make setup brings one): METEOR and SPICE are left out, the others "
-            "are of plain tokens instead of PTB's"
+            "no Java found (make setup installs one): METEOR and SPICE are left out, and the other "
+            "metrics are computed on simply split words instead of PTB tokens"
         )
         return "python"
     return "ptb"
 
 
 def needed_java() -> str:
-    """The `java` to run. Raises UserError where there is none."""
+    """The `java` to run. Raises UserError if there is none."""
     java = find_java()
     if java is None:
-        raise UserError("java: not found, but the PTB tokenizer needs it; make setup brings one")
+        raise UserError("java: not found, but the PTB tokenizer needs it; make setup installs one")
     return java
 
 
 def score_tokens(
     tokens: Tokens, metrics: Sequence[str] = DEFAULT_METRICS
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """As `score_each`, for captions that are tokenised already."""
+    """As `score_each`, for captions that are already tokenized."""
     hypotheses, truths = tokens.hypotheses, tokens.truths
     if tokens.tokenizer == "characters":
         metrics = [name for name in metrics if name not in ENGLISH]
         if not metrics:
-            raise UserError("metrics: meteor and spice are English, and these captions are not")
+            raise UserError(
+                "metrics: meteor and spice are for English, and these captions have no spaces"
+            )
     result: dict[str, Any] = {"tokenizer": tokens.tokenizer}
     each: dict[str, dict[str, float]] = {i: {} for i in hypotheses}
 
@@ -268,7 +270,7 @@ def _ptb(java: str, texts: Sequence[str]) -> list[str]:
         file.flush()
         try:
             done = subprocess.run([*command, file.name], capture_output=True, check=False)
-        except OSError as error:  # no program of this machine
+        except OSError as error:  # not a program for this machine
             raise _java_failed(java, "the PTB tokenizer", str(error.strerror).encode()) from error
     tokenized = done.stdout.decode("utf-8", "replace").split("\n")[:-1]
     if done.returncode or len(tokenized) != len(texts):
