@@ -6,7 +6,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 # Errors of the machine that the user can mend: no space, quota, read-only, permission, ...
@@ -37,6 +39,15 @@ class ImageTooLarge(InvalidImage):
 
 class ImageTooComplex(InvalidImage):
     """Decoding it would take more time or memory than a photo of its size may take."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors about fields begin with the file that the fields are from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -640,11 +641,44 @@ def test_make_and_the_program_name_a_run_alike(
     assert trained == [run]
 
 
-def test_train_takes_no_checkpoint():
-    """`make train CHECKPOINT=good DATA=mine` trained a new toy into `good`."""
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        # It trained a new toy into `good`.
+        (["train", "CHECKPOINT=build/checkpoints/good", "DATA=mine"],
+         "make train takes no CHECKPOINT=; RUN=NAME names what it trains"),
+        (["import", "CHECKPOINT=build/checkpoints/good", "MODEL=a/b"],
+         "make import takes no CHECKPOINT=; RUN=NAME names what it writes"),
+        (["import"],
+         "make import needs MODEL=NAME_OR_DIR: a name on the Hugging Face Hub, or a folder"),
+    ],
+)  # fmt: skip
+def test_a_target_without_its_variable_or_with_anothers_is_refused(arguments, error):
     done = subprocess.run(
-        ["make", "-o", "setup", "train", "CHECKPOINT=build/checkpoints/good", "DATA=mine"],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: make train takes no CHECKPOINT=; RUN=NAME names")
+        ["make", "-o", "setup", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert line == f"error: {error}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "run"),
+    [
+        (["MODEL=Salesforce/blip-image-captioning-base"], "blip-image-captioning-base"),
+        (["MODEL=../my models/git's/"], "git'\\''s"),
+        (["MODEL=a/b", "RUN=mine"], "mine"),
+        (["MODEL=a/b", "DATA=pets", "CONFIG=flickr8k"], "b"),
+    ],
+)
+def test_a_model_that_is_imported_names_the_run_of_the_whole_line(variables, run):
+    said = make_targets("import", "export", "mar", "evaluate", "serve", *variables)
+    model = variables[0].removeprefix("MODEL=").replace("'", "'\\''")
+    assert re.findall(r"python -m (\S+)", said) == [
+        *("training.import_huggingface", "export.export", "export.archive"),
+        *("training.evaluate", "handler.serve"),
+    ]
+    assert f"training.import_huggingface '{model}' --out 'build/checkpoints/{run}'" in said
+    assert f"--checkpoint 'build/checkpoints/{run}' --out 'build/export/{run}'" in said
+    assert f"--export 'build/export/{run}'" in said
+    assert re.search(f"evaluate +--checkpoint 'build/checkpoints/{re.escape(run)}'", said)

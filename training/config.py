@@ -6,14 +6,15 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from handler.beam_search import MAX_BEAMS, OPTIONS, DecodeOptions
-from handler.errors import UserError
+from handler.beam_search import MAX_BEAMS, DecodeOptions
+from handler.errors import UserError, naming
 
 CONFIGS = Path(__file__).parent / "configs"
 UNIONS = (types.UnionType, typing.Union)
@@ -166,6 +167,21 @@ class TokenizerChoice:
     min_count: int = field(
         default=2, metadata=about("How often a word must occur to be in the vocabulary", COUNT)
     )
+    lowercase: bool | None = field(
+        default=None,
+        metadata=about(
+            "Whether captions are learnt and written in small letters; left out: words are, byte "
+            "pairs keep the case"
+        ),
+    )
+    add_words: int = field(
+        default=0,
+        metadata=about(
+            "With `FROM=` and a vocabulary of words: those that it lacks are added where training "
+            "captions have them at least so often; 0: none",
+            Range(0, MOST, "0 (none) or more"),
+        ),
+    )
     checkpoint: str | None = field(
         default=None,
         metadata=about("Folder of a checkpoint whose tokenizer is used instead of a new one"),
@@ -173,9 +189,11 @@ class TokenizerChoice:
 
     def __post_init__(self) -> None:
         _check_fields(self, "tokenizer.")
-        for other in dataclasses.fields(self)[:3]:
+        for other in dataclasses.fields(self):
             _require(
-                self.checkpoint is None or getattr(self, other.name) == other.default,
+                self.checkpoint is None
+                or other.name in ("checkpoint", "add_words")
+                or getattr(self, other.name) == other.default,
                 f"tokenizer.{other.name} is the one of tokenizer.checkpoint; leave one of them out",
             )
 
@@ -388,8 +406,16 @@ class TrainConfig:
     """A whole run."""
 
     name: str = field(metadata=about("Name of the run", default="the name of the file"))
-    data: str = field(metadata=about("Name of a dataset under build/data, or its folder"))
+    data: str | None = field(
+        metadata=about(
+            "Name of a dataset under build/data, or its folder; without it, `DATA=` is needed"
+        )
+    )
     stages: tuple[Stage, ...] = field(metadata=about("The stages, in order"))
+    start: str | None = field(
+        default=None,
+        metadata=about("Checkpoint that is fine-tuned; only given on the command line, `FROM=`"),
+    )
     seed: int = field(
         default=0,
         metadata=about("Seed of all random numbers", Range(0, 2**63 - 1, "0 to 2^63 - 1")),
@@ -434,13 +460,20 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages: at least one stage is needed")
         _require(
-            self.stages[0].self_critical is None,
+            self.stages[0].self_critical is None or self.start is not None,
             f"stage {self.stages[0].name!r}: self_critical needs a stage of cross-entropy before "
-            "it: an untrained model's samples earn nothing",
+            "it, or a captioner to start from (--from): an untrained model's samples earn nothing",
         )
-        for name in ("name", "data"):
+        _require(
+            not self.tokenizer.add_words or self.start is not None,
+            "tokenizer.add_words needs a captioner to start from (--from)",
+        )
+        for name in ("name", "data", "start"):
             value = getattr(self, name)
-            _require(bool(value.strip()) and "\0" not in value, f"{name} is empty; give a name")
+            _require(
+                value is None or (bool(value.strip()) and "\0" not in value),
+                f"{name} is empty; give a name",
+            )
         _require(
             not set(self.name) & {"/", "\\"} and self.name not in (".", ".."),
             f"name must be the name of a folder, not {self.name!r}",
@@ -455,12 +488,7 @@ class TrainConfig:
         self._check_decoding()
 
     def _check_decoding(self) -> None:
-        for name in self.decoding:
-            _require(
-                name in OPTIONS,
-                f"decoding.{name}: unknown option; known are {', '.join(sorted(OPTIONS))}",
-            )
-        options = DecodeOptions(**self.decoding)
+        options = decode_options(self.decoding)
         longest = self.decoder.max_tokens - 1
         for name in ("max_new_tokens", "min_new_tokens"):
             value = getattr(options, name) or 0
@@ -468,6 +496,16 @@ class TrainConfig:
                 value <= longest,
                 f"decoding.{name} is {value}, but decoder.max_tokens allows {longest}; raise it",
             )
+
+
+def decode_options(decoding: Mapping[str, Any]) -> DecodeOptions:
+    """The options of a config's section `decoding`. Raises UserError naming the option."""
+    for name in decoding:
+        _require(
+            name in OPTIONS,
+            f"decoding.{name}: unknown option; known are {', '.join(sorted(OPTIONS))}",
+        )
+    return DecodeOptions(**decoding)
 
 
 class _Loader(yaml.SafeLoader):
@@ -484,6 +522,14 @@ class _Loader(yaml.SafeLoader):
 def load_config(name_or_path: str, **overrides: Any) -> TrainConfig:
     """Reads a preset by name (`training/configs/NAME.yaml`) or path. `overrides` replace top-level
     fields; `epochs` replaces the epochs of every stage. Raises UserError naming file and field."""
+    path, fields = read_fields(name_or_path, **overrides)
+    with naming(path):
+        return build_config(fields)
+
+
+def read_fields(name_or_path: str, **overrides: Any) -> tuple[Path, dict[str, Any]]:
+    """The file of a preset and its fields with `overrides`, as for `load_config`, not checked
+    yet."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIGS / f"{name_or_path}.yaml"
@@ -499,17 +545,22 @@ def load_config(name_or_path: str, **overrides: Any) -> TrainConfig:
         raise UserError(f"{path}: not readable as YAML ({reason})") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of fields")
+    if "start" in raw:
+        raise UserError(f"{path}: start: give the checkpoint with --from (make: FROM=DIR)")
     epochs = overrides.pop("epochs", None)
-    raw = {"name": path.stem, **raw, **{k: v for k, v in overrides.items() if v is not None}}
-    try:
-        if epochs is not None and isinstance(raw.get("stages"), list):
-            raw["stages"] = [
-                {**stage, "epochs": epochs} if isinstance(stage, dict) else stage
-                for stage in raw["stages"]
-            ]
-        config = _build(TrainConfig, raw, "")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    given = {k: v for k, v in overrides.items() if v is not None}
+    fields = {"name": path.stem, "data": None, **raw, **given}
+    if epochs is not None and isinstance(raw.get("stages"), list):
+        fields["stages"] = [
+            {**stage, "epochs": epochs} if isinstance(stage, dict) else stage
+            for stage in raw["stages"]
+        ]
+    return path, fields
+
+
+def build_config(fields: Mapping[str, Any]) -> TrainConfig:
+    """A config from its fields as in YAML. Raises UserError naming the field."""
+    config = _build(TrainConfig, fields, "")
     assert isinstance(config, TrainConfig)
     return config
 

@@ -7,6 +7,7 @@ Dimension key: B photos, Q packed tokens of a photo, P memory tokens, D width.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ class Captions:
     token. `unknown` is the number of captions with a word that is not in the vocabulary."""
 
     def __init__(self, rows: Sequence[Row], tokenizer: CaptionTokenizer, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
         self.plain = [[tokenizer.encode(c) for c in row.captions] for row in rows]
         self.mirrored = [[tokenizer.encode(mirrored(c)) for c in row.captions] for row in rows]
         every = [ids for photo in self.plain for ids in photo]
@@ -94,20 +95,46 @@ class Captions:
         self.cut = sum(len(ids) + 1 > max_tokens for ids in every)
         self.unknown = sum(tokenizer.unknown_id in ids for ids in every)
 
-    def notes(self) -> list[str]:
-        """One line for each kind of loss: truncated captions, unknown words."""
+    def notes(self, max_new_tokens: int, borrowed: str | None = None) -> list[str]:
+        """One line for each kind of loss: truncated captions, captions longer than
+        `max_new_tokens`, the limit of what is generated, and unknown words. `borrowed` is the
+        checkpoint that the vocabulary comes from, if it was not fitted on these captions."""
         notes = []
         if self.cut:
             notes.append(
                 f"{self.cut} of {self.total} captions are longer than decoder.max_tokens "
                 f"({self.max_tokens}) and are cut; the longest has {self.longest} tokens"
             )
-        if self.unknown:
+        unsaid = sum(len(ids) > max_new_tokens for photo in self.plain for ids in photo)
+        if max_new_tokens < self.max_tokens - 1 and unsaid:
+            notes.append(
+                f"{unsaid} of {self.total} captions are longer than any that is written: raise "
+                f"decoding.max_new_tokens ({max_new_tokens})"
+            )
+        if borrowed is not None:
+            notes += self._new_words(borrowed)
+        elif self.unknown:
             notes.append(
                 f"{self.unknown} of {self.total} captions have words that the vocabulary lacks; "
                 "lower tokenizer.min_count, raise tokenizer.vocab_size, or set tokenizer.kind: bpe"
             )
         return notes
+
+    def _new_words(self, borrowed: str) -> list[str]:
+        """The words that the vocabulary of a checkpoint lacks, in a line."""
+        captions = (caption for row in self.rows for caption in row.captions)
+        new = Counter(w.lower() for text in captions for w in self.tokenizer.unknown_words(text))
+        if not new:
+            return []
+        share = sum(new.values()) / sum(len(ids) for photo in self.plain for ids in photo)
+        common = ", ".join(word for word, _ in new.most_common(3))
+        way_out = "fit a vocabulary: leave --from (make: FROM=) and tokenizer.checkpoint out"
+        if self.tokenizer.is_word_level:
+            way_out = f'add them with --add-words 2 (make: ARGS="--add-words 2"), or {way_out}'
+        return [
+            f"words that the vocabulary of {borrowed} lacks: {len(new)}, {share:.1%} of all words "
+            f"({common}); they are learnt as unknown and never written. To learn them, {way_out}"
+        ]
 
     def batch(self, photos: Tensor, indices: Sequence[int], mirror: Sequence[bool]) -> Batch:
         chosen = [

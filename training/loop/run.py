@@ -33,7 +33,7 @@ from training.scores.metrics import Tokenizer as MetricTokenizer
 # Attributes of `Run` that are saved in its state.
 PROGRESS = (
     *("stage", "step", "seconds", "seconds_before"),
-    *("best", "best_before", "since_best", "stages"),
+    *("at_start", "best", "best_before", "since_best", "stages"),
     "metric_tokenizer",
 )
 
@@ -74,7 +74,9 @@ class Run:
         self.log = (Log if self.processes.first else NullLog)(lambda: folder.path)
         self.stage = self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # in all steps; before this stage
-        self.best: dict[str, Any] | None = None  # validation figures of the checkpoint
+        # Validation figures of the checkpoint that the run starts from, and of the run's own.
+        self.at_start: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
         self.best_before: dict[str, Any] | None = None  # the same when the stage began
         self.since_best = 0  # validations without a better figure
         # The scores before and after each finished stage.
@@ -189,12 +191,17 @@ class Run:
     def consider(self, result: dict[str, Any]) -> None:
         """Saves the averaged weights as the checkpoint unless earlier ones were better by the
         figure `result["chosen_by"]`. If both are equal, the later ones are saved because they have
-        been trained for longer, but `since_best` is reset only by better ones."""
+        been trained for longer (the start's are replaced only at a lower loss), but `since_best` is
+        reset only by better ones."""
         self.since_best += 1
         if self.best is not None and goodness(result) < goodness(self.best):
             return
         if self.best is None or goodness(result) > goodness(self.best):
             self.since_best = 0
+        elif self.best == self.at_start and result["loss"] >= self.best["loss"]:
+            return
+        if self.config.start is not None and self.best is None:
+            self.at_start = result
         self.best = result
         save_checkpoint(
             self.folder.path,
@@ -208,6 +215,7 @@ class Run:
                 "stages": self.stages,
                 "step": self.step,
                 "minutes": round(self.seconds / 60, 1),
+                **({} if self.at_start is None else {"validation_at_start": self.at_start}),
             },
         )
         self.folder.publish()

@@ -94,6 +94,8 @@ def run_stage(
     work = Work(run, captions, features_of(run, stage, first))
     if state is not None:
         run.restore(state, work.optimizer)
+    if run.config.start is not None and run.best is None:
+        score_start(work, validate)
     photos = len(run.train_rows)
     run.log.begin(
         stage.name, stage.epochs * photos, first * photos + min(photos, skip * stage.batch_photos)
@@ -116,6 +118,17 @@ def run_stage(
     if run.processes.first:
         run.finish_stage()
     run.processes.wait()
+
+
+def score_start(work: Work, validate: Callable[[Run], None]) -> None:
+    """Validates the checkpoint that a run starts from, which is then the one to beat."""
+    run = work.run
+    if run.processes.first:
+        run.save_state(work.optimizer, 0, 0)  # validation may fail
+        validate(run)
+        run.save_state(work.optimizer, 0, 0)
+    run.best = run.best_before = run.processes.tell(run.best)
+    run.since_best = 0
 
 
 def train_epoch(work: Work, skip: int) -> int:
@@ -197,7 +210,7 @@ def make_features(run: Run, stage: Stage) -> FeatureCache:
         with run.autocast():
             return encoder.eval()(images_B3SS.to(run.device))
 
-    shape = (encoder.config.memory_tokens, encoder.config.width)
+    shape = (encoder.config.memory_tokens, encoder.config.memory_width)
     return FeatureCache(
         FEATURES,
         FrozenEncoder(fingerprint.hexdigest(), encode, shape),

@@ -3,7 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from handler.caption_tokenizer import CaptionTokenizer, is_written_without_spaces
+from handler.caption_tokenizer import (
+    SPACELESS_SHARE,
+    CaptionTokenizer,
+    is_written_without_spaces,
+)
 from handler.captioner import check_config, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.image_preprocess import Interpolation, PreprocessConfig
@@ -11,9 +15,6 @@ from training.config import TokenizerChoice, TrainConfig
 from training.data.manifest import Row
 from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
 from training.weights.encoders import load_encoder
-
-# Above this share of captions without spaces, a vocabulary of words cannot be used.
-SPACELESS_SHARE = 0.05
 
 
 def make_tokenizer(
@@ -39,7 +40,9 @@ def make_tokenizer(
             )
         say(f"{what}: the vocabulary consists of byte pairs (tokenizer: {{kind: bpe}})")
         kind = "bpe"
-    tokenizer = CaptionTokenizer.train(captions, kind, choice.vocab_size, choice.min_count)
+    tokenizer = CaptionTokenizer.train(
+        captions, kind, choice.vocab_size, choice.min_count, choice.lowercase
+    )
     empty = sum(set(tokenizer.encode(text)) <= {tokenizer.unknown_id} for text in captions)
     if empty > len(captions) / 2:
         raise UserError(

@@ -3,8 +3,10 @@
 A stage (see `training.config.Stage`) trains with teacher-forced cross-entropy, distillation or
 self-critical training. It is validated by generated captions; the weights with the best CIDEr are
 kept (with the best loss if there are too few validation photos for CIDEr), and the next stage
-starts from them. A killed run can be continued with `--resume` and ends with the same weights as an
-uninterrupted one. Several processes of torchrun train one model (see `training.loop.distributed`).
+starts from them. A run that fine-tunes a checkpoint is also validated before its first step, and
+reports at its end what it gained. A killed run can be continued with `--resume` and ends with the
+same weights as an uninterrupted one. Several processes of torchrun train one model (see
+`training.loop.distributed`).
 """
 
 import contextlib
@@ -19,6 +21,7 @@ from training.data.captions import Captions
 from training.data.manifest import Manifest
 from training.folders import STATE_FILE
 from training.loop.distributed import leave
+from training.loop.fine_tuning import check_start, load_start
 from training.loop.folder import RunFolder
 from training.loop.run import Run, read_state, restore_parts
 from training.loop.stage import run_stage
@@ -27,6 +30,7 @@ from training.loop.teachers import check_teachers
 from training.loop.validation import (
     announce,
     choose_metric_tokenizer,
+    tell_gain,
     validate,
     warn_of_little_learnt,
 )
@@ -48,6 +52,7 @@ def train(
     """
     torch.manual_seed(config.seed)
     run_folder = RunFolder(folder)
+    check_start(config, (run_folder.final, run_folder.previous))
     run = Run(config, manifest, run_folder)
     with contextlib.ExitStack() as stack:
         if run.processes.first:
@@ -75,8 +80,13 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
         state = read_state(run.folder.final, run.config)
         run.model, run.preprocessing, run.tokenizer = restore_parts(run.folder.final, state)
     else:
-        run.tokenizer = make_tokenizer(run.config.tokenizer, run.train_rows, run.log.say)
-        run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
+        if run.config.start is not None:
+            run.model, run.preprocessing, run.tokenizer = load_start(
+                run.config, weights, run.train_rows
+            )
+        else:
+            run.tokenizer = make_tokenizer(run.config.tokenizer, run.train_rows, run.log.say)
+            run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
         check_teachers(run.config, run.student())
         if run.processes.first:
             # For --resume before the first validation, which writes the checkpoint.
@@ -93,7 +103,8 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
 
 def train_stages(run: Run, state: dict[str, Any] | None) -> None:
     captions = Captions(run.train_rows, run.tokenizer, run.config.decoder.max_tokens)
-    for note in captions.notes():
+    borrowed = run.config.tokenizer.checkpoint
+    for note in captions.notes(run.decoding()["max_new_tokens"], borrowed):
         run.log.say(note)
     announce(run)
     first = 0 if state is None else state["stage"]
@@ -108,3 +119,4 @@ def train_stages(run: Run, state: dict[str, Any] | None) -> None:
         f"{run.seconds / 60:.1f} minutes"
     )
     warn_of_little_learnt(run)
+    tell_gain(run)

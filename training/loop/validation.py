@@ -42,7 +42,9 @@ def validate(run: Run) -> None:
     run.write({"step": run.step, "seconds": run.seconds, "val": result})
     figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
     samples = "; ".join(predictions[row.id] for row in rows[:3])
-    run.log.say(f"epoch {run.epoch} of {run.config.stages[run.stage].name}: {figures}")
+    stage = run.config.stages[run.stage].name
+    when = f"epoch {run.epoch} of {stage}" if run.step else f"{run.config.start}, before any step"
+    run.log.say(f"{when}: {figures}")
     run.log.say(f"  e.g. {samples}")
     run.consider({**result, "photos": len(rows), "split": "val", "chosen_by": chosen_by(rows)})
 
@@ -53,10 +55,10 @@ def chosen_by(rows: list[Row]) -> str:
 
 
 def choose_metric_tokenizer(run: Run, state: dict[str, Any] | None) -> None:
-    """Chooses how captions are split into words in the validations of a run: by the PTB tokenizer
-    or, without Java, by a simple rule. A resumed run keeps the choice in its `state`. Raises
-    UserError if this needs a Java that is missing now or does not work."""
-    available = choose_tokenizer()
+    """Chooses how captions are split into words in the validations of a run: by the PTB tokenizer,
+    without Java by a simple rule, or into characters. A resumed run keeps the choice in its
+    `state`. Raises UserError if this needs a Java that is missing now or does not work."""
+    available = choose_tokenizer([caption for row in run.val_rows for caption in row.captions])
     run.metric_tokenizer = available if state is None else state["metric_tokenizer"]
     if run.metric_tokenizer == "ptb" and available == "python":
         raise UserError(
@@ -70,6 +72,11 @@ def announce(run: Run) -> None:
     chosen."""
     if run.metric_tokenizer == "ptb":
         run.log.say("validation: scores with the PTB tokenizer")
+    elif run.metric_tokenizer == "characters":
+        run.log.say(
+            "validation: scores on characters, because the captions are written without spaces and "
+            "the PTB tokenizer would treat a sentence as one word"
+        )
     else:
         run.log.say(
             "validation: scores on simply split words, because no Java was found when the run "
@@ -87,13 +94,35 @@ def warn_of_little_learnt(run: Run) -> None:
         run.log.say(f"warning: {reason}")
 
 
+def tell_gain(run: Run) -> None:
+    """Says what fine-tuning gained over the checkpoint that the run started from."""
+    before, after = run.at_start, run.best
+    if before is None or after is None:
+        return
+    line = f"{run.folder.final}: fine-tuning {run.config.start} gained "
+    if before == after:
+        figure = before["chosen_by"]
+        line += (
+            f"nothing: no validation {figure} was better than its {before[figure]:.3f}, and its "
+            "weights are kept; try other rates or more photos"
+        )
+    else:
+        line += "on validation photos: " + ", ".join(
+            f"{figure} {before[figure]:.3f} -> {after[figure]:.3f}" for figure in ("CIDEr", "loss")
+        )
+    run.log.say(line)
+
+
 @torch.inference_mode()
 def caption_and_loss(
     run: Run, captioner: Captioner, rows: list[Row]
 ) -> tuple[dict[str, str], float]:
     """One caption for each row by its id, and the mean cross-entropy of the references in nats per
     token."""
-    options = captioner.options(num_beams=run.config.validation.num_beams)
+    # Samples would choose a checkpoint by luck.
+    options = captioner.options(
+        num_beams=run.config.validation.num_beams, num_return_sequences=1, do_sample=False
+    )
     captions = Captions(rows, run.tokenizer, run.config.decoder.max_tokens)
     cross_entropy = CrossEntropyLoss(smoothing=0.0)
     predictions: dict[str, str] = {}

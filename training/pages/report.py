@@ -148,12 +148,13 @@ def scores_section(systems: Sequence[System]) -> Section:
         if len(systems) == 2:
             cells += _difference_cells(systems, name)
         lines.append((score_name(name), cells))
-    note = (
-        "Corpus scores of pycocoevalcap"
-        + (" after its PTB tokenizer" if first.scores["tokenizer"] == "ptb" else
-           " on simply split words, because no Java was found; compare them only with each other")
-        + "; intervals by bootstrap over the photos."
-    )  # fmt: skip
+    tokens = {
+        "ptb": " after its PTB tokenizer",
+        "characters": " on characters, because the captions are written without spaces",
+        "python": " on simply split words, because no Java was found; compare them only with each "
+        "other",
+    }[first.scores["tokenizer"]]
+    note = f"Corpus scores of pycocoevalcap{tokens}; intervals by bootstrap over the photos."
     if len(systems) == 2:
         note += " A difference is in bold if its interval does not contain zero."
     return Section(note, Table(head, range(1, len(head)), lines))

@@ -4,6 +4,11 @@ PTB tokenizer are those of pycocoevalcap, so that scores are comparable with pub
 The tokenizer, METEOR and SPICE run in Java. Without Java, the other metrics are computed on simply
 split words, and the result contains "tokenizer": "python"; such scores are comparable only with
 each other. Code that compares scores over time chooses the tokenizer once (`choose_tokenizer`).
+
+The PTB tokenizer treats a sentence without spaces as one word. If references are written without
+spaces (Japanese, Chinese, Thai), each character of such a script counts as a word, as in
+sacreBLEU's `zh`, and the result has "tokenizer": "characters". METEOR and SPICE are left out: their
+synonyms and their parser are English.
 """
 
 import functools
@@ -19,10 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from handler.caption_tokenizer import SPACELESS, SPACELESS_SHARE, is_written_without_spaces
 from handler.errors import UserError
 
 DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
 METRICS = (*DEFAULT_METRICS, "spice")
+ENGLISH = ("meteor", "spice")
+# A character of a script without spaces, or a word.
+WORD = re.compile(rf"{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})[\w'-])+")
 # Tokens that pycocoevalcap's PTBTokenizer drops.
 PUNCTUATION = {
     *("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"),
@@ -34,7 +43,7 @@ JAVA_SETTINGS = (
     *("-Duser.language=en", "-Duser.country=US"),
 )
 
-Tokenizer = Literal["ptb", "python"]
+Tokenizer = Literal["ptb", "python", "characters"]
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +65,21 @@ def find_java() -> str | None:
     return None
 
 
-def choose_tokenizer() -> Tokenizer:
-    """The tokenizer for this machine: "ptb" if there is Java, otherwise "python". Raises UserError
-    for a Java that does not work."""
+def choose_tokenizer(references: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer for this machine: "characters" if the references are written without spaces,
+    otherwise "ptb" if there is Java, otherwise "python". Raises UserError for a Java that does not
+    work."""
     java = find_java()
-    if java is None:
-        return "python"
-    check_java(java)
-    return "ptb"
+    if java is not None:
+        check_java(java)
+    if are_without_spaces(references):
+        return "characters"
+    return "python" if java is None else "ptb"
+
+
+def are_without_spaces(references: Sequence[str]) -> bool:
+    count = sum(map(is_written_without_spaces, references))
+    return count > SPACELESS_SHARE * len(references)
 
 
 @functools.cache
@@ -87,7 +103,8 @@ def score(
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Corpus scores of one caption per photo: {"BLEU-1".."BLEU-4", "METEOR", "ROUGE-L", "CIDEr",
-    "SPICE", "tokenizer": "ptb" or "python"}; see `score_each` for the scores of each photo."""
+    "SPICE", "tokenizer": "ptb", "python" or "characters"}; see `score_each` for the scores of each
+    photo."""
     return score_each(predictions, references, metrics, tokenizer)[0]
 
 
@@ -100,10 +117,10 @@ def score_each(
     """As `score`, and the scores of each photo by its id.
 
     CIDEr weights a word by the number of photos in `references` that have it, so compare only
-    scores on the same photos. `tokenizer` None is "ptb" if there is Java; without it, METEOR is
-    left out. Raises UserError if a prediction has no references, if no reference contains a word,
-    if SPICE is requested but not installed, if METEOR is the only metric and there is no Java, and
-    if Java is missing for "ptb" or does not work.
+    scores on the same photos. `tokenizer` None is that of `choose_tokenizer`; without Java, and on
+    characters, METEOR is left out. Raises UserError if a prediction has no references, if no
+    reference contains a word, if SPICE is requested but not installed, if no metric is left, and if
+    Java is missing for "ptb" or does not work.
     """
     check_metrics(metrics)
     return score_tokens(tokenize(predictions, references, tokenizer), metrics)
@@ -122,7 +139,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
 @dataclass(frozen=True)
 class Tokens:
     """Tokenized captions, words separated by spaces: by photo, a list with one hypothesis, and its
-    references. `tokenizer` is "ptb" or "python"."""
+    references."""
 
     tokenizer: Tokenizer
     hypotheses: dict[str, list[str]]
@@ -142,12 +159,8 @@ def tokenize(
     if missing := [key for key in predictions if not references.get(key)]:
         raise UserError(f"references: none for photo {missing[0]!r} ({len(missing)} in total)")
     ids = list(predictions)
-    if tokenizer is None and find_java() is None:
-        log.warning(
-            "no Java found (make setup installs one): METEOR and SPICE are left out, and the other "
-            "metrics are computed on simply split words instead of PTB tokens"
-        )
-    tokenizer = tokenizer or ("python" if find_java() is None else "ptb")
+    if tokenizer is None:
+        tokenizer = _announced_tokenizer([text for i in ids for text in references[i]])
     texts = [[predictions[i], *references[i]] for i in ids]
     flat = [text for group in texts for text in group]
     if tokenizer == "ptb":
@@ -163,6 +176,24 @@ def tokenize(
     return Tokens(tokenizer, hypotheses, truths)
 
 
+def _announced_tokenizer(references: Sequence[str]) -> Tokenizer:
+    """The tokenizer for these references, with a warning if it is not PTB's."""
+    if are_without_spaces(references):
+        log.warning(
+            "the references are written without spaces, and the PTB tokenizer would treat a "
+            "sentence as one word: characters are scored; METEOR and SPICE, which are English, are "
+            "left out"
+        )
+        return "characters"
+    if find_java() is None:
+        log.warning(
+            "no Java found (make setup installs one): METEOR and SPICE are left out, and the other "
+            "metrics are computed on simply split words instead of PTB tokens"
+        )
+        return "python"
+    return "ptb"
+
+
 def needed_java() -> str:
     """The `java` to run. Raises UserError if there is none."""
     java = find_java()
@@ -176,6 +207,10 @@ def score_tokens(
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """As `score_each`, for captions that are already tokenized."""
     hypotheses, truths = tokens.hypotheses, tokens.truths
+    if tokens.tokenizer == "characters":
+        metrics = [name for name in metrics if name not in ENGLISH]
+        if not metrics:
+            raise UserError("metrics: meteor and spice are English, and these captions are not")
     result: dict[str, Any] = {"tokenizer": tokens.tokenizer}
     each: dict[str, dict[str, float]] = {i: {} for i in hypotheses}
 
@@ -206,8 +241,9 @@ def score_tokens(
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of a text in lower case, split by a simple regular expression."""
-    return re.findall(r"[\w'-]+", text.lower())
+    """The words of a text in lower case, split by a simple regular expression; a character of a
+    script without spaces is a word."""
+    return WORD.findall(text.lower())
 
 
 def _one_line(text: str) -> str:
