@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from handler.beam_search import MAX_BEAMS, DecodeOptions
+from handler.beam_search import MAX_BEAMS, OPTIONS, DecodeOptions
 from handler.errors import UserError, naming
 
 CONFIGS = Path(__file__).parent / "configs"
