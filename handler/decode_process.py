@@ -4,10 +4,10 @@ when it takes more processor time or memory than a photo of that size may take.
 The process is an interpreter without torch. It is started when the first such photo comes, takes
 one photo after the other, and ends when the process that started it does. Its limits are the
 system's (a timer of processor time, a limit on its address space), so that they hold within a
-decoder's C code as well.
+decoder's C code as well; it decodes in a fork, which is all that a photo ends.
 
 Over a socket: a header and the photo's bytes go in; the size comes back once the header is read
-and checked, then the pixels, in a file in memory whose descriptor is sent.
+and checked, then the pixels, in a file in memory whose descriptor is sent; or what is wrong.
 """
 
 import atexit
@@ -31,7 +31,7 @@ from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
 # Processor seconds and bytes of memory that a photo may take: 2 s in all, of which up to half a
 # second goes to the start of the process where the processors are shared, and some to the walk and
 # the way there and back.
-SECONDS, PIXELS_A_SECOND = 1.2, 18e6
+SECONDS, PIXELS_A_SECOND = 1.0, 18e6
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 # A process that waits for a processor is not slow; one that waits for ever is.
 WALL_FACTOR, WALL_SECONDS = 4, 5
@@ -80,6 +80,7 @@ class DecodeProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+                process_group=0,  # Ctrl-C is for the one who started it
             )
         self.alive = True
 
@@ -96,7 +97,7 @@ class DecodeProcess:
             raise
         except (OSError, EOFError, ValueError) as error:
             self.end()
-            raise self._reason() from error
+            raise ImageTooComplex(TOO_COMPLEX) from error
         with (
             os.fdopen(descriptor, "rb") as file,
             mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pixels,
@@ -119,19 +120,18 @@ class DecodeProcess:
             raise REFUSALS[answer["error"]](answer["message"])
         return dict(answer)
 
-    def _reason(self) -> InvalidImage:
-        """Why the process ended without an answer."""
-        if self.process.returncode in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
-            return InvalidImage("the image is damaged: its decoder failed")
-        return ImageTooComplex(TOO_COMPLEX)
+    def is_ready(self) -> bool:
+        """Whether it waits for a photo: it lives, and has not told of an end between two photos."""
+        return self.process.poll() is None and not select.select([self.socket], [], [], 0)[0]
 
     def end(self) -> None:
         self.alive = False
         self.socket.close()
-        # Ended by its own limit it is gone soon, and how it went says why.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.2)
-        self.process.kill()
+        if self.process.returncode is None:
+            # With its fork, which need not notice.
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -151,7 +151,7 @@ class _Idle:
         with self.lock:
             while self.processes:
                 process = self.processes.pop()
-                if process.process.poll() is None:
+                if process.is_ready():
                     return process
                 process.end()
         return DecodeProcess()
