@@ -21,7 +21,7 @@ from photos import encoded, smooth
 from PIL import Image
 
 from handler import decode_process
-from handler.image_preprocess import ImageTooComplex, InvalidImage, decode
+from handler.image_preprocess import ImageTooComplex, InvalidImage, Patience, decode
 from handler.image_walk import walk
 
 RED = (200, 30, 40)
@@ -404,7 +404,7 @@ def test_a_photo_that_overran_ends_no_more_than_a_fork():
     [process] = decode_process._idle.processes
     for _ in range(2):
         with pytest.raises(ImageTooComplex, match="too much time or memory"):
-            decode(scans(4000, 5000), patience=0.05)
+            decode(scans(4000, 5000), patience=Patience(0.05))
         assert decode(avif).size == smooth().size
     assert decode_process._idle.processes == [process]
 
@@ -431,7 +431,7 @@ def test_a_decoder_that_crashes_is_told_from_one_that_overran():
 def test_less_patience_ends_it_sooner():
     started = time.monotonic()
     with pytest.raises(ImageTooComplex):
-        decode(scans(4000, 5000), patience=0.1)
+        decode(scans(4000, 5000), patience=Patience(0.1))
     assert time.monotonic() - started < 2
 
 
