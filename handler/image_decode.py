@@ -8,7 +8,8 @@ Face.
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,12 +93,14 @@ def decode_photo(image: Image.Image, data: bytes = b"", min_side: int | None = N
             image.draft("RGB", (2 * min_side, 2 * min_side))
         if image.format == "TIFF":
             in_native_order(image)
+        if "_decoder" in vars(image):
+            vars(image)["_decoder"] = OneFrame(vars(image)["_decoder"])
         image.load()
         turn = orientation(image)
         if data:
-            # WebP keeps another copy of the pixels here, AVIF and its decoder two.
+            # WebP and AVIF keep another copy of the pixels here, HEIC of several pictures here.
             image.fp = None  # type: ignore[attr-defined]
-            vars(image).pop("_decoder", None)
+            vars(image).pop("_heif_file", None)
         rgb = to_rgb(image, data)
         del image  # before a turned copy is made
         return rgb if turn is None else rgb.transpose(turn)
@@ -107,6 +110,20 @@ def decode_photo(image: Image.Image, data: bytes = b"", min_side: int | None = N
         # Pillow raises a dozen types of exceptions for damaged files (OSError, SyntaxError,
         # struct.error, TypeError, ...).
         raise InvalidImage("the image is damaged or truncated: it cannot be decoded") from error
+
+
+class OneFrame:
+    """Pillow's decoder of a WebP or an AVIF, forgotten as soon as it has given one frame: its own
+    buffers take 8 bytes a pixel, which would still be held while the frame is copied."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoders = [decoder]
+
+    def get_next(self) -> Any:
+        return self.decoders.pop().get_next()
+
+    def get_frame(self, number: int) -> Any:
+        return self.decoders.pop().get_frame(number)
 
 
 def in_native_order(image: Image.Image) -> None:
@@ -187,7 +204,7 @@ def to_rgb(image: Image.Image, data: bytes = b"") -> Image.Image:
 def over_white_by_key(image: Image.Image, data: bytes) -> Image.Image:
     """A PNG whose pixels of one colour are transparent. The key has as many bits as the file;
     Pillow compares it with the 8 bits a channel that it decodes to."""
-    bits, key = data[24], image.info["transparency"]
+    bits, key = data[24], image.info.pop("transparency")
     low = None
     if image.mode == "RGB" and bits == 16:
         # Decoded a second time for the low byte of each channel.
@@ -196,20 +213,26 @@ def over_white_by_key(image: Image.Image, data: bytes) -> Image.Image:
         low.load()
     elif image.mode != "RGB":
         key = key * 255 // (2**bits - 1)
-    rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
-    rgb.info.pop("transparency", None)
-    keys = np.atleast_1d(key)
+    rgb = image.convert("RGB") if image.mode != "RGB" else image
     for top, band in bands(image):
-        pixels = np.asarray(band.convert("L") if image.mode == "1" else band)
-        pixels = pixels.reshape(*pixels.shape[:2], -1)
         if low is None:
-            hidden = (pixels == keys).all(2)
+            hidden = is_colour(band, key)
         else:
             box = (0, top, low.width, top + band.height)
-            low_bytes = np.asarray(low.crop(box))
-            hidden = ((pixels == keys >> 8) & (low_bytes == keys & 255)).all(2)
+            hidden = is_colour(band, [value >> 8 for value in key])
+            hidden &= is_colour(low.crop(box), [value & 255 for value in key])
         rgb.paste((255, 255, 255), (0, top), Image.fromarray(hidden.astype(np.uint8) * 255))
     return rgb
+
+
+def is_colour(image: Image.Image, colour: int | Sequence[int]) -> np.ndarray:
+    """Which pixels have exactly this colour: booleans (height, width)."""
+    pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+    if isinstance(colour, int):
+        return pixels == colour
+    # One channel after the other: numpy takes five times as long to reduce an axis of three.
+    red, green, blue = (pixels[..., channel] == value for channel, value in enumerate(colour))
+    return red & green & blue
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:

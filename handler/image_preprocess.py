@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from handler.decode_process import decode_elsewhere
+from handler.decode_process import Patience, decode_elsewhere
 from handler.errors import (
     ImageTooComplex,
     ImageTooLarge,
@@ -39,6 +39,7 @@ __all__ = [
     "ImageTooLarge",
     "InvalidImage",
     "UnsupportedMediaType",
+    "Patience",
     "PreprocessConfig",
     "decode",
     "preprocess",
@@ -51,6 +52,8 @@ __all__ = [
 Interpolation = Literal["bicubic", "bilinear"]
 # Left, top, right, bottom.
 Box = tuple[float, float, float, float]
+# Larger pictures take more than 0.3 s in the worst case; a JPEG is reduced as it is decoded.
+CHEAP_PIXELS = 8_000_000
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -126,7 +129,7 @@ def preprocess(
 def decode(
     photo: bytes | bytearray | memoryview | Image.Image,
     min_side: int | None = None,
-    patience: float = 1.0,
+    patience: Patience | None = None,
 ) -> Image.Image:
     """Decodes a photo to RGB, upright and with alpha over white; of several frames or pages the
     first.
@@ -137,8 +140,8 @@ def decode(
     resize.
 
     Decoding takes at most 2 s of processor time, one more for every 16 megapixels of its header,
-    and 512 MiB, or 12 bytes per pixel if that is more. `patience` is the share of this time for a
-    photo that is not known to be cheap (see `handler.image_walk`).
+    and 512 MiB, or 12 bytes per pixel if that is more. Photos that are decoded one after the other
+    while a client waits for all of them share a `patience`: after slow ones, others may take less.
 
     Raises InvalidImage or one of its subclasses UnsupportedMediaType, ImageTooLarge and
     ImageTooComplex.
@@ -163,9 +166,11 @@ def decode(
         data, cheap = walk(data, kind)
     except ValueError as error:
         raise InvalidImage(f"the image is damaged: {error}") from error
-    if not cheap:
-        return decode_elsewhere(data, kind, min_side, patience)
-    return decode_photo(open_photo(data, kind), data, min_side)
+    if cheap:
+        image = open_photo(data, kind)
+        if kind == "JPEG" or image.width * image.height <= CHEAP_PIXELS:
+            return decode_photo(image, data, min_side)
+    return decode_elsewhere(data, kind, min_side, patience or Patience())
 
 
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:

@@ -18,54 +18,81 @@ import numpy as np
 # Photoshop writes a large PNG as thousands of chunks.
 MAX_SEGMENTS, MAX_BLOCKS, MAX_ENTRIES, MAX_IMAGE_CHUNKS = 1000, 2000, 300, 2000
 MAX_CHUNKS = 200_000
+# Bytes of a PNG or WebP whose decoding is known to be cheap whatever they are: blocks of a deflate
+# stream that hold nothing, or thousands of a WebP's tables, cost 0.1 s a megabyte.
+CHEAP_BYTES = 4 * 2**20
 # A progressive JPEG repeats itself over the whole picture once a scan. Encoders write about ten. A
-# scan costs at most this many seconds a pixel.
-ORDINARY_SCANS, SECONDS_PER_SCANNED_PIXEL = 16, 1.5e-8
+# scan costs at most this many seconds a pixel, and all of them may take a third of a second.
+ORDINARY_SCANS, SECONDS_PER_SCANNED_PIXEL, SECONDS_OF_SCANS = 16, 1.5e-8, 0.3
 # Some fill bytes may precede a marker, and no segment has the numbers of restarts and the like.
 JPEG_MARKER = re.compile(rb"\xff{1,16}([\x02-\xcf\xda-\xfe])", re.DOTALL)
+JPEG_TABLES, JPEG_SCAN, JPEG_EXIF, JPEG_PHOTOSHOP = 0xDB, 0xDA, 0xE1, 0xED
+# Bytes of all segments that Pillow takes apart in Python or joins. EXIF fits one segment.
+JPEG_BYTES = {JPEG_TABLES: 4096, JPEG_EXIF: 2**16, JPEG_PHOTOSHOP: 2**20}
+JPEG_FRAME_BYTES = 8 + 3 * 4  # of a frame's header: four components
 # Chunks of a PNG that change its pixels, or how they are turned; all others are left out.
 PNG_ONCE = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IEND")
 PNG_CHUNK = struct.Struct(">I4s")
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
-# Pillow refuses a whole PNG for a text above 1 MiB. Orientation is written in far less.
-MAX_PNG_TEXT, MAX_PNG_TEXTS = 2**20, 50
+# Pillow refuses a whole PNG for a text above 1 MiB. Orientation is written in far less: EXIF takes
+# two hexadecimal digits a byte.
+MAX_PNG_TEXT, MAX_PNG_TEXTS = 2**18, 50
 # Values of a TIFF's directory entry: bytes a value by type.
 TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
               16: 8, 17: 8, 18: 8}  # fmt: skip
-# Strips or tiles: at most one a row in a picture of MAX_SIDE.
-MAX_TIFF_VALUES = 70_000
-TIFF_COMPRESSION, TIFF_PLAIN = 259, (1, 5, 7, 8, 32773, 32946)
+# Strips or tiles: at most one a row in a picture of MAX_SIDE. Pillow takes 10 us for each.
+MAX_STRIPS, CHEAP_STRIPS = 70_000, 5000
+TIFF_STRIPS = (273, 279, 324, 325)
+# Tiles may be larger than the picture; Pillow reads all values of the directories that it knows.
+TIFF_TILES_AND_DIRECTORIES = (322, 34665, 34853, 40965)
+TIFF_COMPRESSION, TIFF_UNCOMPRESSED = 259, 1
 
 
 def walk(data: bytes, kind: str) -> tuple[bytes, bool]:
-    """The bytes to decode, and whether that is known to be cheap. `kind` is Pillow's name of the
-    format. Raises ValueError for what cannot be a photo of this kind."""
+    """The bytes to decode, and whether that is known to be cheap for a picture of its size. `kind`
+    is Pillow's name of the format. Raises ValueError for what cannot be a photo of this kind."""
     if kind == "PNG":
-        return png_image(data), True
+        data = png_image(data)
+        return data, len(data) <= CHEAP_BYTES
     if kind == "JPEG":
         return jpeg_picture(data)
     return data, kind in WALKS and WALKS[kind](data)
 
 
-def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
-    """A JPEG without what follows its end (a phone's second picture, its film), and whether it is
-    baseline, or progressive of few scans for its size, behind few segments."""
-    position, size = 2, None
+def jpeg_header(data: bytes) -> tuple[int, int] | None:
+    """Where a JPEG's first scan begins, and its pixels. None where it is neither baseline nor
+    progressive, or where what comes before is not what ordinary photos have."""
+    position, pixels, spent = 2, None, dict.fromkeys(JPEG_BYTES, 0)
     for _ in range(MAX_SEGMENTS):
         marker = JPEG_MARKER.match(data, position)
         if marker is None or marker.end() + 9 > len(data):
-            return data, False
+            return None
         code, position = marker[1][0], marker.end()
         length = int.from_bytes(data[position : position + 2], "big")
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
-            if code > 0xC2:
-                return data, False  # lossless, arithmetic, hierarchical
-            size = struct.unpack(">HH", data[position + 3 : position + 7])
+            # Beyond: lossless, arithmetic, hierarchical. Pillow lists the components of all frames.
+            if code > 0xC2 or pixels is not None or length > JPEG_FRAME_BYTES:
+                return None
+            height, width = struct.unpack(">HH", data[position + 3 : position + 7])
+            pixels = width * height
+        is_other = code == JPEG_EXIF and data[position + 2 : position + 6] != b"Exif"
+        if code in spent and not is_other:
+            spent[code] += length
+            if spent[code] > JPEG_BYTES[code]:
+                return None
         position += length
-        if code == 0xDA:
-            break
-    else:
+        if code == JPEG_SCAN:
+            return None if pixels is None else (position, pixels)
+    return None
+
+
+def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
+    """A JPEG without what follows its end (a phone's second picture, its film), and whether it is
+    baseline, or progressive of few scans for its size, behind few segments."""
+    header = jpeg_header(data)
+    if header is None:
         return data, False
+    position, pixels = header
     # By numpy: bytes.find() needs 2 ms to look for two bytes in a photo of 2 MB, this a quarter.
     bytes_N = np.frombuffer(data, np.uint8, offset=position)
     where_M = np.flatnonzero(bytes_N[:-1] == 0xFF)
@@ -74,12 +101,10 @@ def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
     if len(ends):
         codes_M = codes_M[: ends[0]]
         data = data[: position + int(where_M[ends[0]]) + 2]
-    if size is None:
-        return data, False
-    pixels = size[0] * size[1]
     # Scans wherever they are: libjpeg and a walk need not agree on where one ends.
     scans = 1 + int((codes_M == 0xDA).sum())
-    few = scans <= ORDINARY_SCANS and scans * SECONDS_PER_SCANNED_PIXEL * pixels < 1 + pixels / 16e6
+    seconds = (scans - 1) * SECONDS_PER_SCANNED_PIXEL * pixels
+    few = scans <= ORDINARY_SCANS and seconds < SECONDS_OF_SCANS
     # Within a scan 0xff is a marker unless 0 or the number of a restart follows.
     markers = int(((codes_M != 0) & ((codes_M < 0xD0) | (codes_M > 0xD7))).sum())
     return data, few and markers <= MAX_SEGMENTS
@@ -106,13 +131,13 @@ def gif_is_cheap(data: bytes) -> bool:
 
 
 def webp_is_cheap(data: bytes) -> bool:
-    """Few chunks."""
+    """Few chunks of few bytes."""
     position, chunks = 12, 0
     while position + 8 <= len(data) and chunks <= MAX_BLOCKS:
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         position += 8 + size + size % 2
         chunks += 1
-    return chunks <= MAX_BLOCKS
+    return chunks <= MAX_BLOCKS and len(data) <= CHEAP_BYTES
 
 
 def bmp_is_cheap(data: bytes) -> bool:
@@ -122,31 +147,31 @@ def bmp_is_cheap(data: bytes) -> bool:
 
 
 def tiff_is_cheap(data: bytes) -> bool:
-    """A first directory of few entries with few values, in a compression of bounded cost. Raises
-    ValueError for entries of millions of values."""
+    """An uncompressed picture in few strips, in a directory of few entries and none below it. A
+    compressed one costs what its strips say: thousands may share the same bytes. Raises ValueError
+    for millions of strips."""
     order = "<" if data[:2] == b"II" else ">"
     big = struct.unpack(order + "H", data[2:4])[0] == 43
     try:
         [start] = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
         [count] = struct.unpack_from(order + ("Q" if big else "H"), data, start)
         size, head = (20, 8) if big else (12, 2)
-        cheap = count <= MAX_ENTRIES
+        cheap, spent = count <= MAX_ENTRIES, 0
         for number in range(min(count, MAX_ENTRIES)):
             where = start + head + number * size
             tag, kind = struct.unpack_from(order + "HH", data, where)
             [values] = struct.unpack_from(order + ("Q" if big else "I"), data, where + 4)
-            if kind not in (1, 2, 7) and values > MAX_TIFF_VALUES:
-                raise ValueError(f"a TIFF entry of {values} values")
-            # Bytes are no numbers to loop over, but where offsets should be.
-            if kind in (1, 2, 7) and tag in (273, 279, 324, 325) and values > MAX_TIFF_VALUES:
-                raise ValueError(f"a TIFF entry of {values} values")
-            cheap &= values * TIFF_SIZES.get(kind, 1) <= 2**20 or kind in (1, 2, 7)
+            if tag in TIFF_STRIPS and values > MAX_STRIPS:
+                raise ValueError(f"a TIFF of {values} strips")
+            cheap &= tag not in TIFF_STRIPS or values <= CHEAP_STRIPS
+            cheap &= tag not in TIFF_TILES_AND_DIRECTORIES
+            spent += values * TIFF_SIZES.get(kind, 1)
             if tag == TIFF_COMPRESSION:
                 [compression] = struct.unpack_from(order + "H", data, where + (12 if big else 8))
-                cheap &= compression in TIFF_PLAIN
+                cheap &= compression == TIFF_UNCOMPRESSED
     except struct.error:
         return False
-    return cheap
+    return cheap and spent <= len(data)
 
 
 WALKS = {

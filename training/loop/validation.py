@@ -56,10 +56,9 @@ def chosen_by(rows: list[Row]) -> str:
 
 def choose_metric_tokenizer(run: Run, state: dict[str, Any] | None) -> None:
     """Chooses how captions are split into words in the validations of a run: by the PTB tokenizer,
-    without Java by a simple rule, and captions without spaces into characters. A resumed run keeps
-    the choice in its `state`. Raises UserError if this needs a Java that is missing now or does not
-    work."""
-    available = choose_tokenizer([text for row in run.val_rows for text in row.captions])
+    without Java by a simple rule, or into characters. A resumed run keeps the choice in its
+    `state`. Raises UserError if this needs a Java that is missing now or does not work."""
+    available = choose_tokenizer([caption for row in run.val_rows for caption in row.captions])
     run.metric_tokenizer = available if state is None else state["metric_tokenizer"]
     if run.metric_tokenizer == "ptb" and available == "python":
         raise UserError(

@@ -7,8 +7,8 @@ each other. Code that compares scores over time chooses the tokenizer once (`cho
 
 The PTB tokenizer treats a sentence without spaces as one word. If references are written without
 spaces (Japanese, Chinese, Thai), each character of such a script counts as a word, as in
-sacreBLEU's `zh`, and the result contains "tokenizer": "characters". METEOR and SPICE are left out
-then: their synonyms and their parser are English.
+sacreBLEU's `zh`, and the result has "tokenizer": "characters". METEOR and SPICE are left out: their
+synonyms and their parser are English.
 """
 
 import functools
@@ -66,9 +66,9 @@ def find_java() -> str | None:
 
 
 def choose_tokenizer(references: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer for these references on this machine: "characters" if they are written without
-    spaces, otherwise "ptb" if there is Java, otherwise "python". Raises UserError for a Java that
-    does not work."""
+    """The tokenizer for this machine: "characters" if the references are written without spaces,
+    otherwise "ptb" if there is Java, otherwise "python". Raises UserError for a Java that does not
+    work."""
     java = find_java()
     if java is not None:
         check_java(java)
@@ -117,8 +117,8 @@ def score_each(
     """As `score`, and the scores of each photo by its id.
 
     CIDEr weights a word by the number of photos in `references` that have it, so compare only
-    scores on the same photos. `tokenizer` None is that of `choose_tokenizer`; METEOR is left out
-    without Java and for "characters". Raises UserError if a prediction has no references, if no
+    scores on the same photos. `tokenizer` None is that of `choose_tokenizer`; without Java, and on
+    characters, METEOR is left out. Raises UserError if a prediction has no references, if no
     reference contains a word, if SPICE is requested but not installed, if no metric is left, and if
     Java is missing for "ptb" or does not work.
     """
@@ -181,8 +181,8 @@ def _announced_tokenizer(references: Sequence[str]) -> Tokenizer:
     if are_without_spaces(references):
         log.warning(
             "the references are written without spaces, and the PTB tokenizer would treat a "
-            "sentence as one word: the metrics are computed on characters, without METEOR and "
-            "SPICE, which are for English"
+            "sentence as one word: characters are scored; METEOR and SPICE, which are English, are "
+            "left out"
         )
         return "characters"
     if find_java() is None:
@@ -210,9 +210,7 @@ def score_tokens(
     if tokens.tokenizer == "characters":
         metrics = [name for name in metrics if name not in ENGLISH]
         if not metrics:
-            raise UserError(
-                "metrics: meteor and spice are for English, and these captions have no spaces"
-            )
+            raise UserError("metrics: meteor and spice are English, and these captions are not")
     result: dict[str, Any] = {"tokenizer": tokens.tokenizer}
     each: dict[str, dict[str, float]] = {i: {} for i in hypotheses}
 
