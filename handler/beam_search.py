@@ -191,8 +191,9 @@ class Decoder(Protocol):
     vocab_size: int
     max_positions: int
 
-    def begin(self, memory_BPD: Tensor) -> KeysValues:
-        """Keys and values of the photos (B, H, P, d), from the encoder's memory."""
+    def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
+        """Keys and values of the photos (B, H, P, d), from the encoder's memory. The ids
+        `prompt_BT` are for a decoder whose photos are read together with a prompt."""
 
     def new_cache(self, photos: int, slots: int) -> KeysValues:
         """Room for keys and values of that many tokens a photo, (B, H, slots, d)."""
@@ -218,7 +219,12 @@ class DecoderWithMaps(Decoder, Protocol):
     """A decoder that can tell where it looks."""
 
     def attention(
-        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        memory_BPD: Tensor,
+        prompt_BT: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token to the photo in one parallel pass over finished captions:
         (layers, B, H, Q, P), summing to 1 over P."""

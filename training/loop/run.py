@@ -18,7 +18,7 @@ from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import load_model, save_checkpoint, update_training
+from training.checkpoint import encoder_config, load_model, save_checkpoint, update_training
 from training.config import TrainConfig
 from training.data.manifest import Manifest
 from training.folders import LOG_FILE, STATE_FILE, WEIGHTS_FILE
@@ -26,7 +26,7 @@ from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
 from training.loop.log import Log, NullLog
 from training.loop.student import Student
-from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.model import CaptioningModel, DecoderConfig
 
 # What `Run` counts, and keeps in its state.
 PROGRESS = (
@@ -250,6 +250,6 @@ def restore_parts(
     folder: Path, state: dict[str, Any]
 ) -> tuple[CaptioningModel, PreprocessConfig, CaptionTokenizer]:
     """Model (without its weights yet), preprocessing and tokenizer of a run that is resumed."""
-    model = CaptioningModel(EncoderConfig(**state["encoder"]), DecoderConfig(**state["decoder"]))
+    model = CaptioningModel(encoder_config(state["encoder"]), DecoderConfig(**state["decoder"]))
     tokenizer = CaptionTokenizer.load(folder / "tokenizer.json", *state["tokenizer"])
     return model, PreprocessConfig.from_dict(state["preprocessing"]), tokenizer

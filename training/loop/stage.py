@@ -197,7 +197,7 @@ def make_features(run: Run, stage: Stage) -> FeatureCache:
         with run.autocast():
             return encoder.eval()(images_B3SS.to(run.device))
 
-    shape = (encoder.config.memory_tokens, encoder.config.width)
+    shape = (encoder.config.memory_tokens, encoder.config.memory_width)
     return FeatureCache(
         FEATURES,
         fingerprint.hexdigest(),

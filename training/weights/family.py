@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from handler.errors import UserError
-from training.model import DecoderConfig, EncoderConfig
+from training.model import DecoderConfig, EncoderShape
 from training.weights.fields import Section
 from training.weights.rename import Names, their_names
 
@@ -66,9 +66,10 @@ class Family:
     """
 
     architecture: str
-    configs: Callable[[Config], tuple[EncoderConfig, DecoderConfig]]
+    configs: Callable[[Config], tuple[EncoderShape, DecoderConfig]]
     names: Callable[[Config], Names]
-    arrange: Callable[[Config, Weights, EncoderConfig, DecoderConfig], None]
+    # Of the shapes that `configs` gives, the encoder's being of the family's own kind.
+    arrange: Callable[[Config, Weights, Any, DecoderConfig], None]
     generation: Callable[[Config, Config | None], Config]
     free_size: Callable[[Config], bool] = lambda _: False
 
