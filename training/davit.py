@@ -30,6 +30,8 @@ from training.model import (
     split_heads,
 )
 
+# The most numbers that a layer makes of one photo at once: 8 MB of float32.
+STRIP = 2**21
 PER_STAGE = ("depths", "heads", "groups", "kernels", "strides", "paddings", "pre_norms")
 
 
@@ -138,17 +140,30 @@ class Entry(nn.Module):
         return x_BND if self.pre_norm else self.norm(x_BND)
 
 
+def strips(x_BND: Tensor, tokens: int, width: int) -> tuple[Tensor, ...]:
+    """The tokens in strips, each of a multiple of so many `tokens`, that a layer of `width` takes
+    one after the other: what it makes of a strip stays in the processor's cache, where all of a
+    stage's would be new memory from the system each time."""
+    return x_BND.split(tokens * max(1, STRIP // (tokens * width)), dim=1)
+
+
 class DepthwiseConv(nn.Module):
-    """3 x 3, each channel by itself, over the tokens of a square."""
+    """3 x 3, each channel by itself, over the tokens of a square; added to them."""
 
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
-        self.side = side
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.width, self.side = width, side
+        conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        # As the tokens are. oneDNN is four times as slow on tokens with weights of another layout.
+        self.conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        identity_1133 = F.pad(torch.ones(1, 1, 1, 1), (1, 1, 1, 1))
+        self.register_buffer("identity_1133", identity_1133, persistent=False)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         square_BDHW = x_BND.transpose(1, 2).unflatten(2, (self.side, self.side))
-        return self.conv(square_BDHW).flatten(2).transpose(1, 2)
+        weight, bias = self.conv.weight + self.identity_1133, self.conv.bias
+        square_BDHW = F.conv2d(square_BDHW, weight, bias, padding=1, groups=self.width)
+        return square_BDHW.flatten(2).transpose(1, 2)
 
 
 class WindowAttention(nn.Module):
@@ -163,22 +178,23 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        missing = self.count * self.window - self.side
+        full = self.count * self.window
+        missing = full - self.side
         x_BHWD = F.pad(x_BND.unflatten(1, (self.side, self.side)), (0, 0, 0, missing, 0, missing))
-        q, k, v = self.qkv(self._windows(x_BHWD)).chunk(3, dim=-1)
+        parts = strips(x_BHWD.flatten(1, 2), self.window * full, 3 * x_BND.size(2))
+        x_BND = torch.cat([self._attend(part) for part in parts], dim=1)
+        return x_BND.unflatten(1, (full, full))[:, : self.side, : self.side].flatten(1, 2)
+
+    def _attend(self, x_BND: Tensor) -> Tensor:
+        """A strip of whole windows."""
+        # (B, rows of windows, rows of one, windows, columns of one, D)
+        places = (-1, self.window, self.count, self.window)
+        x_BWTD = x_BND.unflatten(1, places).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        q, k, v = self.qkv(x_BWTD.flatten(0, 1)).chunk(3, dim=-1)
         q, k, v = (split_heads(x, self.heads) for x in (q, k, v))
-        x_BHWD = self._squares(attend(q, k, v))[:, : self.side, : self.side]
-        return self.out(x_BHWD.flatten(1, 2))
-
-    def _windows(self, x_BHWD: Tensor) -> Tensor:
-        """(B, side, side, D) -> (B * W, T, D)."""
-        parts = x_BHWD.unflatten(2, (self.count, -1)).unflatten(1, (self.count, -1))
-        return parts.transpose(2, 3).flatten(0, 2).flatten(1, 2)
-
-    def _squares(self, x_WTD: Tensor) -> Tensor:
-        """(B * W, T, D) -> (B, side, side, D)."""
-        parts = x_WTD.unflatten(1, (self.window, -1)).unflatten(0, (-1, self.count, self.count))
-        return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        seen_BWTD = self.out(attend(q, k, v)).unflatten(0, (x_BND.size(0), -1))
+        places = (-1, self.count, self.window, self.window)
+        return seen_BWTD.flatten(1, 2).unflatten(1, places).transpose(2, 3).flatten(1, 4)
 
 
 class ChannelAttention(nn.Module):
@@ -191,11 +207,15 @@ class ChannelAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BND).chunk(3, dim=-1)
-        q_BGNg, k_BGNg, v_BGNg = (split_heads(x, self.groups) for x in (q, k, v))
-        logits_BGgg = q_BGNg.transpose(-1, -2) @ k_BGNg * (1 / math.sqrt(x_BND.size(1)))
-        mixed_BGNg = v_BGNg @ logits_BGgg.softmax(-1).transpose(-1, -2)
-        return self.out(merge_heads(mixed_BGNg))
+        logits, values = [], []
+        for part in strips(x_BND, 1, 3 * x_BND.size(2)):
+            q, k, v = self.qkv(part).chunk(3, dim=-1)
+            q_BGNg, k_BGNg, v_BGNg = (split_heads(x, self.groups) for x in (q, k, v))
+            logits.append(q_BGNg.transpose(-1, -2) @ k_BGNg)
+            values.append(v_BGNg)
+        logits_BGgg = torch.stack(logits).sum(0) * x_BND.size(1) ** -0.5
+        weights_BGgg = logits_BGgg.softmax(-1).transpose(-1, -2)
+        return torch.cat([self.out(merge_heads(v @ weights_BGgg)) for v in values], dim=1)
 
 
 class HalfBlock(nn.Module):
@@ -204,18 +224,19 @@ class HalfBlock(nn.Module):
     def __init__(self, config: DaViTConfig, stage: int, attention: nn.Module) -> None:
         super().__init__()
         width, side = config.widths[stage], config.sides[stage]
+        self.hidden = int(width * config.mlp_ratio)
         self.conv1 = DepthwiseConv(width, side)
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.attention = attention
         self.conv2 = DepthwiseConv(width, side)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio), config.activation)
+        self.mlp = Mlp(width, self.hidden, config.activation)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.conv1(x_BND)
+        x_BND = self.conv1(x_BND)
         x_BND = x_BND + self.attention(self.norm1(x_BND))
-        x_BND = x_BND + self.conv2(x_BND)
-        return x_BND + self.mlp(self.norm2(x_BND))
+        parts = strips(self.conv2(x_BND), 1, self.hidden)
+        return torch.cat([part + self.mlp(self.norm2(part)) for part in parts], dim=1)
 
 
 class Block(nn.Module):
