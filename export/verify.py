@@ -82,8 +82,11 @@ def verify_numbers(eager: Captioner, exported: Captioner, tolerance: float) -> f
         tokens = torch.randint(
             eager.decoder.vocab_size, (length, photos, beams), generator=generator
         )
-        logits = [_steps(c, m, tokens) for c, m in zip((eager, exported), memories, strict=True)]
+        both = list(zip((eager, exported), memories, strict=True))
+        logits = [_steps(captioner, memory, tokens) for captioner, memory in both]
         worst = max(worst, _difference("decoder logits", logits, tolerance))
+        logits = [_prefill(captioner, memory, tokens[:, :, 0].T) for captioner, memory in both]
+        worst = max(worst, _difference("logits behind a prompt", logits, tolerance))
     return worst
 
 
@@ -104,6 +107,24 @@ def _steps(captioner: Captioner, memory: Tensor, tokens_TBK: Tensor) -> Tensor:
         for t in range(length)
     ]
     return torch.stack(logits)
+
+
+def _prefill(captioner: Captioner, memory: Tensor, tokens_BQ: Tensor) -> Tensor:
+    """Logits of what follows the tokens of each photo, all of them of the first, and one less of
+    each other."""
+    photos, length = tokens_BQ.shape
+    decoder = captioner.decoder
+    slots_Q, padding_B1 = torch.arange(length), torch.arange(photos).unsqueeze(1) % length
+    real_BQ = slots_Q >= padding_B1
+    seen_BQQ = torch.ones(length, length, dtype=torch.bool).tril() & real_BQ.unsqueeze(1)
+    return decoder.prefill(
+        tokens_BQ,
+        (slots_Q - padding_B1).clamp(min=0),
+        seen_BQQ | torch.eye(length, dtype=torch.bool),
+        real_BQ,
+        decoder.new_cache(photos, length),
+        decoder.begin(memory),
+    )
 
 
 def _difference(what: str, pair: list[Tensor], tolerance: float) -> float:

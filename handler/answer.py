@@ -12,29 +12,12 @@ from torch import Tensor
 from ts.handler_utils.utils import send_intermediate_predict_response
 
 from handler.attention_maps import overlay, png_bytes
-from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
-from handler.captioner import Caption, Captioner, caption_as_dict
-from handler.request import OPTION_TYPES, Request, describe_error, to_json
+from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt
+from handler.request import Request, describe_error, to_json
 
 log = logging.getLogger(__name__)
-
-# What DecodeOptions checks, in words; the model's own limits are put in where they stand in braces.
-RANGES = {
-    "num_beams": "1 to 16",
-    "num_return_sequences": "1 to num_beams; 1 to 16 when sampling",
-    "max_new_tokens": "1 to {positions}",
-    "min_new_tokens": "0 to max_new_tokens",
-    "length_penalty": "-5 to 5",
-    "early_stopping": "false, true, never",
-    "no_repeat_ngram_size": "0 to 10",
-    "repetition_penalty": "above 0, to 10",
-    "do_sample": "true, false",
-    "temperature": "above 0, to 10",
-    "top_k": "0 (off) to {vocabulary}",
-    "top_p": "above 0, to 1",
-    "seed": "0 to 9223372036854775807",
-}
 
 
 @dataclass
@@ -56,11 +39,11 @@ class TokenStream:
     def __init__(self, captioner: Captioner, jobs: Sequence[Job], context: Any) -> None:
         self.context = context
         # The number of a job among its batch -> its place among the requests, its text so far.
-        self.jobs: dict[int, tuple[int, PieceStream]] = {
-            number: (job.place, PieceStream(captioner.tokenizer))
-            for number, job in enumerate(jobs)
-            if job.request.stream
-        }
+        self.jobs: dict[int, tuple[int, PieceStream]] = {}
+        for number, job in enumerate(jobs):
+            if job.request.stream:
+                prompt = encode_prompt(captioner.tokenizer, job.options.prompt)
+                self.jobs[number] = job.place, PieceStream(captioner.tokenizer, prompt)
 
     def on_token(self, number: int, token_id: int) -> None:
         if number not in self.jobs:
@@ -85,12 +68,15 @@ def answer(
 ) -> str | bytes:
     """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's."""
     if job.as_picture:
-        [maps_Tgg] = captioner.attention_memory(memory_PD.unsqueeze(0), [captions[0].ids])
-        return png_bytes(overlay(job.image, captions[0].tokens, maps_Tgg))
+        best, memory_1PD = captions[0], memory_PD.unsqueeze(0)
+        [maps_Tgg] = captioner.attention_memory(memory_1PD, [best.ids], [best.prompt_ids])
+        return png_bytes(overlay(job.image, best.tokens, maps_Tgg))
     entries = [caption_as_dict(caption) for caption in captions]
     if job.request.attention:
         memory_NPD = memory_PD.expand(len(captions), -1, -1)
-        maps = captioner.attention_memory(memory_NPD, [caption.ids for caption in captions])
+        maps = captioner.attention_memory(
+            memory_NPD, [c.ids for c in captions], [c.prompt_ids for c in captions]
+        )
         for entry, maps_Tgg in zip(entries, maps, strict=True):
             rows = [[round(weight, 8) for weight in row] for row in maps_Tgg.flatten(1).tolist()]
             entry["attention"] = {"grid": list(maps_Tgg.shape[1:]), "maps": rows}
@@ -101,13 +87,14 @@ def answer(
 def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int) -> str:
     """What this model is and takes: for `?customized=true` of the management API."""
     decoder, defaults = captioner.decoder, captioner.options()
-    limits = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
-    longest = {"num_beams": defaults.beams, "max_new_tokens": limits["positions"]}
+    sizes = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
+    sizes["half"] = most_prompt_tokens(decoder.max_positions)
+    unset = {"num_beams": defaults.beams, "max_new_tokens": sizes["positions"]}
     options = {}
-    for name in OPTION_TYPES:
+    for name, option in OPTIONS.items():
         default = getattr(defaults, name)
-        default = longest.get(name) if default is None else default
-        options[name] = {"default": default, "range": RANGES[name].format(**limits)}
+        default = unset.get(name) if default is None else default
+        options[name] = {"default": default, "range": option.range(sizes)}
     card = {
         "model": model,
         "options": options,

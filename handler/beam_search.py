@@ -9,7 +9,9 @@ generation/utils.py, logits_process.py), so that the same model gives the same s
   `max_new_tokens` every continuation counts as ended, and its score is divided by its length.
 - Processors act on log-softmax in beam search and on raw logits in greedy search and sampling, in
   the order repetition penalty, n-grams, minimum length, then temperature, top-k, top-p. The begin
-  token counts as text for the first two, and as an n-gram's or penalised token like any other.
+  token and the prompt count as text for the first two, like any other token.
+- A prompt stands before what is generated, as `generate(input_ids=prompt)` has it: lengths, scores
+  and limits are of what comes behind it.
 - `early_stopping` true stops a photo at K ended hypotheses; false also waits until the best open
   beam, at its present length, is no better than the worst of them.
 
@@ -42,9 +44,10 @@ vocabulary, S slots, T time; B1 and BT are columns and tables of a photo's own s
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +57,7 @@ from handler.errors import UserError
 
 MAX_BEAMS = 16
 NUMBER = TypeVar("NUMBER", int, float)
+Kind = Literal["integer", "number", "boolean", "string"]
 NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's memory are damaged"
 
 
@@ -65,71 +69,176 @@ class InvalidParameter(UserError):
         self.field = field
 
 
-def _integer(name: str, value: object, low: int, high: int, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidParameter(name, f"{name} must be an integer from {low} to {high}{why}")
+@dataclass(frozen=True)
+class Option:
+    """All that is declared of a decoding option, once: checks, the parsing of requests, the
+    arguments of commands, the model card and the table in docs/serving.md are made of it.
+
+    A number lies from `low` to `high` (`above`: low itself is out of range; `off`: low turns the
+    option off). `limit` names what else it must not exceed: another option, or the model's
+    `positions` (less one) or `vocabulary`. The values of a boolean may include a further word. A
+    string has at most `high` characters, and half of the model's positions in tokens. `unset` says
+    what None means where that is the default.
+    """
+
+    help: str
+    kind: Kind
+    low: int = 0
+    high: int = 0
+    above: bool = False
+    off: bool = False
+    limit: str = ""
+    values: tuple[str, ...] = ("true", "false")
+    unset: str = ""
+
+    def check(self, name: str, value: object, limit: int | None = None, why: str = "") -> None:
+        """Raises InvalidParameter for a value of another kind or out of range. `limit` replaces
+        `high`, and `why` says what sets it."""
+        if self.kind == "boolean":
+            if not isinstance(value, bool) and value not in self.values[2:]:
+                raise InvalidParameter(name, f"{name} must be {self.choices}")
+            return
+        if self.kind == "string":
+            # A lone surrogate, which JSON can spell, is no character.
+            text = value if isinstance(value, str) else ""
+            if not text.strip() or len(text) > self.high or re.search("[\ud800-\udfff]", text):
+                raise InvalidParameter(
+                    name, f"{name} must be a string of at most {self.high} characters, not empty"
+                )
+            return
+        kinds = int if self.kind == "integer" else int | float
+        high = self.high if limit is None else limit
+        # NaN fails both comparisons; an integer too great for a float compares all the same.
+        valid = isinstance(value, kinds) and not isinstance(value, bool)
+        if not valid or not self.low <= value <= high or (self.above and value == self.low):
+            kind = f"{'an' if self.kind == 'integer' else 'a'} {self.kind}"
+            bounds = f"{'above' if self.above else 'from'} {self.low} to {high}"
+            why = f", {why}" if why else ""
+            raise InvalidParameter(name, f"{name} must be {kind} {bounds}{why}")
+
+    @property
+    def choices(self) -> str:
+        """The values of a boolean as a sentence lists them."""
+        return f"{', '.join(self.values[:-1])} or {self.values[-1]}"
+
+    def range(self, sizes: Mapping[str, object]) -> str:
+        """The range in words; `sizes` says what `positions`, `vocabulary` and `half` of the
+        positions are."""
+        if self.kind == "boolean":
+            return ", ".join(self.values)
+        if self.kind == "string":
+            return f"a string of at most {sizes['half']} tokens"
+        low = f"{'above ' * self.above}{self.low}{' (off)' * self.off}{',' * self.above}"
+        high = sizes.get(self.limit, self.limit or self.high)
+        sampling = f"; {self.low} to {self.high} when sampling" if self.limit == "num_beams" else ""
+        return f"{low} to {high}{sampling}"
 
 
-def _number(name: str, value: object, low: float, high: float, open_low: bool) -> None:
-    # NaN fails both comparisons; an integer too great for a float compares all the same.
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not low <= value <= high or (open_low and value == low):
-        raise InvalidParameter(
-            name, f"{name} must be a number {'above' if open_low else 'from'} {low:g} to {high:g}"
-        )
-
-
-def _truth(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InvalidParameter(name, f"{name} must be true or false")
+def _option(default: Any, kind: Kind, help: str, **range: Any) -> Any:
+    return field(default=default, metadata={"option": Option(help, kind, **range)})
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to decode one photo, named after Hugging Face's `generate`.
+    """How to decode one photo, named after Hugging Face's `generate`. Raises InvalidParameter,
+    which names the field and its range."""
 
-    `num_beams` None means 5, or 1 when sampling; `max_new_tokens` None means as many as the model
-    has positions for. Raises InvalidParameter, which names the field and its range.
-    """
-
-    num_beams: int | None = None
-    num_return_sequences: int = 1
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = "never"
-    no_repeat_ngram_size: int = 0
-    repetition_penalty: float = 1.0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
+    prompt: str | None = _option(
+        None, "string", "the words that the caption begins with", high=2**14, unset="none"
+    )
+    num_beams: int | None = _option(
+        None,
+        "integer",
+        "beams of the search; 1 is greedy search",
+        low=1,
+        high=MAX_BEAMS,
+        unset="5, or 1 when sampling",
+    )
+    num_return_sequences: int = _option(
+        1, "integer", "captions that are returned", low=1, high=MAX_BEAMS, limit="num_beams"
+    )
+    max_new_tokens: int | None = _option(
+        None,
+        "integer",
+        "most tokens that are generated, the end token included",
+        low=1,
+        high=2**31,
+        limit="positions",
+        unset="the model's positions less one",
+    )
+    min_new_tokens: int = _option(
+        0, "integer", "fewest tokens before the end token", high=2**31, limit="max_new_tokens"
+    )
+    length_penalty: float = _option(
+        1.0,
+        "number",
+        "a score is divided by the length to this power; above 0 favours long captions",
+        low=-5,
+        high=5,
+    )
+    early_stopping: bool | Literal["never"] = _option(
+        "never",
+        "boolean",
+        "beam search stops at num_beams finished captions (true), or once a better one is unlikely "
+        "(false) or impossible (never)",
+        values=("false", "true", "never"),
+    )
+    no_repeat_ngram_size: int = _option(
+        0, "integer", "no sequence of so many tokens occurs twice; 0 turns this off", high=10
+    )
+    repetition_penalty: float = _option(
+        1.0,
+        "number",
+        "above 1 makes tokens less likely that occurred already",
+        high=10,
+        above=True,
+    )
+    do_sample: bool = _option(False, "boolean", "sample instead of searching, with one beam")
+    temperature: float = _option(
+        1.0, "number", "divides the logits before sampling", high=10, above=True
+    )
+    top_k: int = _option(
+        0,
+        "integer",
+        "sample from so many most likely tokens",
+        high=2**31,
+        off=True,
+        limit="vocabulary",
+    )
+    top_p: float = _option(
+        1.0,
+        "number",
+        "sample from the most likely tokens whose probabilities sum to this",
+        high=1,
+        above=True,
+    )
+    seed: int | None = _option(
+        None,
+        "integer",
+        "of sampling; the same seed gives the same captions",
+        high=2**63 - 1,
+        unset="another one each time",
+    )
 
     def __post_init__(self) -> None:
-        _truth("do_sample", self.do_sample)
-        if self.num_beams is not None:
-            _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
-            if self.do_sample and self.num_beams > 1:
+        # The limits of others depend on do_sample.
+        for name in ("do_sample", *OPTIONS):
+            option, value = OPTIONS[name], getattr(self, name)
+            if value is None and option.unset:
+                continue
+            option.check(name, value, *self._limit(option.limit))
+            if name == "num_beams" and self.do_sample and value > 1:
                 raise InvalidParameter(
                     "num_beams", "num_beams must be 1 with do_sample; leave one of them out"
                 )
-        most, why = (MAX_BEAMS, "") if self.do_sample else (self.beams, ", num_beams")
-        _integer("num_return_sequences", self.num_return_sequences, 1, most, why)
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, 2**31)
-        longest = self.max_new_tokens or 2**31
-        _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", max_new_tokens")
-        _number("length_penalty", self.length_penalty, -5, 5, False)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise InvalidParameter("early_stopping", "early_stopping must be false, true or never")
-        _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10)
-        _number("repetition_penalty", self.repetition_penalty, 0, 10, True)
-        _number("temperature", self.temperature, 0, 10, True)
-        _integer("top_k", self.top_k, 0, 2**31)
-        _number("top_p", self.top_p, 0, 1, True)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**63 - 1)
+
+    def _limit(self, name: str) -> tuple[int | None, str]:
+        """The value of another option that limits one, where it is known, and its name."""
+        if name == "num_beams" and not self.do_sample:
+            return self.beams, name
+        if name == "max_new_tokens":
+            return self.max_new_tokens, name
+        return None, ""
 
     @property
     def beams(self) -> int:
@@ -141,24 +250,45 @@ class DecodeOptions:
         """Sequences that are open at once: beams, or independent samples."""
         return self.num_return_sequences if self.do_sample else self.beams
 
-    def limits(self, vocab_size: int, max_positions: int) -> tuple[int, int]:
-        """(max_new_tokens, top_k) of a model. Raises InvalidParameter where it is too small."""
-        longest = max_positions - 1
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, longest, ", the model's limit")
-        else:
-            _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", the model's limit")
-        _integer("top_k", self.top_k, 0, vocab_size, ", the vocabulary")
+    def limits(
+        self, vocab_size: int, max_positions: int, prompt_tokens: int = 0
+    ) -> tuple[int, int]:
+        """(max_new_tokens, top_k) of a model, behind a prompt of so many tokens. Raises
+        InvalidParameter where it is too small."""
+        most = most_prompt_tokens(max_positions)
+        if prompt_tokens > most:
+            raise InvalidParameter(
+                "prompt",
+                f"prompt has {prompt_tokens} tokens; the most are {most}, half of the model's "
+                "positions",
+            )
+        longest = max_positions - 1 - prompt_tokens
+        why = "the model's limit"
+        if prompt_tokens:
+            why += f" behind a prompt of {prompt_tokens} tokens"
+        length = "min_new_tokens" if self.max_new_tokens is None else "max_new_tokens"
+        OPTIONS[length].check(length, getattr(self, length), longest, why)
+        OPTIONS["top_k"].check("top_k", self.top_k, vocab_size, "the vocabulary")
         return self.max_new_tokens or longest, self.top_k
+
+
+OPTIONS: dict[str, Option] = {
+    option.name: option.metadata["option"] for option in fields(DecodeOptions)
+}
+
+
+def most_prompt_tokens(max_positions: int) -> int:
+    """Half of a model's positions, and one token less than those leave room for."""
+    return min(max_positions // 2, max_positions - 2)
 
 
 @dataclass(frozen=True)
 class Hypothesis:
     """One decoded caption.
 
-    `ids` leaves out the begin and the end token; `token_log_probs` are of the model itself, before
-    any processor: one an id and one more when the end token was reached (`finished`); `score` is
-    what the search ranks by.
+    `ids` leaves out the begin token, the prompt and the end token; `token_log_probs` are of the
+    model itself, before any processor: one an id and one more when the end token was reached
+    (`finished`); `score` is what the search ranks by.
     """
 
     ids: list[int]
@@ -184,8 +314,8 @@ class Decoder(Protocol):
     """What the search asks of a decoder, eager, scripted, replayed as graphs or several in one.
 
     Each photo has a memory, computed once (`begin`) and shared by all its beams, and a cache, in
-    which every step writes the keys and values of its tokens into the next slots. The search may
-    write into both.
+    which `prefill` and every step write the keys and values of their tokens into the next slots.
+    The search may write into both.
     """
 
     vocab_size: int
@@ -197,6 +327,23 @@ class Decoder(Protocol):
 
     def new_cache(self, photos: int, slots: int) -> KeysValues:
         """Room for keys and values of that many tokens a photo, (B, H, slots, d)."""
+
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """Runs the Q tokens that the text of each photo begins with, in one parallel pass, and
+        writes their keys and values into the first Q slots of `cache`.
+
+        tokens and positions (B, Q) int64; mask (B, Q, Q) bool, true where a query sees a token;
+        real (B, Q) bool, false for padding, which the last column is never. Returns the logits of
+        what follows the last column, (B, 1, V) float32.
+        """
 
     def step(
         self,
@@ -239,10 +386,12 @@ def search(
     end_id: int,
     suppress: Sequence[int] = (),
     on_token: Callable[[int, int], None] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
     """Decodes each photo by its own options: a list (photos) of lists (best first).
 
-    `memory` (B, P, D) is the encoder's. Ids in `suppress` are never generated.
+    `memory` (B, P, D) is the encoder's. Ids in `suppress` are never generated. `prompts` holds the
+    token ids of each photo's prompt; `DecodeOptions.prompt`, which is text, is not read here.
     `on_token(photo, token id)` hears the ids of a photo's first hypothesis in their order: as they
     are decided where one sequence is open (greedy search, a single sample), at the end where the
     best of several samples is only known then; never for beam search, which may change its mind.
@@ -253,7 +402,11 @@ def search(
     """
     if len(options) != memory_BPD.size(0):
         raise ValueError(f"{len(options)} options for {memory_BPD.size(0)} photos")
-    limits = [o.limits(decoder.vocab_size, decoder.max_positions) for o in options]
+    prompts = [()] * len(options) if prompts is None else prompts
+    limits = [
+        o.limits(decoder.vocab_size, decoder.max_positions, len(prompt))
+        for o, prompt in zip(options, prompts, strict=True)
+    ]
     results: list[list[Hypothesis]] = [[] for _ in options]
     # Beam search and the others share no arithmetic: at most two batches, one after the other.
     for beams in (True, False):
@@ -263,9 +416,9 @@ def search(
         memory = memory_BPD if len(photos) == len(options) else memory_BPD[photos]
         longest = [limits[i][0] for i in photos]
         chosen = [options[i] for i in photos]
-        processors = _Processors(chosen, end_id, suppress, memory.device)
-        batch = _Batch(decoder, memory, max(o.rows for o in chosen), max(longest), begin_id)
-        processors.write(batch.begin_B1)
+        texts = [[begin_id, *prompts[i]] for i in photos]
+        batch = _Batch(decoder, memory, max(o.rows for o in chosen), max(longest), texts)
+        processors = _Processors(chosen, end_id, suppress, batch)
         if beams:
             found = _beam_search(batch, chosen, longest, processors, end_id)
         else:
@@ -283,40 +436,72 @@ def _renumber(hear: Callable[[int, int], None], photos: list[int]) -> Callable[[
 class _Batch:
     """The decoder's side of the open photos: keys, values, and the ancestry of beams.
 
-    The begin token lies in slot 0, from which every beam descends; what beam k wrote at time t > 0
-    lies in slot 1 + (t - 1) * K + k.
+    What a photo's text begins with, the begin token b and its prompt, ends in slot T - 1, behind
+    padding (x) where another photo's is longer; every beam descends from it. What beam k wrote at
+    time t > 0 lies in slot T + (t - 1) * K + k. Two photos of K = 2 beams at t = 2, T = 3:
+
+        slots   0 1 2   3 4   5 6        mask of beam 1   0 0 1   1 0   0 1
+                x x b   a c   d e        (d and e both    1 1 1   1 0   0 1
+                b p q   f g   h i        follow a, or f)
     """
 
     def __init__(
-        self, decoder: Decoder, memory_BPD: Tensor, beams: int, longest: int, begin_id: int
+        self,
+        decoder: Decoder,
+        memory_BPD: Tensor,
+        beams: int,
+        longest: int,
+        texts: Sequence[Sequence[int]],
     ) -> None:
+        """`texts` holds what each photo's text begins with."""
         photos, device = memory_BPD.size(0), memory_BPD.device
         self.decoder, self.beams, self.device = decoder, beams, device
         self.rows = list(range(photos))  # which photo lies in each row
         self.time = self.used = 0
         self.memory = decoder.begin(memory_BPD)
+        lengths = list(map(len, texts))
+        width = max(lengths)
+        self.is_padded = min(lengths) < width
+        # Begin tokens as padding: once more they change no penalty.
+        rows = [[text[0]] * (width - len(text)) + [*text] for text in texts]
+        self.text_BT = torch.tensor(rows, device=device)
+        self.padding_B1 = width - _column(lengths, device)
         # The last token is never fed back, so it needs no slot.
-        self.cache = decoder.new_cache(photos, 1 + (longest - 1) * beams)
+        self.cache = decoder.new_cache(photos, width + (longest - 1) * beams)
         # Every beam's own slots of all times to come are open from the start; `follow` gives it
         # those of its ancestors.
         own_KS = torch.eye(beams, dtype=torch.bool, device=device).repeat(1, longest - 1)
-        self.mask_BKS = F.pad(own_KS, (1, 0), value=True).repeat(photos, 1, 1)
-        time_T11 = torch.arange(longest, device=device).view(-1, 1, 1)
-        self.positions_TBK = time_T11.expand(-1, photos, beams)
-        self.begin_B1 = torch.full((photos, 1), begin_id, device=device)
+        self.real_BT = torch.arange(width, device=device) >= self.padding_B1
+        self.mask_BKS = torch.cat(
+            [self.real_BT.unsqueeze(1).expand(-1, beams, -1), own_KS.expand(photos, -1, -1)], dim=2
+        )
 
     def step(self, tokens_BQ: Tensor) -> Tensor:
-        """Logits (B, Q, V) of what follows the newest tokens."""
-        photos, queries = tokens_BQ.shape
-        used, slots = self.used, self.used + queries
-        positions_BQ = self.positions_TBK[self.time, :photos, :queries]
-        mask_BQS = self.mask_BKS[:, :queries, :slots]
-        self.time, self.used = self.time + 1, slots
+        """Logits (B, Q, V) of what follows the newest tokens; at first (B, 1, V), of what follows
+        the T tokens that the texts begin with."""
+        queries = tokens_BQ.size(1)
+        used, self.used = self.used, self.used + queries
+        self.time += 1
+        if not used and queries > 1:
+            return self._prefill(tokens_BQ)
+        # Slot T - 1 is of time 0.
+        positions_BQ = (self.text_BT.size(1) + self.time - 2 - self.padding_B1).expand(-1, queries)
+        mask_BQS = self.mask_BKS[:, :queries, : self.used]
         return self.decoder.step(tokens_BQ, positions_BQ, mask_BQS, self.cache, used, self.memory)
+
+    def _prefill(self, tokens_BT: Tensor) -> Tensor:
+        time_T = torch.arange(tokens_BT.size(1), device=self.device)
+        positions_BT = (time_T - self.padding_B1).clamp(min=0)
+        earlier_TT = time_T.unsqueeze(1) >= time_T
+        # Padding sees itself: a query that sees nothing would be NaN.
+        mask_BTT = self.real_BT.unsqueeze(1) & earlier_TT | (time_T.unsqueeze(1) == time_T)
+        return self.decoder.prefill(
+            tokens_BT, positions_BT, mask_BTT, self.real_BT, self.cache, self.memory
+        )
 
     def follow(self, parents_BK: Tensor) -> None:
         """Each beam now descends from what its parent descends from, and from the parent."""
-        if self.used > 1:
+        if self.time > 1:
             seen_BKS = self.mask_BKS[:, :, : self.used]
             seen_BKS.copy_(seen_BKS.gather(1, parents_BK.unsqueeze(2).expand_as(seen_BKS)))
 
@@ -338,21 +523,22 @@ class _Batch:
         self.memory = first_photos(self.memory, photos)
         self.rows = [self.rows[row] for row in order]
         kept = torch.tensor(order, dtype=torch.long, device=self.device)
-        self.mask_BKS = self.mask_BKS[kept]
+        self.mask_BKS, self.padding_B1 = self.mask_BKS[kept], self.padding_B1[kept]
         return kept
 
 
 class _Processors:
     """Hugging Face's logits processors, those that a photo of the batch asks for, and the text so
-    far that they look at."""
+    far that they look at, prompts included."""
 
     def __init__(
         self,
         options: Sequence[DecodeOptions],
         end_id: int,
         suppress: Sequence[int],
-        device: torch.device,
+        batch: _Batch,
     ) -> None:
+        device = batch.device
         self.end_id = end_id
         self.suppress = torch.tensor(suppress, device=device) if suppress else None
         sizes = {o.no_repeat_ngram_size for o in options}
@@ -365,16 +551,14 @@ class _Processors:
         penalties = [max(o.repetition_penalty, 1e-30) for o in options]
         self.penalty_B11 = _column(penalties, device).unsqueeze(2)
         self.reads = self.penalises or bool(self.sizes)
-        self.text_BKT = torch.zeros(0, dtype=torch.long)
+        self.text_BKT = batch.text_BT.unsqueeze(1)
+        self.is_padded, self.padding_B1 = batch.is_padded, batch.padding_B1
 
     def write(self, tokens_BQ: Tensor, parents_BK: Tensor | None = None) -> None:
         """Appends the newest tokens, to the texts of the parents where beams were reordered."""
         if not self.reads:
             return
         text_BKT = self.text_BKT
-        if not text_BKT.numel():
-            self.text_BKT = tokens_BQ.unsqueeze(2)
-            return
         if parents_BK is None:
             text_BKT = text_BKT.expand(-1, tokens_BQ.size(1), -1)
         else:
@@ -401,19 +585,23 @@ class _Processors:
         if time < self.shortest:
             ends_BQ = scores_BQV[:, :, self.end_id]
             ends_BQ.masked_fill_(self.shortest_B1 > time, -math.inf)
+        length = self.text_BKT.size(2)
         for size in self.sizes:
-            if size <= time + 1:
+            if size <= length:
                 text_BQT = self.text_BKT.expand(-1, scores_BQV.size(1), -1)
                 windows = text_BQT.unfold(2, size, 1)  # (B, Q, T - size + 1, size)
-                tail = text_BQT[:, :, time + 2 - size :].unsqueeze(2)
+                tail = text_BQT[:, :, length + 1 - size :].unsqueeze(2)
                 repeats = (windows[..., :-1] == tail).all(-1)
                 if self.sizes_differ:
                     repeats &= (self.size_B1 == size).unsqueeze(2)
+                if self.is_padded:
+                    first = torch.arange(windows.size(2), device=windows.device)
+                    repeats &= (first >= self.padding_B1).unsqueeze(1)
                 scores_BQV.scatter_add_(2, windows[..., -1], torch.where(repeats, -math.inf, 0.0))
 
     def keep(self, rows: Tensor) -> None:
         self.size_B1, self.shortest_B1 = self.size_B1[rows], self.shortest_B1[rows]
-        self.penalty_B11 = self.penalty_B11[rows]
+        self.penalty_B11, self.padding_B1 = self.penalty_B11[rows], self.padding_B1[rows]
         if self.reads:
             self.text_BKT = self.text_BKT[rows]
 
@@ -475,7 +663,7 @@ def _beam_search(
 ) -> list[list[Hypothesis]]:
     beams, device = batch.beams, batch.device
     rules = _Rules(options, longest, beams, device)
-    tokens_BQ, running_BQ = batch.begin_B1, torch.zeros(len(options), 1, device=device)
+    tokens_BQ, running_BQ = batch.text_BT, torch.zeros(len(options), 1, device=device)
     # The best ended hypotheses, best first: their scores, and which candidates they are, as
     # time * K + rank.
     pool_BK = torch.full((len(options), beams), -math.inf, device=device)
@@ -618,7 +806,7 @@ def _one_at_a_time(
         sampler = _Sampler(options, longest, beams, device)
     last_BT = (torch.arange(1, max(longest) + 1) == _column(longest)).to(device)
     open_BK = torch.arange(beams, device=device) < _column([o.rows for o in options], device)
-    tokens_BQ = batch.begin_B1
+    tokens_BQ = batch.text_BT
     history: list[_Moment] = []
 
     while True:

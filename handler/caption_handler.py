@@ -90,11 +90,10 @@ class CaptionHandler:
     ) -> Job:
         """Parses, checks and preprocesses one request. Raises what the client did wrong."""
         request = parse_request(fields, header(headers, "content-type"))
-        decoder = self.captioner.decoder
         options = self.captioner.options(**request.options)
-        options.limits(decoder.vocab_size, decoder.max_positions)
         asked = "max_new_tokens" in request.options
-        options = within(options, decoder.max_positions - 1, self.max_beam_tokens, asked)
+        longest = self.captioner.decoder.max_positions - 1
+        options = within(options, longest, self.max_beam_tokens, asked)
         explain = not grpc and header(headers, "explain") == "True"
         if request.stream:
             check_stream(options, grpc, explain)

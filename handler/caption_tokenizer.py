@@ -48,6 +48,9 @@ class CaptionTokenizer:
             suppressed_ids = [pad_id, begin_id, *unknown]
             suppressed_ids = sorted(set(suppressed_ids) - {end_id})
         self.suppressed_ids = list(suppressed_ids)
+        # What stands for a word that cannot be spelled: <unk>, or [UNK] in BERT's vocabularies.
+        names = {UNKNOWN, getattr(tokenizer.model, "unk_token", None) or UNKNOWN}
+        self._unknown = {tokenizer.token_to_id(name) for name in names} - {None} - self._special
         # A word-level vocabulary has no decoder: its words are joined by spaces.
         self.is_word_level = tokenizer.decoder is None
 
@@ -129,31 +132,40 @@ class CaptionTokenizer:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in self._special]
 
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the vocabulary lacks, as they stand in it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        return [text[start:end] for i, (start, end) in spans if i in self._unknown]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; begin, end, padding and what the file marks as special are left out."""
         ids = [i for i in ids if i not in self._special]
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """One piece of text a token. A byte-pair piece keeps its leading space, and a character
-        that is spread over several tokens belongs to the last of them."""
+    def pieces(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
+        """One piece of text a token, behind the tokens `before`. A byte-pair piece keeps its
+        leading space, and a character that is spread over several tokens belongs to the last of
+        them."""
         if self.is_word_level:
             return [self._tokenizer.id_to_token(i) or "" for i in ids]
-        stream = PieceStream(self)
+        stream = PieceStream(self, before)
         pieces = [stream.add(token_id) for token_id in ids]
         if pieces:
             pieces[-1] += stream.rest()
-        whole = self.text_of(ids)
-        return pieces if "".join(pieces) == whole else self._cut(ids, whole)
+        whole = self.text_of([*before, *ids])
+        if self.text_of(before) + "".join(pieces) == whole:
+            return pieces
+        return self._cut(ids, before, whole)
 
-    def _cut(self, ids: Sequence[int], whole: str) -> list[str]:
-        """`whole` in one piece a token, where a later token changes what came before: a tokenizer
-        of WordPiece may make "it's" of "it", "'" and "s"."""
+    def _cut(self, ids: Sequence[int], before: Sequence[int], whole: str) -> list[str]:
+        """The end of `whole` in one piece a token, where a later token changes what came before: a
+        tokenizer of WordPiece may make "it's" of "it", "'" and "s"."""
         ends = [0]
-        for count in range(1, len(ids)):
-            text = self.text_of(ids[:count])
+        for count in range(len(ids)):
+            text = self.text_of([*before, *ids[:count]])
             ends.append(max(ends[-1], len(os.path.commonprefix([text, whole]))))
-        return [whole[start:end] for start, end in pairwise([*ends, len(whole)])]
+        return [whole[start:end] for start, end in pairwise([*ends[1:], len(whole)])]
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The text of ids, spaces at its ends included."""
@@ -161,14 +173,14 @@ class CaptionTokenizer:
 
 
 class PieceStream:
-    """The piece of text that each token adds, one token at a time and in constant time: only the
-    last tokens are decoded again, from where a piece began."""
+    """The piece of text that each token adds to the tokens `before`, one token at a time and in
+    constant time: only the last tokens are decoded again, from where a piece began."""
 
-    def __init__(self, tokenizer: CaptionTokenizer) -> None:
+    def __init__(self, tokenizer: CaptionTokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
+        self.ids = list(before)
         # Text up to `done` has been given; what is decoded again begins one piece earlier.
-        self.start = self.done = 0
+        self.start, self.done = 0, len(before)
 
     def add(self, token_id: int) -> str:
         """The text of the next token; empty where it is part of a character that a later token

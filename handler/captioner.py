@@ -4,8 +4,8 @@ Evaluation, the TorchServe handler and library users all come through `Captioner
 decoder in it are either the eager ones of a checkpoint or the TorchScript ones of an export.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, search
+from handler.beam_search import (
+    OPTIONS,
+    DecodeOptions,
+    Hypothesis,
+    InvalidParameter,
+    most_prompt_tokens,
+    search,
+)
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
@@ -29,17 +36,21 @@ ENCODED_BYTES = 10_000_000
 # An export is a folder of these.
 EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # What the search asks of a scripted decoder.
-DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
+DECODER_METHODS = (
+    *("begin", "new_cache", "prefill", "step", "attention"),
+    *("vocab_size", "max_positions"),
+)
 
 
 @dataclass(frozen=True)
 class Caption:
     """One caption of one photo.
 
-    `tokens` are its pieces of text, without begin and end token; `token_log_probs` the model's own
-    natural-log probabilities, one a token and one more when the end token was reached; `log_prob`
-    their sum; `score` what the search ranks by (length penalty and processors included); `ids` the
-    token ids behind `tokens`.
+    `text` contains the prompt, as the tokenizer writes it; the others are of what was generated
+    behind it. `tokens` are its pieces of text, without begin and end token; `token_log_probs` the
+    model's own natural-log probabilities, one a token and one more when the end token was reached;
+    `log_prob` their sum; `score` what the search ranks by (length penalty and processors included);
+    `ids` the token ids of `tokens`, and `prompt_ids` those of the prompt.
     """
 
     text: str
@@ -48,6 +59,7 @@ class Caption:
     log_prob: float
     score: float
     ids: list[int]
+    prompt_ids: list[int] = field(default_factory=list)
 
 
 class Captioner:
@@ -62,8 +74,8 @@ class Captioner:
         device: str | torch.device = "cpu",
     ) -> None:
         """`encoder(images (B, 3, S, S)) -> memory (B, P, D)`; `decoder` has the `begin`,
-        `new_cache`, `step` and `attention` of `training.model.Decoder`; `config` is the parsed
-        `config.json` of the checkpoint or export that both come from."""
+        `new_cache`, `prefill`, `step` and `attention` of `training.model.Decoder`; `config` is the
+        parsed `config.json` of the checkpoint or export that both come from."""
         self.encoder, self.decoder, self.tokenizer = encoder, decoder, tokenizer
         self.config = config
         self.preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
@@ -108,18 +120,9 @@ class Captioner:
 
     def options(self, **given: Any) -> DecodeOptions:
         """Decoding options: the checkpoint's own defaults, overridden by `given`. Raises
-        InvalidParameter for an unknown name or a value out of its range."""
-        known = {field.name for field in fields(DecodeOptions)}
-        for name in given:
-            if name not in known:
-                raise InvalidParameter(
-                    name, f"{name} is unknown; the options are {', '.join(sorted(known))}"
-                )
-        defaults = dict(self.decoding)
-        if given.get("do_sample") is True:
-            # Sampling means one beam; a default of several is not the caller's contradiction.
-            defaults.pop("num_beams", None)
-        return DecodeOptions(**{**defaults, **given})
+        InvalidParameter for an unknown name or a value out of this model's range."""
+        sizes = self.decoder.vocab_size, self.decoder.max_positions
+        return choose_options(given, self.decoding, self.tokenizer, *sizes)
 
     def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
         """Captions each photo: a list (photos) of lists (best first) of `Caption`.
@@ -174,6 +177,7 @@ class Captioner:
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[Caption]]:
         """Captions photos that are encoded already."""
+        prompts = [encode_prompt(self.tokenizer, photo.prompt) for photo in options]
         found = search(
             self.decoder,
             memory_BPD,
@@ -182,40 +186,56 @@ class Captioner:
             end_id=self.tokenizer.end_id,
             suppress=self.tokenizer.suppressed_ids,
             on_token=on_token,
+            prompts=prompts,
         )
-        return [[self._caption(hypothesis) for hypothesis in photo] for photo in found]
+        return [
+            [self._caption(hypothesis, prompt) for hypothesis in photo]
+            for photo, prompt in zip(found, prompts, strict=True)
+        ]
 
-    def _caption(self, hypothesis: Hypothesis) -> Caption:
+    def _caption(self, hypothesis: Hypothesis, prompt_ids: list[int]) -> Caption:
         return Caption(
-            text=self.tokenizer.decode(hypothesis.ids),
-            tokens=self.tokenizer.pieces(hypothesis.ids),
+            text=self.tokenizer.decode([*prompt_ids, *hypothesis.ids]),
+            tokens=self.tokenizer.pieces(hypothesis.ids, prompt_ids),
             token_log_probs=hypothesis.token_log_probs,
             log_prob=sum(hypothesis.token_log_probs),
             score=hypothesis.score,
             ids=hypothesis.ids,
+            prompt_ids=prompt_ids,
         )
 
     @torch.inference_mode()
-    def attention(self, image_3SS: Tensor, ids: Sequence[int]) -> Tensor:
-        """Where the model looked for each token: (T, grid, grid), each map summing to 1.
+    def attention(
+        self, image_3SS: Tensor, ids: Sequence[int], prompt_ids: Sequence[int] = ()
+    ) -> Tensor:
+        """Where the model looked for each of the T tokens `ids` of a caption behind its prompt:
+        (T, grid, grid), each map summing to 1. A prompt's own tokens were given, and have none.
 
         One parallel pass over the finished caption; the mean over layers and heads of the
         cross-attention, over the image patches alone (class and other prefix tokens left out). Of
         the ways that training.scores.grounding compares, this one points best.
         """
         memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
-        return self.attention_memory(memory_1PD, [ids])[0]
+        return self.attention_memory(memory_1PD, [ids], [prompt_ids])[0]
 
     @torch.inference_mode()
-    def attention_memory(self, memory_BPD: Tensor, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """As `attention`, for one caption of each of B photos that are encoded already."""
+    def attention_memory(
+        self,
+        memory_BPD: Tensor,
+        ids: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> list[Tensor]:
+        """As `attention`, for one caption of each of B photos that are encoded already; `prompts`
+        holds the ids of its prompt."""
         encoder = self.config["model"]["encoder"]
         grid = encoder["image_size"] // encoder["patch_size"]
-        longest = max(len(caption) for caption in ids)
-        if not longest:
+        if not any(ids):
             return [torch.zeros(0, grid, grid) for _ in ids]
+        prompts = [()] * len(ids) if prompts is None else prompts
+        texts = [[*prompt, *caption] for prompt, caption in zip(prompts, ids, strict=True)]
+        longest = max(map(len, texts))
         # Shorter captions are filled up behind their end, where their own tokens do not look.
-        filled = [[self.tokenizer.begin_id, *caption] for caption in ids]
+        filled = [[self.tokenizer.begin_id, *text] for text in texts]
         filled = [(row + [self.tokenizer.end_id] * longest)[:longest] for row in filled]
         tokens_BQ = torch.tensor(filled, device=self.device)
         positions_BQ = torch.arange(longest, device=self.device).expand(len(ids), -1)
@@ -225,7 +245,59 @@ class Captioner:
         maps_BQP = weights_LBHQP[..., encoder["prefix_tokens"] :].mean(dim=(0, 2))
         maps_BQP = maps_BQP / maps_BQP.sum(-1, keepdim=True)
         maps_BQgg = maps_BQP.unflatten(2, (grid, grid)).cpu()
-        return [maps_Qgg[: len(caption)] for maps_Qgg, caption in zip(maps_BQgg, ids, strict=True)]
+        return [
+            maps_Qgg[len(prompt) : len(text)]
+            for maps_Qgg, prompt, text in zip(maps_BQgg, prompts, texts, strict=True)
+        ]
+
+
+def choose_options(
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    tokenizer: CaptionTokenizer,
+    vocab_size: int,
+    max_positions: int,
+) -> DecodeOptions:
+    """The options `given`, or else a model's `defaults`; a default length that the model has no
+    positions for behind the prompt is shortened. Raises InvalidParameter for an unknown name or a
+    value out of the model's range."""
+    for name in given:
+        if name not in OPTIONS:
+            raise InvalidParameter(
+                name, f"{name} is unknown; the options are {', '.join(sorted(OPTIONS))}"
+            )
+    defaults = dict(defaults)
+    if given.get("do_sample") is True:
+        # Sampling means one beam; a default of several is not the caller's contradiction.
+        defaults.pop("num_beams", None)
+    options = DecodeOptions(**{**defaults, **given})
+    prompt = encode_prompt(tokenizer, options.prompt)
+    if prompt and len(prompt) <= most_prompt_tokens(max_positions):
+        longest = max_positions - 1 - len(prompt)
+        lengths: dict[str, Any] = {
+            name: min(getattr(options, name) or longest, longest)
+            for name in ("max_new_tokens", "min_new_tokens")
+            if name not in given and getattr(options, name) != 0
+        }
+        options = replace(options, **lengths)
+    options.limits(vocab_size, max_positions, len(prompt))
+    return options
+
+
+def encode_prompt(tokenizer: CaptionTokenizer, prompt: str | None) -> list[int]:
+    """The token ids of a prompt. Raises InvalidParameter naming a word that the vocabulary
+    lacks."""
+    if prompt is None:
+        return []
+    if unknown := tokenizer.unknown_words(prompt):
+        word = "".join(c if c.isprintable() else "?" for c in unknown[0][:50])
+        raise InvalidParameter(
+            "prompt", f"prompt: the model's vocabulary has no word {word!r}; use another one"
+        )
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise InvalidParameter("prompt", "prompt has no word in it; give one or leave it out")
+    return ids
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -237,9 +309,9 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no config.json there; give the folder of a checkpoint or an export"
         )
     config = read_object(path)
-    for field in ("model", "preprocessing", "tokenizer"):
-        if not isinstance(config.get(field), dict):
-            raise UserError(f"{path}: field {field!r} is missing; write the folder again")
+    for section in ("model", "preprocessing", "tokenizer"):
+        if not isinstance(config.get(section), dict):
+            raise UserError(f"{path}: field {section!r} is missing; write the folder again")
     # Checkpoints of version 1.0 have no number and are as today's; its exports are not.
     number = config.get("format", 0 if "precision" in config else FORMAT)
     if number != FORMAT:
@@ -310,6 +382,10 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
             f"{directory / 'tokenizer.json'}: an entry has the id {largest}, but config.json's "
             f"'model.decoder.vocab_size' is {vocab_size}; give the tokenizer of this model"
         )
+    try:
+        encode_prompt(tokenizer, config.get("decoding", {}).get("prompt"))
+    except InvalidParameter as error:
+        raise UserError(f"{path}: field 'decoding': {error}") from error
     return tokenizer
 
 
@@ -325,7 +401,10 @@ def _check_scripts(directory: Path, config: dict[str, Any], encoder: Any, decode
     path = directory / "config.json"
     shape = config["model"]["encoder"]
     if missing := [name for name in DECODER_METHODS if not hasattr(decoder, name)]:
-        raise UserError(f"{directory / 'decoder.pt'}: no decoder, {missing[0]!r} is missing")
+        raise UserError(
+            f"{directory / 'decoder.pt'}: no decoder, {missing[0]!r} is missing; export the "
+            "checkpoint again"
+        )
     for name in ("vocab_size", "max_positions"):
         given, own = config["model"]["decoder"][name], getattr(decoder, name)
         if given != own:

@@ -99,6 +99,19 @@ class GraphedDecoder:
         with torch.jit.optimized_execution(False):
             return self._decoder.attention(*inputs, memory_BPD, prompt_BT)
 
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """As `Decoder.prefill`; never a graph, since prompts have all lengths."""
+        with torch.jit.optimized_execution(False):
+            return self._decoder.prefill(tokens_BQ, positions_BQ, mask_BQQ, real_BQ, cache, memory)
+
     def step(
         self,
         tokens_BQ: Tensor,

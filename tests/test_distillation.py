@@ -3,6 +3,7 @@ before anything is lost, and what teachers write becomes a dataset."""
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -211,11 +212,12 @@ def test_members_share_an_encoder_that_they_have_in_common():
 def test_an_ensemble_of_one_is_its_captioner(tiny_run, tiny_data):
     folder = tiny_run / "build/checkpoints/tiny"
     photos = [path.read_bytes() for path in sorted((tiny_data / "images").iterdir())[:6]]
-    alone = load_captioner(folder).caption(photos, num_beams=3, num_return_sequences=2)
-    for folders in ([folder], [folder, folder]):
-        found = ensemble_captioner(folders).caption(photos, num_beams=3, num_return_sequences=2)
+    for folders, prompt in itertools.product(([folder], [folder, folder]), (None, "the square")):
+        options = {"num_beams": 3, "num_return_sequences": 2, "prompt": prompt}
+        alone = load_captioner(folder).caption(photos, **options)
+        found = ensemble_captioner(folders).caption(photos, **options)
         for mine, theirs in zip(sum(found, []), sum(alone, []), strict=True):
-            assert mine.text == theirs.text
+            assert mine.text == theirs.text and mine.text.startswith(prompt or "")
             assert mine.score == pytest.approx(theirs.score, abs=1e-5)
 
 

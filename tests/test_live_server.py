@@ -66,6 +66,20 @@ def test_rest_and_grpc_give_the_eager_caption(client, eager, photo):
         assert answer["model"]["checkpoint"].startswith("sha256:")
 
 
+def test_a_prompt_by_form_json_and_grpc(client, eager, photo):
+    expected = eager.caption([photo], prompt="the square")[0][0]
+    assert expected.text.startswith("the square ")
+    encoded = base64.b64encode(photo).decode()
+    answers = [
+        client.caption(photo, prompt="the square"),
+        client.caption_grpc(photo, prompt="the square"),
+        post(client, json={"image": encoded, "prompt": "the square"}).json(),
+    ]
+    for answer in answers:
+        assert answer["caption"] == expected.text
+        assert answer["captions"][0]["tokens"] == expected.tokens
+
+
 def test_raw_form_and_json_bodies_say_the_same(client, eager, photo):
     expected = eager.caption([photo])[0][0].text
     encoded = base64.b64encode(photo).decode()

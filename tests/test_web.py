@@ -5,6 +5,7 @@ import http.client
 import io
 import re
 import threading
+from urllib.parse import quote
 
 import pytest
 from browser import Browser, needs_chromium
@@ -74,10 +75,11 @@ def photo_file(tmp_path_factory):
     return path
 
 
-def ask(page, method="POST", path="/caption", body=b"", key=None, **headers):
+def ask(page, method="POST", path="/caption", body=b"", key=None, prompt=None, **headers):
     """(status, headers, body) of a request as the page itself would send it, but for `headers`."""
     key = page.key if key is None else key
     path += f"?key={key}" if key else ""
+    path += "" if prompt is None else f"&prompt={quote(prompt)}"
     given = {"Host": f"127.0.0.1:{page.port}", "Origin": f"http://127.0.0.1:{page.port}"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=30)
@@ -100,6 +102,18 @@ def test_a_photo_becomes_a_card(page, client, photo_file):
     assert html.count('class="word"') == 6 and "score -0.90" in html
     assert "<b>" not in html and "&lt;b&gt;" in html
     assert 'width="480" height="320"' in html and 'data-fit="squash"' in html
+
+
+def test_a_prompt_stands_before_the_words(page, client, photo_file, monkeypatch):
+    """It is no button: what was given has no map."""
+    caption = {**CAPTION, "caption": "a <i> & a red <b>"}
+    monkeypatch.setitem(ANSWER, "captions", [caption])
+    _, _, html = ask(page, body=photo_file.read_bytes(), prompt="a <i> & é")
+    assert client.options["prompt"] == "a <i> & é"
+    assert html.count('class="word"') == 3
+    assert '<span class="quiet">a &lt;i&gt; &amp;</span> <button' in html
+    ask(page, body=photo_file.read_bytes(), prompt="")
+    assert "prompt" not in client.options
 
 
 @pytest.mark.parametrize("key", ["", "x", "é"])
@@ -178,6 +192,8 @@ def test_what_else_is_refused(page, client, changes, status):
     [
         (ServerError("UnsupportedMediaType", 415, "the content is no photo"), 415,
          "This file cannot be captioned: the content is no photo."),
+        (ServerError("InvalidParameter", 400, "prompt: no word 'x'"), 400,
+         "These words cannot be used: prompt: no word 'x'."),
         (ServerError("InvalidKeyException", 400, "no"), 502, "make serve"),
         (ServerError("ServiceUnavailableException", 503, "x"), 503, "try again"),
         (ServerError("ModelNotFoundException", 404, "x"), 502, "make mar"),
@@ -213,7 +229,7 @@ def test_a_file_by_keyboard_alone(page, photo_file):
         browser.give_files("#file", photo_file)
         browser.wait("document.querySelector('#result .card')")
         assert browser.run("document.getElementById('status').textContent") == "Caption: a red <b>"
-        for _ in range(9):  # the camera's button, then the words
+        for _ in range(9):  # the camera's button, the prompt, then the words
             browser.press("Tab")
             if browser.run("document.activeElement.textContent") == "red":
                 break
@@ -246,6 +262,22 @@ def test_camera_and_drop(page, client, width):
         browser.wait("document.getElementById('error').textContent")
         assert client.photos[1] == b"hello"
         assert browser.overflow() == 0
+
+
+@needs_chromium
+def test_another_prompt_captions_the_photo_again(page, client, photo_file):
+    with Browser() as browser:
+        browser.open(f"http://127.0.0.1:{page.port}/?key={page.key}")
+        browser.give_files("#file", photo_file)
+        browser.wait("document.querySelector('#result .card')")
+        browser.run(
+            "const prompt = document.getElementById('prompt'); prompt.value = ' a & b ';"
+            "document.querySelector('#result .card').remove();"
+            "prompt.dispatchEvent(new Event('change'));"
+        )
+        browser.wait("document.querySelector('#result .card')")
+        assert client.options["prompt"] == "a & b" and len(client.photos) == 2
+        assert browser.problems == []
 
 
 @needs_chromium

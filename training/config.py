@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from handler.beam_search import MAX_BEAMS, DecodeOptions
+from handler.beam_search import MAX_BEAMS, OPTIONS, DecodeOptions
 from handler.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -333,11 +333,10 @@ class TrainConfig:
         self._check_decoding()
 
     def _check_decoding(self) -> None:
-        known = [option.name for option in dataclasses.fields(DecodeOptions)]
         for name in self.decoding:
             _require(
-                name in known,
-                f"decoding.{name}: unknown option; known are {', '.join(sorted(known))}",
+                name in OPTIONS,
+                f"decoding.{name}: unknown option; known are {', '.join(sorted(OPTIONS))}",
             )
         options = DecodeOptions(**self.decoding)
         longest = self.decoder.max_tokens - 1

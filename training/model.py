@@ -230,6 +230,12 @@ class Packing(NamedTuple):
     queries: int
 
 
+def packing_of(real_BQ: Tensor) -> Packing:
+    """Of the tokens that `real_BQ` marks."""
+    photos, queries = real_BQ.shape
+    return Packing(real_BQ.flatten().nonzero().squeeze(1), photos, queries)
+
+
 def unpack(x: Tensor, packing: Packing | None) -> Tensor:
     """(N, D) -> (B, Q, D), zeros where there is padding. Without packing `x` stays as it is."""
     if packing is None:
@@ -658,6 +664,28 @@ class Decoder(nn.Module):
         return KeysValues(keys, values)
 
     @torch.jit.export
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """Runs the Q tokens that the text of each photo begins with, in one parallel pass, and
+        writes their keys and values into the first Q slots of `cache`, in place. No layer's product
+        is spent on padding, where `real_BQ` is false; the last column has none.
+
+        tokens and positions (B, Q) int64; mask (B, Q, Q) bool, true where a query sees a token.
+        Returns the logits of what follows the last column, (B, 1, V) float32.
+        """
+        packing = packing_of(real_BQ)
+        x_ND = self._run(tokens_BQ, positions_BQ, mask_BQQ, cache, 0, memory, None, packing)
+        last_B = real_BQ.sum(1).cumsum(0) - 1
+        return self.head(x_ND[last_B].unsqueeze(1)).float()
+
+    @torch.jit.export
     def step(
         self,
         tokens_BQ: Tensor,
@@ -713,9 +741,7 @@ class Decoder(nn.Module):
         """Teacher forcing up to the head, (N, D), of the N tokens that `real_BQ` marks: padding
         (a quarter of a batch of Flickr8k) has its slots in attention, but no layer's product is
         spent on it. `head` makes logits of it."""
-        photos, queries = real_BQ.shape
-        packing = Packing(real_BQ.flatten().nonzero().squeeze(1), photos, queries)
-        memory = self.begin(memory_BPD, None)
+        memory, packing = self.begin(memory_BPD, None), packing_of(real_BQ)
         return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, None, packing)
 
     def _run(

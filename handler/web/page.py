@@ -66,10 +66,10 @@ def photo_html(image: Image.Image, side: int, alt: str) -> str:
     )
 
 
-def words_html(words: Sequence[Word], fit: str) -> str:
-    """The words of a caption as buttons that show their maps; `fit` is how the photo was made
-    square (`PreprocessConfig.resize`)."""
-    buttons = []
+def words_html(words: Sequence[Word], fit: str, prompt: str = "") -> str:
+    """The words of a caption as buttons that show their maps, behind the prompt, which has none;
+    `fit` is how the photo was made square (`PreprocessConfig.resize`)."""
+    buttons = [f'<span class="quiet">{escape(prompt)}</span>'] if prompt else []
     for word in words:
         given = word_as_dict(word)
         text = escape(given["text"])

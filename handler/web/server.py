@@ -20,7 +20,7 @@ from handler.client.connection import Client, ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode
 from handler.web.page import HEAT, HEAT_LEGEND, page, photo_html, words_html
-from handler.web.word_maps import words_of
+from handler.web.word_maps import prompt_of, words_of
 
 HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent
@@ -49,6 +49,8 @@ BODY = f"""<header><h1>What does the captioner see?</h1>
 <p><input id="file" type="file" accept="image/*" class="out-of-sight">
 <label class="action" for="file">Choose a photo</label>
 <button id="camera" class="action" type="button">Use the camera</button></p>
+<p><label for="prompt">Words to begin with:</label>
+<input id="prompt" type="text" maxlength="200" placeholder="none" autocomplete="off"></p>
 </div>
 <div id="viewfinder" hidden>
 <video id="video" autoplay playsinline muted aria-label="Picture of the camera"></video>
@@ -88,8 +90,8 @@ class WebServer(ThreadingHTTPServer):
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET / is the page; POST /caption takes the bytes of a photo and answers the HTML of its card,
-    or a sentence with the status of what went wrong."""
+    """GET / is the page; POST /caption takes the bytes of a photo, and a prompt in its address, and
+    answers the HTML of the photo's card, or a sentence with the status of what went wrong."""
 
     protocol_version = "HTTP/1.1"
     timeout = SILENCE_SECONDS
@@ -106,10 +108,10 @@ class PageHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self.is_ours():
             return
-        host = self.headers.get("Host", "")
+        host, address = self.headers.get("Host", ""), urlsplit(self.path)
         if self.headers.get("Origin") != f"http://{host}":
             self.refuse(403, "Photos are taken from this server's own page alone.")
-        elif urlsplit(self.path).path != "/caption":
+        elif address.path != "/caption":
             self.refuse(404, "Photos go to /caption.")
         elif not self.headers.get("Content-Length", "").isdecimal():
             self.refuse(411, "The length of the photo is missing.")
@@ -117,8 +119,9 @@ class PageHandler(BaseHTTPRequestHandler):
             self.refuse(413, f"The photo has more than {MAX_BYTES // 2**20} MiB; make it smaller.")
         else:
             photo = self.rfile.read(int(self.headers["Content-Length"]))
+            [prompt] = parse_qs(address.query).get("prompt", [""])[:1]
             try:
-                self.answer(200, card(self.server, photo), "text/html")
+                self.answer(200, card(self.server, photo, prompt), "text/html")
             except UserError as error:
                 status, said = sentence(error)
                 self.answer(status, said)
@@ -156,11 +159,13 @@ class PageHandler(BaseHTTPRequestHandler):
         """Nothing: what people show to the page is theirs."""
 
 
-def card(server: WebServer, photo: bytes) -> str:
-    """Asks the server for the captions of a photo: the HTML of the photo with its captions."""
-    answer = server.client.caption(
-        photo, num_beams=BEAMS, num_return_sequences=N_BEST, attention=True
-    )
+def card(server: WebServer, photo: bytes, prompt: str) -> str:
+    """Asks the server for the captions of a photo that begin with `prompt`, unless it is empty: the
+    HTML of the photo with its captions."""
+    options: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": N_BEST}
+    if prompt:
+        options["prompt"] = prompt
+    answer = server.client.caption(photo, attention=True, **options)
     fit = server.fit(answer["model"]["checkpoint"])
     captions = "".join(f"<li>{caption_html(caption, fit)}</li>" for caption in answer["captions"])
     text = answer["caption"]
@@ -181,7 +186,8 @@ def caption_html(caption: dict[str, Any], fit: str) -> str:
     maps_Tgg = torch.tensor(attention["maps"]).reshape(-1, *attention["grid"])
     words = words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
     return (
-        f'{words_html(words, fit)}<p class="quiet">score {caption["score"]:.2f}, '
+        f"{words_html(words, fit, prompt_of(caption['caption'], caption['tokens']))}"
+        f'<p class="quiet">score {caption["score"]:.2f}, '
         f"log probability {caption['log_prob']:.2f}</p>"
     )
 
@@ -192,6 +198,8 @@ def sentence(error: UserError) -> tuple[int, str]:
         return 502, f"{str(error)[:1].upper()}{str(error)[1:]}."
     if error.kind in TOLD:
         return error.code, f"This file cannot be captioned: {error.message}."
+    if error.kind == "InvalidParameter" and error.message.startswith("prompt"):
+        return error.code, f"These words cannot be used: {error.message}."
     if error.kind == "InvalidKeyException":
         return 502, "TorchServe refused the key of this page; start it again with make serve."
     if error.code == 503:

@@ -68,6 +68,15 @@ def words_of(tokens: Sequence[str], log_probs: Sequence[float], maps_Tgg: Tensor
     ]
 
 
+def prompt_of(caption: str, tokens: Sequence[str]) -> str:
+    """What a caption begins with before its tokens; a word-level vocabulary's have no spaces."""
+    for space in ("", " "):
+        generated = space.join(tokens).strip()
+        if caption.endswith(generated):
+            return caption.removesuffix(generated).strip()
+    return ""
+
+
 def peak(map_gg: Tensor) -> tuple[float, float]:
     """Where the map is heaviest, (x, y): the centre of gravity of the heaviest cell and those
     around it. An object between two cells warms both; the middle of neither need lie in it."""

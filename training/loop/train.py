@@ -79,9 +79,8 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
     run.processes.wait()
     run.model.to(run.device)
     run.average = copy.deepcopy(run.model).requires_grad_(False).eval()
-    run.captioner().options(num_beams=run.config.validation.num_beams).limits(
-        run.model.decoder.vocab_size, run.model.decoder.max_positions
-    )
+    # Defaults that this model cannot decode by are an error now, not at the first validation.
+    run.captioner().options(num_beams=run.config.validation.num_beams)
     return state
 
 

@@ -11,18 +11,18 @@ of all memories of a photo.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from handler.beam_search import KeysValues
-from training.model import CaptioningModel, ImageEncoder
+from training.model import CaptioningModel, Decoder, ImageEncoder
 
 
 class Ensemble:
     """The members' `encoders`, each once, and `decoders`; `encoder_of` says which memory a decoder
-    reads. `begin`, `new_cache`, `step`, `vocab_size` and `max_positions` are those that
+    reads. `begin`, `new_cache`, `prefill`, `step`, `vocab_size` and `max_positions` are those that
     `handler.beam_search.search` asks of a decoder."""
 
     def __init__(self, models: Sequence[CaptioningModel]) -> None:
@@ -78,6 +78,23 @@ class Ensemble:
     def new_cache(self, photos: int, slots: int) -> KeysValues:
         return _laid_end_to_end([decoder.new_cache(photos, slots) for decoder in self.decoders])
 
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """As `step`, of the tokens that the texts begin with: (B, 1, V)."""
+        return mean_log_probs(
+            [
+                decoder.prefill(tokens_BQ, positions_BQ, mask_BQQ, real_BQ, own_cache, own_memory)
+                for decoder, own_cache, own_memory in self._members(cache, memory)
+            ]
+        )
+
     def step(
         self,
         tokens_BQ: Tensor,
@@ -88,18 +105,25 @@ class Ensemble:
         memory: KeysValues,
     ) -> Tensor:
         """The logarithm (B, Q, V) of the members' mean distribution, in the place of logits."""
-        logits = []
+        return mean_log_probs(
+            [
+                decoder.step(tokens_BQ, positions_BQ, mask_BQS, own_cache, used, own_memory)
+                for decoder, own_cache, own_memory in self._members(cache, memory)
+            ]
+        )
+
+    def _members(
+        self, cache: KeysValues, memory: KeysValues
+    ) -> Iterator[tuple[Decoder, KeysValues, KeysValues]]:
+        """Each decoder with its own part of both."""
         start = 0
         for decoder in self.decoders:
-            end = start + len(decoder.blocks)
+            part = slice(start, start + len(decoder.blocks))
             own_cache, own_memory = (
-                KeysValues(of.keys[start:end], of.values[start:end]) for of in (cache, memory)
+                KeysValues(of.keys[part], of.values[part]) for of in (cache, memory)
             )
-            logits.append(
-                decoder.step(tokens_BQ, positions_BQ, mask_BQS, own_cache, used, own_memory)
-            )
-            start = end
-        return mean_log_probs(logits)
+            yield decoder, own_cache, own_memory
+            start = part.stop
 
 
 def _laid_end_to_end(members: Sequence[KeysValues]) -> KeysValues:

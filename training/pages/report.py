@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.web.page import HEAT, HEAT_LEGEND, page, words_html
-from handler.web.word_maps import FUNCTION_WORDS, Word
+from handler.web.word_maps import FUNCTION_WORDS, Word, prompt_of
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart
@@ -304,11 +304,13 @@ def card(systems: Sequence[System], row: Row, shown: Shown) -> str:
         fit = system.captioner.preprocessing.resize
         name = f"<b>{escape(system.name)}</b>, " if len(systems) == 2 else ""
         others = "".join(
-            f"<li>{words_html(w, fit)}<span class=quiet>score {caption.score:.2f}</span></li>"
+            f"<li>{words_html(w, fit, prompt_of(caption.text, caption.tokens))}"
+            f"<span class=quiet>score {caption.score:.2f}</span></li>"
             for caption, w in list(zip(captions, words, strict=True))[1:]
         )
+        prompt = prompt_of(captions[0].text, captions[0].tokens)
         parts.append(
-            f'<div class="system">{words_html(words[0], fit)}<p class="quiet">{name}'
+            f'<div class="system">{words_html(words[0], fit, prompt)}<p class="quiet">{name}'
             f"CIDEr {system.each[row.id]['CIDEr']:.2f}, score {captions[0].score:.2f}"
             f"{_wrong(system, row)}</p>"
             + (

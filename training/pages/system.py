@@ -127,7 +127,9 @@ def maps_of(system: System, manifest: Manifest, rows: Sequence[Row]) -> dict[str
         memory_BPD = captioner.encode(torch.stack(photos))
         pairs = [(i, c) for i, row in enumerate(part) for c in system.captions[row.id]]
         photo_of = torch.tensor([i for i, _ in pairs], device=captioner.device)
-        maps = captioner.attention_memory(memory_BPD[photo_of], [c.ids for _, c in pairs])
+        maps = captioner.attention_memory(
+            memory_BPD[photo_of], [c.ids for _, c in pairs], [c.prompt_ids for _, c in pairs]
+        )
         for (i, caption), maps_Tgg in zip(pairs, maps, strict=True):
             words = words_of(caption.tokens, caption.token_log_probs, maps_Tgg)
             found.setdefault(part[i].id, []).append(words)

@@ -96,7 +96,8 @@ def all_maps(
     grid = captioner.encoder.config.grid
     prefix = captioner.encoder.config.prefix_tokens
     memory_1PD, mixed_1PP = rollout(captioner.encoder, image_3SS.unsqueeze(0))
-    tokens_1Q = torch.tensor([[captioner.tokenizer.begin_id, *caption.ids]])
+    first = len(caption.prompt_ids)
+    tokens_1Q = torch.tensor([[captioner.tokenizer.begin_id, *caption.prompt_ids, *caption.ids]])
     # The last token is read by nobody where the model has no position for it.
     tokens_1Q = tokens_1Q[:, : captioner.decoder.max_positions]
     queries = tokens_1Q.size(1)
@@ -107,8 +108,9 @@ def all_maps(
         maps_Qgg = weights_QP[:, prefix:].unflatten(1, (grid, grid))
         maps_Qgg = maps_Qgg / maps_Qgg.sum((1, 2), keepdim=True)
         count = len(caption.ids)
-        yield f"{name}, written", maps_Qgg[:count]
-        yield f"{name}, read", maps_Qgg[[*range(1, queries), *([queries - 1] * count)][:count]]
+        yield f"{name}, written", maps_Qgg[first:][:count]
+        read = [*range(first + 1, queries), *([queries - 1] * count)][:count]
+        yield f"{name}, read", maps_Qgg[read]
 
 
 def measure(
@@ -127,7 +129,10 @@ def measure(
             scene = row.scene or {}
             named = referents(caption.text, scene)
             absent += sum(not objects for _, objects in named)
-            named = [(place, objects) for place, objects in named if objects]
+            # A prompt's words were given: they have no maps.
+            given = len(caption_words(captioner.tokenizer.decode(caption.prompt_ids)))
+            named = [(place - given, objects) for place, objects in named if objects]
+            named = [(place, objects) for place, objects in named if place >= 0]
             counted += len(named)
             if not named:
                 continue
