@@ -664,12 +664,8 @@ def _beam_search(
     beams, device = batch.beams, batch.device
     rules = _Rules(options, longest, beams, device)
     tokens_BQ, running_BQ = batch.text_BT, torch.zeros(len(options), 1, device=device)
-    # The best ended hypotheses, best first: their scores, and which candidates they are, as
-    # time * K + rank.
-    pool_BK = torch.full((len(options), beams), -math.inf, device=device)
-    place_BK = torch.zeros(len(options), beams, dtype=torch.long, device=device)
-    places_TK = torch.arange(max(longest) * beams, device=device).view(-1, beams)
-    pools: list[list[_End]] = [[] for _ in options]
+    pool = _Pool(len(options), beams, max(longest), device)
+    ends: dict[int, list[_End]] = {}
     history: list[_Moment] = []
 
     while True:
@@ -697,40 +693,61 @@ def _beam_search(
 
         score_BK = value_BC[:, :beams] / rules.divisor_BT[:, time : time + 1]
         score_BK = torch.where(ended_BK, score_BK, -math.inf)
-        pool_BK, best_BK = torch.cat([pool_BK, score_BK], dim=1).topk(beams)
-        places_BK = places_TK[time].expand(len(rows), -1)
-        place_BK = torch.cat([place_BK, places_BK], dim=1).gather(1, best_BK)
+        pool.add(score_BK, time)
 
         # The only wait for the device in a step.
-        is_open = rules.is_open(running_BQ, pool_BK, time).flatten().tolist()
+        is_open = rules.is_open(running_BQ, pool.score_BK, time).flatten().tolist()
         if not all(is_open):
-            scores, places = pool_BK.tolist(), place_BK.tolist()
             running, before = running_BQ[:, 0].tolist(), before_BQ[:, 0].tolist()
-            for row in (row for row, stays in enumerate(is_open) if not stays):
-                if math.isnan(scores[row][0] + running[row]):
+            for row, best in pool.of_closed(is_open):
+                if math.isnan(best[0].score + running[row]):
                     raise RuntimeError(NOT_A_NUMBER)
-                option, pool = options[rows[row]], pools[rows[row]]
-                for score, place in zip(scores[row], places[row], strict=True):
-                    if score > -math.inf and len(pool) < option.num_return_sequences:
-                        pool.append(_End(score, *divmod(place, beams)))
-                if not pool:
-                    # A dead end: nothing may follow, nothing has ended. The first beam was best.
-                    norm = max(time, 1) ** option.length_penalty
-                    pool.append(_End(before[row] / norm, time - 1, None))
+                option = options[rows[row]]
+                ended = [end for end in best if end.score > -math.inf]
+                # A dead end: nothing may follow, nothing has ended. The first beam was best.
+                norm = max(time, 1) ** option.length_penalty
+                ended = ended or [_End(before[row] / norm, time - 1, None)]
+                ends[rows[row]] = ended[: option.num_return_sequences]
             stay = batch.leave(is_open)
             if not batch.rows:
                 break
             tokens_BQ, parents_BK, running_BQ = tokens_BQ[stay], parents_BK[stay], running_BQ[stay]
-            pool_BK, place_BK = pool_BK[stay], place_BK[stay]
-            processors.keep(stay)
-            rules.keep(stay)
+            for tables in (pool, processors, rules):
+                tables.keep(stay)
         batch.follow(parents_BK)
         processors.write(tokens_BQ, parents_BK)
 
     moments = _read(history)
-    return [
-        [_trace(moments, photo, end, end_id) for end in pool] for photo, pool in enumerate(pools)
-    ]
+    return [[_trace(moments, photo, end, end_id) for end in ends[photo]] for photo in sorted(ends)]
+
+
+class _Pool:
+    """The best ended hypotheses of each open photo, best first."""
+
+    def __init__(self, photos: int, beams: int, steps: int, device: torch.device) -> None:
+        self.score_BK = torch.full((photos, beams), -math.inf, device=device)
+        # Which candidates they are, as time * K + rank.
+        self.candidate_BK = torch.zeros(photos, beams, dtype=torch.long, device=device)
+        self.candidates_TK = torch.arange(steps * beams, device=device).view(-1, beams)
+
+    def add(self, score_BK: Tensor, time: int) -> None:
+        """Takes the first K candidates of a step, by the score they end with (-inf: go on)."""
+        candidate_BK = self.candidates_TK[time].expand(len(score_BK), -1)
+        beams = score_BK.size(1)
+        self.score_BK, best_BK = torch.cat([self.score_BK, score_BK], dim=1).topk(beams)
+        self.candidate_BK = torch.cat([self.candidate_BK, candidate_BK], 1).gather(1, best_BK)
+
+    def of_closed(self, is_open: Sequence[bool]) -> Iterator[tuple[int, list["_End"]]]:
+        """The rows that closed, each with its K hypotheses; those of score -inf are none."""
+        scores, candidates = self.score_BK.tolist(), self.candidate_BK.tolist()
+        beams = self.score_BK.size(1)
+        for row, stays in enumerate(is_open):
+            if not stays:
+                ended = zip(scores[row], candidates[row], strict=True)
+                yield row, [_End(score, *divmod(index, beams)) for score, index in ended]
+
+    def keep(self, rows: Tensor) -> None:
+        self.score_BK, self.candidate_BK = self.score_BK[rows], self.candidate_BK[rows]
 
 
 class _Moment(NamedTuple):
@@ -813,23 +830,7 @@ def _one_at_a_time(
         time, rows = batch.time, batch.rows
         # At first there is one query, and each sample goes its own way from it.
         logits_BKV = batch.step(tokens_BQ).expand(-1, beams, -1)
-        own_BKV = torch.log_softmax(logits_BKV, dim=-1)
-        scores_BKV = processors.penalise(logits_BKV)
-        if processors.bans(time):
-            scores_BKV = scores_BKV.clone() if scores_BKV is logits_BKV else scores_BKV
-            processors.ban(scores_BKV, time)
-        if sampler is not None:
-            scores_BKV = sampler.warp(scores_BKV)
-        logs_BKV = own_BKV
-        if scores_BKV is not logits_BKV:
-            logs_BKV = torch.log_softmax(scores_BKV, dim=-1)
-        tokens_BQ = scores_BKV.argmax(-1)
-        if sampler is not None:
-            tokens_BQ = sampler.draw(logs_BKV, tokens_BQ, time)
-        gain_BK = own_BKV.gather(2, tokens_BQ.unsqueeze(2)).squeeze(2)
-        log_BK = gain_BK
-        if logs_BKV is not own_BKV:
-            log_BK = logs_BKV.gather(2, tokens_BQ.unsqueeze(2)).squeeze(2)
+        tokens_BQ, gain_BK, log_BK = _next_tokens(logits_BKV, processors, sampler, time)
         history.append(_Moment(rows, (tokens_BQ,), (gain_BK, log_BK)))
         # NaN is a dead end, where nothing may follow, or a broken model; it is told apart below.
         open_BK = open_BK & (tokens_BQ != end_id) & (log_BK == log_BK)
@@ -837,8 +838,8 @@ def _one_at_a_time(
 
         # The only wait for the device in a step, but for those who listen.
         if hear is not None:
-            heard = zip(rows, tokens_BQ[:, 0].tolist(), log_BK[:, 0].tolist(), strict=True)
-            for photo, token, log in heard:
+            logs = log_BK[:, 0].tolist()
+            for photo, token, log in zip(rows, tokens_BQ[:, 0].tolist(), logs, strict=True):
                 if options[photo].rows == 1 and token != end_id and not math.isnan(log):
                     hear(photo, token)
         is_open = open_BK.any(1).tolist()
@@ -853,15 +854,44 @@ def _one_at_a_time(
         processors.write(tokens_BQ)
 
     moments = _read(history)
-    found = []
-    for photo, o in enumerate(options):
-        samples = [_sequence(moments, photo, k, o, end_id) for k in range(o.rows)]
-        samples.sort(key=lambda sample: -sample.score)
-        found.append(samples)
-        if hear is not None and o.rows > 1:
-            for token in samples[0].ids:
-                hear(photo, token)
-    return found
+    answers = [_samples(moments, photo, o, end_id) for photo, o in enumerate(options)]
+    if hear is not None:  # of several samples the best is known only now
+        several = [photo for photo, o in enumerate(options) if o.rows > 1]
+        for photo, token in ((i, token) for i in several for token in answers[i][0].ids):
+            hear(photo, token)
+    return answers
+
+
+def _next_tokens(
+    logits_BKV: Tensor, processors: _Processors, sampler: "_Sampler | None", time: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The token that each sequence goes on with, its log-probability by the model itself, and by
+    the processed scores that it was chosen from (NaN where they forbid every token); (B, K)."""
+    own_BKV = torch.log_softmax(logits_BKV, dim=-1)
+    scores_BKV = processors.penalise(logits_BKV)
+    if processors.bans(time):
+        scores_BKV = scores_BKV.clone() if scores_BKV is logits_BKV else scores_BKV
+        processors.ban(scores_BKV, time)
+    if sampler is not None:
+        scores_BKV = sampler.warp(scores_BKV)
+    logs_BKV = own_BKV
+    if scores_BKV is not logits_BKV:
+        logs_BKV = torch.log_softmax(scores_BKV, dim=-1)
+    tokens_BK = scores_BKV.argmax(-1)
+    if sampler is not None:
+        tokens_BK = sampler.draw(logs_BKV, tokens_BK, time)
+    gain_BK = own_BKV.gather(2, tokens_BK.unsqueeze(2)).squeeze(2)
+    if logs_BKV is own_BKV:
+        return tokens_BK, gain_BK, gain_BK
+    return tokens_BK, gain_BK, logs_BKV.gather(2, tokens_BK.unsqueeze(2)).squeeze(2)
+
+
+def _samples(
+    moments: Sequence[_Read], photo: int, options: DecodeOptions, end_id: int
+) -> list[Hypothesis]:
+    """A photo's sequences, best first."""
+    samples = [_sequence(moments, photo, k, options, end_id) for k in range(options.rows)]
+    return sorted(samples, key=lambda sample: -sample.score)
 
 
 def _sequence(

@@ -136,7 +136,10 @@ class Captioner:
     def caption_each(
         self, photos: Sequence[Photo], options: Sequence[DecodeOptions]
     ) -> list[list[Caption]]:
-        """As `caption`, with options of its own for each photo."""
+        """As `caption`, with options of its own for each photo. Raises InvalidParameter where these
+        are not as many DecodeOptions."""
+        check_photos(photos)
+        check_options(options, len(photos))
         captions: list[list[Caption]] = []
         for start in range(0, len(photos), BATCH):
             images = torch.stack([self.preprocess(p) for p in photos[start : start + BATCH]])
@@ -452,6 +455,23 @@ def check_photos(photos: object) -> None:
             f"photos is of type {type(photos).__name__}; give a list of photos, each the bytes of a"
             " file or a PIL image, as in caption([Path('photo.jpg').read_bytes()])"
         )
+
+
+def check_options(options: object, photos: int) -> None:
+    """Raises InvalidParameter for anything but a list of DecodeOptions for so many photos."""
+    if not isinstance(options, Sequence):
+        given = f"of type {type(options).__name__}"
+    elif wrong := [one for one in options if not isinstance(one, DecodeOptions)]:
+        given = f"a list with a {type(wrong[0]).__name__}"
+    elif len(options) != photos:
+        given = f"a list of {len(options)}"
+    else:
+        return
+    raise InvalidParameter(
+        "options",
+        f"options is {given}; give a list of DecodeOptions, one for each of {photos} photos, as "
+        "Captioner.options makes them",
+    )
 
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:
