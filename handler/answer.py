@@ -14,7 +14,7 @@ from ts.handler_utils.utils import send_intermediate_predict_response
 from handler.attention_maps import overlay, png_bytes
 from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
-from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt
+from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt, written_prompt
 from handler.request import Request, describe_error, to_json
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class TokenStream:
         for number, job in enumerate(jobs):
             if job.request.stream:
                 prompt = encode_prompt(captioner.tokenizer, job.options.prompt)
+                prompt = written_prompt(captioner.tokenizer, prompt)
                 self.jobs[number] = job.place, PieceStream(captioner.tokenizer, prompt)
 
     def on_token(self, number: int, token_id: int) -> None:

@@ -46,12 +46,7 @@ def save_checkpoint(
             "decoder": dataclasses.asdict(model.decoder_config),
         },
         "preprocessing": preprocessing,
-        "tokenizer": {
-            "begin_id": tokenizer.begin_id,
-            "end_id": tokenizer.end_id,
-            "pad_id": tokenizer.pad_id,
-            "suppressed_ids": tokenizer.suppressed_ids,
-        },
+        "tokenizer": tokenizer.settings,
         "decoding": decoding,
         "training": training,
     }

@@ -127,10 +127,7 @@ class Run:
             "encoder": dataclasses.asdict(self.model.encoder_config),
             "decoder": dataclasses.asdict(self.model.decoder_config),
             "preprocessing": self.preprocessing.to_dict(),
-            "tokenizer": [
-                *(getattr(self.tokenizer, f"{i}_id") for i in ("begin", "end", "pad")),
-                self.tokenizer.suppressed_ids,
-            ],
+            "tokenizer": list(self.tokenizer.settings.values()),
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
             **{name: getattr(self, name) for name in PROGRESS},

@@ -26,20 +26,13 @@ SOURCES = ("spatial_avg_pool", "temporal_avg_pool")
 FIRST_POSITION = 2
 # More blocks than any published DaViT has; the table of names lists each of them.
 MOST_BLOCKS = 1000
-# The tasks whose answer describes the photo, as words of the prompt.
+# The words of the tasks whose answer describes the photo. Those of others (text in it, boxes,
+# masks, regions that are given) are no prompts of a captioner.
 TASKS = {
     "<CAPTION>": "What does the image describe?",
     "<DETAILED_CAPTION>": "Describe in detail what is shown in the image.",
     "<MORE_DETAILED_CAPTION>": "Describe with a paragraph what is shown in the image.",
 }
-# Those whose answer is text in the photo, boxes, masks, or about a region that is given.
-OTHER_TASKS = (
-    "<OCR>", "<OCR_WITH_REGION>", "<OD>", "<DENSE_REGION_CAPTION>", "<REGION_PROPOSAL>",
-    "<CAPTION_TO_PHRASE_GROUNDING>", "<REFERRING_EXPRESSION_SEGMENTATION>",
-    "<REGION_TO_SEGMENTATION>", "<OPEN_VOCABULARY_DETECTION>", "<REGION_TO_CATEGORY>",
-    "<REGION_TO_DESCRIPTION>", "<REGION_TO_OCR>",
-)  # fmt: skip
-
 PROJECTOR = "model.multi_modal_projector"
 PHOTO_NAMES: Names = (
     ("model.vision_tower.convs.{i}.conv.{p}", "encoder.entries.{i}.conv.{p}"),
@@ -235,4 +228,6 @@ FLORENCE = Family(
     arrange=_arrange,
     generation=_generation,
     free_size=lambda _: True,
+    tasks=TASKS,
+    forced=True,
 )
