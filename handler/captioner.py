@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -31,6 +31,8 @@ from handler.image_preprocess import PreprocessConfig, preprocess
 Photo = bytes | bytearray | memoryview | Image.Image
 # Photos encoded and searched at once when a caller hands over a long list.
 BATCH = 16
+# Prompts of one photo.
+MAX_PROMPTS = 16
 # The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
 # allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
 ENCODED_BYTES = 10_000_000
@@ -126,14 +128,34 @@ class Captioner:
         sizes = self.decoder.vocab_size, self.decoder.max_positions
         return choose_options(given, self.decoding, self.tokenizer, *sizes)
 
-    def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
-        """Captions each photo: a list (photos) of lists (best first) of `Caption`.
+    @overload
+    def caption(
+        self, photos: Sequence[Photo], prompts: None = None, **options: Any
+    ) -> list[list[Caption]]: ...
+    @overload
+    def caption(
+        self, photos: Sequence[Photo], prompts: Sequence[str], **options: Any
+    ) -> list[list[list[Caption]]]: ...
+    def caption(
+        self, photos: Sequence[Photo], prompts: Sequence[str] | None = None, **options: Any
+    ) -> list[list[Caption]] | list[list[list[Caption]]]:
+        """Captions each photo: a list (photos) of lists (best first) of `Caption`; with `prompts` a
+        list (photos) of lists (prompts) of such lists, each photo encoded once.
 
         Raises InvalidImage for a photo that cannot be read, InvalidParameter for a bad option and
         TypeError where `photos` is not a sequence of photos.
         """
         check_photos(photos)
-        return self.caption_each(photos, [self.options(**options)] * len(photos))
+        if prompts is None:
+            return self.caption_each(photos, [self.options(**options)] * len(photos))
+        each = [self.options(**given) for given in prompted(options, prompts)]
+        found = []
+        for start in range(0, len(photos), BATCH):
+            part = photos[start : start + BATCH]
+            memory_BPD = self.encode(torch.stack([self.preprocess(photo) for photo in part]))
+            memory_NPD = memory_BPD.repeat_interleave(len(each), dim=0)
+            found += self.caption_memory(memory_NPD, each * len(part))
+        return [found[first : first + len(each)] for first in range(0, len(found), len(each))]
 
     def caption_each(
         self, photos: Sequence[Photo], options: Sequence[DecodeOptions]
@@ -310,6 +332,19 @@ def choose_options(
         options = replace(options, **lengths)
     options.limits(vocab_size, max_positions, len(prompt))
     return options
+
+
+def prompted(given: Mapping[str, Any], prompts: object) -> list[dict[str, Any]]:
+    """The options `given`, once with each of the prompts. Raises InvalidParameter for anything but
+    a list of one to MAX_PROMPTS strings, and for a prompt beside it."""
+    if "prompt" in given:
+        raise InvalidParameter("prompts", "prompts and prompt exclude each other; give one of them")
+    listed = prompts if isinstance(prompts, list | tuple) else []
+    if not 1 <= len(listed) <= MAX_PROMPTS or not all(isinstance(one, str) for one in listed):
+        raise InvalidParameter(
+            "prompts", f"prompts must be a list of 1 to {MAX_PROMPTS} strings, one for each answer"
+        )
+    return [{**given, "prompt": prompt} for prompt in listed]
 
 
 def encode_prompt(tokenizer: CaptionTokenizer, prompt: str | None) -> list[int]:

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 WIDTH, LAYERS, HEADS, POSITIONS, SIDE = 16, 2, 2, 26, 16
 SHARPNESS = 0.35
-FLORENCE_SIDE, FLORENCE_SHARPNESS, FLORENCE_LIKING = 24, 0.5, 2.0
+FLORENCE_SIDE, FLORENCE_SEED, FLORENCE_LIKING, FLORENCE_LOOKING = 24, 4, 16.0, 1.5
 # From transformers' names to the original ones.
 ORIGINAL_NAMES = (
     (r"^lm_head", "language_model.lm_head"),
@@ -216,7 +216,7 @@ def tiny_family(name: str):
 def tiny_florence():
     """(model, processor) of a Florence-2 with opinions: two stages, windows of 4 x 4 of which the
     last are not full, prompt and text of one vocabulary."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(FLORENCE_SEED)
     tokenizer = tiny_roberta_tokenizer()
     tokenizer.add_tokens(["<loc_0>", "<loc_1>"], special_tokens=True)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -232,7 +232,7 @@ def tiny_florence():
         "num_groups": (2, 4), "window_size": 4, "projection_dim": WIDTH,
     }  # fmt: skip
     text = {
-        "vocab_size": len(tokenizer), "d_model": WIDTH, "max_position_embeddings": 90,
+        "vocab_size": len(tokenizer), "d_model": WIDTH, "max_position_embeddings": 300,
         "encoder_layers": 2, "encoder_ffn_dim": 32, "encoder_attention_heads": 4,
         "decoder_layers": LAYERS, "decoder_ffn_dim": 24, "decoder_attention_heads": HEADS,
     }  # fmt: skip
@@ -247,9 +247,10 @@ def tiny_florence():
         bart = model.model.language_model
         for part in (bart.encoder, bart.decoder):
             part.embed_positions.weight.mul_(POSITIONS_GAIN)
+        for layer in bart.decoder.layers:  # so that captions differ from photo to photo
+            layer.encoder_attn.out_proj.weight.mul_(FLORENCE_LOOKING)
         # The head has no bias: the last norm's is what every word is liked by.
         last = bart.decoder.layers[-1].final_layer_norm
-        last.weight.mul_(FLORENCE_SHARPNESS)
         likes = FLORENCE_LIKING * last.bias / last.bias.norm() ** 2
         bart.shared.weight[tokenizer.eos_token_id] += likes
     settings = {"num_beams": 3, "no_repeat_ngram_size": 3, "early_stopping": True}
@@ -257,6 +258,14 @@ def tiny_florence():
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
     return model, transformers.Florence2Processor(photos, tokenizer)
+
+
+def save_florence(folder: Path):
+    """A Florence-2 as people save it: (model, processor)."""
+    model, processor = tiny_florence()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
 
 
 def original_layout(folder: Path, model) -> None:

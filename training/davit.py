@@ -141,9 +141,9 @@ class Entry(nn.Module):
 
 
 def strips(x_BND: Tensor, tokens: int, width: int) -> tuple[Tensor, ...]:
-    """The tokens in strips, each of a multiple of so many `tokens`, that a layer of `width` takes
-    one after the other: what it makes of a strip stays in the processor's cache, where all of a
-    stage's would be new memory from the system each time."""
+    """The tokens in strips, each of a multiple of so many `tokens`, that layers of `width` take one
+    after the other: what they make of a strip stays in the processor's cache, where what they make
+    of a whole stage would be new memory from the system each time."""
     return x_BND.split(tokens * max(1, STRIP // (tokens * width)), dim=1)
 
 
@@ -172,7 +172,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, bias: bool, side: int, window: int) -> None:
         super().__init__()
-        self.heads, self.side, self.window = heads, side, window
+        self.width, self.heads, self.side, self.window = width, heads, side, window
         self.count = math.ceil(side / window)  # windows along one side
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
@@ -181,7 +181,7 @@ class WindowAttention(nn.Module):
         full = self.count * self.window
         missing = full - self.side
         x_BHWD = F.pad(x_BND.unflatten(1, (self.side, self.side)), (0, 0, 0, missing, 0, missing))
-        parts = strips(x_BHWD.flatten(1, 2), self.window * full, 3 * x_BND.size(2))
+        parts = strips(x_BHWD.flatten(1, 2), self.window * full, 3 * self.width)
         x_BND = torch.cat([self._attend(part) for part in parts], dim=1)
         return x_BND.unflatten(1, (full, full))[:, : self.side, : self.side].flatten(1, 2)
 
@@ -200,20 +200,20 @@ class WindowAttention(nn.Module):
 class ChannelAttention(nn.Module):
     """Attention of the channels of a group to each other: each is a vector over all tokens."""
 
-    def __init__(self, width: int, groups: int, bias: bool) -> None:
+    def __init__(self, width: int, groups: int, bias: bool, tokens: int) -> None:
         super().__init__()
-        self.groups = groups
+        self.width, self.groups, self.tokens = width, groups, tokens
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         logits, values = [], []
-        for part in strips(x_BND, 1, 3 * x_BND.size(2)):
+        for part in strips(x_BND, 1, 3 * self.width):
             q, k, v = self.qkv(part).chunk(3, dim=-1)
             q_BGNg, k_BGNg, v_BGNg = (split_heads(x, self.groups) for x in (q, k, v))
             logits.append(q_BGNg.transpose(-1, -2) @ k_BGNg)
             values.append(v_BGNg)
-        logits_BGgg = torch.stack(logits).sum(0) * x_BND.size(1) ** -0.5
+        logits_BGgg = torch.stack(logits).sum(0) * self.tokens**-0.5
         weights_BGgg = logits_BGgg.softmax(-1).transpose(-1, -2)
         return torch.cat([self.out(merge_heads(v @ weights_BGgg)) for v in values], dim=1)
 
@@ -249,7 +249,8 @@ class Block(nn.Module):
             width, config.heads[stage], bias, config.sides[stage], config.window
         )
         self.spatial = HalfBlock(config, stage, windows)
-        channels = ChannelAttention(width, config.groups[stage], bias)
+        tokens = config.sides[stage] ** 2
+        channels = ChannelAttention(width, config.groups[stage], bias, tokens)
         self.channel = HalfBlock(config, stage, channels)
 
     def forward(self, x_BND: Tensor) -> Tensor:
