@@ -34,6 +34,8 @@ def in_precision(model: CaptioningModel, encoder: str, decoder: str) -> Captioni
     """A copy of `model` for inference whose linear layers are those of `export.layers`."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     _replace(model.encoder, encoder)
+    if model.decoder.prompt_encoder is not None:  # which runs once a photo, as an encoder does
+        _replace(model.decoder.prompt_encoder, encoder)
     head = model.decoder.head
     _replace(model.decoder, decoder)
     if decoder in ("bf16", "int8"):

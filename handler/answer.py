@@ -14,7 +14,7 @@ from ts.handler_utils.utils import send_intermediate_predict_response
 from handler.attention_maps import overlay, png_bytes
 from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
-from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt
+from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt, written_prompt
 from handler.request import Request, describe_error, to_json
 
 log = logging.getLogger(__name__)
@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 @dataclass
 class Job:
     """A request that was understood: its place in the batch, the photo as the model sees it
-    (picture, and tensor (3, S, S)), its options, and whether a picture is the answer."""
+    (picture, and tensor (3, S, S)), the options of each of its prompts, and whether a picture is
+    the answer."""
 
     place: int
     request: Request
-    options: DecodeOptions
+    options: Sequence[DecodeOptions]
     image: Image.Image
     pixels_3SS: Tensor
     as_picture: bool
@@ -38,17 +39,20 @@ class TokenStream:
 
     def __init__(self, captioner: Captioner, jobs: Sequence[Job], context: Any) -> None:
         self.context = context
-        # The number of a job among its batch -> its place among the requests, its text so far.
+        # A job's row in the search -> its place among the requests, its text so far.
         self.jobs: dict[int, tuple[int, PieceStream]] = {}
-        for number, job in enumerate(jobs):
+        row = 0
+        for job in jobs:
             if job.request.stream:
-                prompt = encode_prompt(captioner.tokenizer, job.options.prompt)
-                self.jobs[number] = job.place, PieceStream(captioner.tokenizer, prompt)
+                prompt = encode_prompt(captioner.tokenizer, job.options[0].prompt)
+                prompt = written_prompt(captioner.tokenizer, prompt)
+                self.jobs[row] = job.place, PieceStream(captioner.tokenizer, prompt)
+            row += len(job.options)
 
-    def on_token(self, number: int, token_id: int) -> None:
-        if number not in self.jobs:
+    def on_token(self, row: int, token_id: int) -> None:
+        if row not in self.jobs:
             return
-        place, pieces = self.jobs[number]
+        place, pieces = self.jobs[row]
         self.context.set_response_content_type(place, "application/x-ndjson")
         send_intermediate_predict_response(
             {place: to_json({"token": pieces.add(token_id)}) + "\n"},
@@ -63,14 +67,28 @@ def answer(
     captioner: Captioner,
     job: Job,
     memory_PD: Tensor,
-    captions: Sequence[Caption],
+    found: Sequence[Sequence[Caption]],
     model: dict[str, str],
 ) -> str | bytes:
-    """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's."""
+    """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's, `found`
+    the captions for each of its prompts."""
     if job.as_picture:
-        best, memory_1PD = captions[0], memory_PD.unsqueeze(0)
+        best, memory_1PD = found[0][0], memory_PD.unsqueeze(0)
         [maps_Tgg] = captioner.attention_memory(memory_1PD, [best.ids], [best.prompt_ids])
         return png_bytes(overlay(job.image, best.tokens, maps_Tgg))
+    entries = [_entry(captioner, job, memory_PD, captions) for captions in found]
+    if job.request.prompts is None:
+        body = {**entries[0], "model": model}
+    else:
+        prompts = zip(job.request.prompts, entries, strict=True)
+        body = {"answers": [{"prompt": p, **entry} for p, entry in prompts], "model": model}
+    return to_json(body) + ("\n" if job.request.stream else "")
+
+
+def _entry(
+    captioner: Captioner, job: Job, memory_PD: Tensor, captions: Sequence[Caption]
+) -> dict[str, Any]:
+    """The best caption and all of them, with their maps where they were asked for."""
     entries = [caption_as_dict(caption) for caption in captions]
     if job.request.attention:
         memory_NPD = memory_PD.expand(len(captions), -1, -1)
@@ -80,8 +98,7 @@ def answer(
         for entry, maps_Tgg in zip(entries, maps, strict=True):
             rows = [[round(weight, 8) for weight in row] for row in maps_Tgg.flatten(1).tolist()]
             entry["attention"] = {"grid": list(maps_Tgg.shape[1:]), "maps": rows}
-    body = {"caption": captions[0].text, "captions": entries, "model": model}
-    return to_json(body) + ("\n" if job.request.stream else "")
+    return {"caption": captions[0].text, "captions": entries}
 
 
 def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int) -> str:

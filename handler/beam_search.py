@@ -27,7 +27,9 @@ Where it deviates:
   there are fewer continuations than beams (a vocabulary below 2K), or where a score falls below
   -1e9 (a strongly negative length penalty on a long caption). Here a list is shorter instead.
 - Where processors forbid every token, a caption ends as if it had reached its greatest length.
-- `suppress` names ids that are never generated (padding, begin, <unk>).
+- `SpecialIds.suppressed` are never generated (padding, begin, <unk>).
+- A forced first token (`forced_bos_token_id`) is not searched for: it stands in the text, and
+  counts as generated.
 - Sampling inverts the cumulative distribution with uniforms that each request draws up front from
   a generator of its own, so that a seed's captions do not depend on the rest of the batch.
 
@@ -284,12 +286,26 @@ def most_prompt_tokens(max_positions: int) -> int:
 
 
 @dataclass(frozen=True)
+class SpecialIds:
+    """The ids that are more than words to a search. A text begins with `begin` and ends with `end`;
+    `suppressed` are never generated. Unless there is a prompt, `first` is generated first, whatever
+    the model says; with `forces_end` the last token that the length leaves room for is `end`
+    (Hugging Face's `forced_bos_token_id` and `forced_eos_token_id`, which BART has)."""
+
+    begin: int
+    end: int
+    suppressed: Sequence[int] = ()
+    first: int | None = None
+    forces_end: bool = False
+
+
+@dataclass(frozen=True)
 class Hypothesis:
     """One decoded caption.
 
-    `ids` leaves out the begin token, the prompt and the end token; `token_log_probs` are of the
-    model itself, before any processor: one an id and one more when the end token was reached
-    (`finished`); `score` is what the search ranks by.
+    `ids` leaves out the begin token, a forced first one, the prompt and the end token;
+    `token_log_probs` are of the model itself, before any processor: one an id and one more when the
+    end token was reached (`finished`); `score` is what the search ranks by.
     """
 
     ids: list[int]
@@ -322,8 +338,9 @@ class Decoder(Protocol):
     vocab_size: int
     max_positions: int
 
-    def begin(self, memory_BPD: Tensor) -> KeysValues:
-        """Keys and values of the photos (B, H, P, d), from the encoder's memory."""
+    def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
+        """Keys and values of the photos (B, H, P, d), from the encoder's memory. The ids
+        `prompt_BT` are for a decoder whose photos are read together with a prompt."""
 
     def new_cache(self, photos: int, slots: int) -> KeysValues:
         """Room for keys and values of that many tokens a photo, (B, H, slots, d)."""
@@ -366,7 +383,12 @@ class DecoderWithMaps(Decoder, Protocol):
     """A decoder that can tell where it looks."""
 
     def attention(
-        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        memory_BPD: Tensor,
+        prompt_BT: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token to the photo in one parallel pass over finished captions:
         (layers, B, H, Q, P), summing to 1 over P."""
@@ -377,16 +399,16 @@ def search(
     decoder: Decoder,
     memory_BPD: Tensor,
     options: Sequence[DecodeOptions],
-    begin_id: int,
-    end_id: int,
-    suppress: Sequence[int] = (),
+    special: SpecialIds,
     on_token: Callable[[int, int], None] | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
+    readings: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
     """Decodes each photo by its own options: a list (photos) of lists (best first).
 
-    `memory` (B, P, D) is the encoder's. Ids in `suppress` are never generated. `prompts` holds the
-    token ids of each photo's prompt; `DecodeOptions.prompt`, which is text, is not read here.
+    `memory` (B, P, D) is the encoder's. `prompts` holds the token ids of each photo's prompt, which
+    its text begins with; `readings` those that a prompt encoder reads beside the photo.
+    `DecodeOptions.prompt`, which is text, is not read here.
     `on_token(photo, token id)` hears the ids of a photo's first hypothesis in their order: as they
     are decided where one sequence is open (greedy search, a single sample), at the end where the
     best of several samples is only known then; never for beam search, which may change its mind.
@@ -403,25 +425,44 @@ def search(
         for o, prompt in zip(options, prompts, strict=True)
     ]
     results: list[list[Hypothesis]] = [[] for _ in options]
-    # Beam search and the others share no arithmetic: at most two batches, one after the other.
-    for beams in (True, False):
-        photos = [i for i, o in enumerate(options) if (o.beams > 1) == beams]
-        if not photos:
-            continue
+    # Beam search and the others share no arithmetic, and what is read has no padding: a batch of
+    # each kind, one after the other.
+    kinds = [(o.beams > 1, len(readings[i]) if readings else 0) for i, o in enumerate(options)]
+    for kind in dict.fromkeys(kinds):
+        photos = [i for i, own in enumerate(kinds) if own == kind]
         memory = memory_BPD if len(photos) == len(options) else memory_BPD[photos]
-        longest = [limits[i][0] for i in photos]
+        if readings is None:
+            keys_values = decoder.begin(memory)
+        else:
+            reading = [list(readings[i]) for i in photos]
+            keys_values = decoder.begin(memory, torch.tensor(reading, device=memory.device))
         chosen = [options[i] for i in photos]
-        texts = [[begin_id, *prompts[i]] for i in photos]
-        batch = _Batch(decoder, memory, max(o.rows for o in chosen), max(longest), texts)
-        processors = _Processors(chosen, end_id, suppress, batch)
-        if beams:
-            found = _beam_search(batch, chosen, longest, processors, end_id)
+        texts = [_text(prompts[i], limits[i][0], special) for i in photos]
+        batch = _Batch(decoder, keys_values, max(o.rows for o in chosen), texts, memory.device)
+        processors = _Processors(chosen, special, batch)
+        if kind[0]:
+            found = _beam_search(batch, chosen, processors, special.end)
         else:
             hear = None if on_token is None else _renumber(on_token, photos)
-            found = _one_at_a_time(batch, chosen, longest, processors, end_id, hear)
+            found = _one_at_a_time(batch, chosen, processors, special.end, hear)
         for photo, hypotheses in zip(photos, found, strict=True):
             results[photo] = hypotheses
     return results
+
+
+class _Text(NamedTuple):
+    """What a photo's text begins with, how many of these tokens count as generated, and the length
+    at which it ends, in tokens that count."""
+
+    ids: list[int]
+    counted: int
+    longest: int
+
+
+def _text(prompt: Sequence[int], longest: int, special: SpecialIds) -> _Text:
+    if special.first is None or prompt:
+        return _Text([special.begin, *prompt], 0, longest)
+    return _Text([special.begin, special.first], 1, max(longest, 2))
 
 
 def _renumber(hear: Callable[[int, int], None], photos: list[int]) -> Callable[[int, int], None]:
@@ -443,22 +484,24 @@ class _Batch:
     def __init__(
         self,
         decoder: Decoder,
-        memory_BPD: Tensor,
+        memory: KeysValues,
         beams: int,
-        longest: int,
-        texts: Sequence[Sequence[int]],
+        texts: Sequence[_Text],
+        device: torch.device,
     ) -> None:
-        """`texts` holds what each photo's text begins with."""
-        photos, device = memory_BPD.size(0), memory_BPD.device
+        photos = len(texts)
         self.decoder, self.beams, self.device = decoder, beams, device
         self.rows = list(range(photos))  # which photo lies in each row
         self.time = self.used = 0
-        self.memory = decoder.begin(memory_BPD)
-        lengths = list(map(len, texts))
+        self.memory, self.texts = memory, texts
+        # How many tokens each photo may yet generate.
+        self.steps = [text.longest - text.counted for text in texts]
+        longest = max(self.steps)
+        lengths = [len(text.ids) for text in texts]
         width = max(lengths)
         self.is_padded = min(lengths) < width
         # Begin tokens as padding: once more they change no penalty.
-        rows = [[text[0]] * (width - len(text)) + [*text] for text in texts]
+        rows = [[ids[0]] * (width - len(ids)) + ids for ids, _, _ in texts]
         self.text_BT = torch.tensor(rows, device=device)
         self.padding_B1 = width - _column(lengths, device)
         # The last token is never fed back, so it needs no slot.
@@ -529,18 +572,22 @@ class _Processors:
     def __init__(
         self,
         options: Sequence[DecodeOptions],
-        end_id: int,
-        suppress: Sequence[int],
+        special: SpecialIds,
         batch: _Batch,
     ) -> None:
         device = batch.device
-        self.end_id = end_id
-        self.suppress = torch.tensor(suppress, device=device) if suppress else None
+        self.end_id = special.end
+        suppressed = special.suppressed
+        self.suppress = torch.tensor(suppressed, device=device) if suppressed else None
+        self.forced = min(batch.steps) if special.forces_end else math.inf
+        self.steps_B1 = _column(batch.steps, device)
         sizes = {o.no_repeat_ngram_size for o in options}
         self.sizes, self.sizes_differ = sorted(sizes - {0}), len(sizes) > 1
         self.size_B1 = _column([o.no_repeat_ngram_size for o in options], device)
-        self.shortest = max(o.min_new_tokens for o in options)
-        self.shortest_B1 = _column([o.min_new_tokens for o in options], device)
+        shortest = [
+            o.min_new_tokens - text.counted for o, text in zip(options, batch.texts, strict=True)
+        ]
+        self.shortest, self.shortest_B1 = max(shortest), _column(shortest, device)
         self.penalises = any(o.repetition_penalty != 1 for o in options)
         # Not so small that a logit over it overflows.
         penalties = [max(o.repetition_penalty, 1e-30) for o in options]
@@ -571,10 +618,12 @@ class _Processors:
 
     def bans(self, time: int) -> bool:
         """Whether `ban` has anything to do."""
-        return self.suppress is not None or bool(self.sizes) or time < self.shortest
+        forces = time + 1 >= self.forced
+        return self.suppress is not None or bool(self.sizes) or time < self.shortest or forces
 
-    def ban(self, scores_BQV: Tensor, time: int) -> None:
-        """Makes -inf, in place, what may not follow."""
+    def ban(self, scores_BQV: Tensor, time: int, before_BQ1: Tensor | float = 0.0) -> None:
+        """Makes -inf, in place, what may not follow. A forced end adds nothing to the scores
+        `before` it."""
         if self.suppress is not None:
             scores_BQV.index_fill_(2, self.suppress, -math.inf)
         if time < self.shortest:
@@ -593,8 +642,15 @@ class _Processors:
                     first = torch.arange(windows.size(2), device=windows.device)
                     repeats &= (first >= self.padding_B1).unsqueeze(1)
                 scores_BQV.scatter_add_(2, windows[..., -1], torch.where(repeats, -math.inf, 0.0))
+        if time + 1 >= self.forced:
+            last_B11 = (self.steps_B1 == time + 1).unsqueeze(2)
+            end_BQ1 = scores_BQV[:, :, self.end_id, None]
+            end_BQ1 = torch.where(last_B11, before_BQ1, end_BQ1)
+            scores_BQV.masked_fill_(last_B11, -math.inf)
+            scores_BQV[:, :, self.end_id, None] = end_BQ1
 
     def keep(self, rows: Tensor) -> None:
+        self.steps_B1 = self.steps_B1[rows]
         self.size_B1, self.shortest_B1 = self.size_B1[rows], self.shortest_B1[rows]
         self.penalty_B11, self.padding_B1 = self.penalty_B11[rows], self.padding_B1[rows]
         if self.reads:
@@ -604,26 +660,22 @@ class _Processors:
 class _Rules:
     """What beam search divides scores by, and when a photo is done, as tables over time."""
 
-    def __init__(
-        self,
-        options: Sequence[DecodeOptions],
-        longest: Sequence[int],
-        beams: int,
-        device: torch.device,
-    ) -> None:
-        length_T = torch.arange(1, max(longest) + 1)
-        longest_B1 = _column(longest)
+    def __init__(self, options: Sequence[DecodeOptions], batch: _Batch) -> None:
+        beams, device = batch.beams, batch.device
+        longest_B1 = _column([text.longest for text in batch.texts])
+        counted_B1 = _column([text.counted for text in batch.texts])
+        length_BT = torch.arange(1, max(batch.steps) + 1) + counted_B1
         penalty_B1 = _column([o.length_penalty for o in options]).double()
         never_B1 = _column([o.early_stopping == "never" for o in options])
         # The kindest length that an open beam may still have. Exact under `never`: the greatest
         # where length is rewarded, otherwise the smallest at which it may end, one token on at
         # least. Hugging Face otherwise takes the present length.
-        soonest_BT = (length_T + 1).maximum(_column([o.min_new_tokens + 1 for o in options]))
+        soonest_BT = (length_BT + 1).maximum(_column([o.min_new_tokens + 1 for o in options]))
         kindest_BT = torch.where(penalty_B1 > 0, longest_B1, soonest_BT.minimum(longest_B1))
-        kindest_BT = torch.where(never_B1, kindest_BT, length_T)
-        self.divisor_BT = (length_T**penalty_B1).float().to(device)
+        kindest_BT = torch.where(never_B1, kindest_BT, length_BT)
+        self.divisor_BT = (length_BT**penalty_B1).float().to(device)
         self.reach_BT = (kindest_BT**penalty_B1).float().to(device)
-        self.last_BT = (length_T == longest_B1).to(device)
+        self.last_BT = (length_BT == longest_B1).to(device)
         # The rank in the pool that an open beam has to beat.
         ranks = [
             o.num_return_sequences if o.early_stopping == "never" else o.beams for o in options
@@ -652,14 +704,13 @@ class _Rules:
 def _beam_search(
     batch: _Batch,
     options: Sequence[DecodeOptions],
-    longest: Sequence[int],
     processors: _Processors,
     end_id: int,
 ) -> list[list[Hypothesis]]:
     beams, device = batch.beams, batch.device
-    rules = _Rules(options, longest, beams, device)
+    rules = _Rules(options, batch)
     tokens_BQ, running_BQ = batch.text_BT, torch.zeros(len(options), 1, device=device)
-    pool = _Pool(len(options), beams, max(longest), device)
+    pool = _Pool(len(options), beams, max(batch.steps), device)
     ends: dict[int, list[_End]] = {}
     history: list[_Moment] = []
 
@@ -667,7 +718,7 @@ def _beam_search(
         time, rows = batch.time, batch.rows
         own_BQV = torch.log_softmax(batch.step(tokens_BQ), dim=-1)
         total_BQV = processors.penalise(own_BQV) + running_BQ.unsqueeze(2)
-        processors.ban(total_BQV, time)
+        processors.ban(total_BQV, time, running_BQ.unsqueeze(2))
 
         # The best candidates, best first: each beam ends at most one, so that K of 2K go on.
         value_BC, where_BC = greatest(total_BQV.flatten(1), 2 * beams)
@@ -697,10 +748,10 @@ def _beam_search(
             for row, best in pool.of_closed(is_open):
                 if math.isnan(best[0].score + running[row]):
                     raise RuntimeError(NOT_A_NUMBER)
-                option = options[rows[row]]
+                option, counted = options[rows[row]], batch.texts[rows[row]].counted
                 ended = [end for end in best if end.score > -math.inf]
                 # A dead end: nothing may follow, nothing has ended. The first beam was best.
-                norm = max(time, 1) ** option.length_penalty
+                norm = max(time + counted, 1) ** option.length_penalty
                 ended = ended or [_End(before[row] / norm, time - 1, None)]
                 ends[rows[row]] = ended[: option.num_return_sequences]
             stay = batch.leave(is_open)
@@ -806,7 +857,6 @@ def _hypothesis(ids: list[int], log_probs: list[float], score: float, end_id: in
 def _one_at_a_time(
     batch: _Batch,
     options: Sequence[DecodeOptions],
-    longest: Sequence[int],
     processors: _Processors,
     end_id: int,
     hear: Callable[[int, int], None] | None,
@@ -815,8 +865,8 @@ def _one_at_a_time(
     beams, device = batch.beams, batch.device
     sampler = None
     if any(o.do_sample for o in options):
-        sampler = _Sampler(options, longest, beams, device)
-    last_BT = (torch.arange(1, max(longest) + 1) == _column(longest)).to(device)
+        sampler = _Sampler(options, batch.steps, beams, device)
+    last_BT = (torch.arange(1, max(batch.steps) + 1) == _column(batch.steps)).to(device)
     open_BK = torch.arange(beams, device=device) < _column([o.rows for o in options], device)
     tokens_BQ = batch.text_BT
     history: list[_Moment] = []
@@ -849,7 +899,10 @@ def _one_at_a_time(
         processors.write(tokens_BQ)
 
     moments = _read(history)
-    answers = [_samples(moments, photo, o, end_id) for photo, o in enumerate(options)]
+    answers = [
+        _samples(moments, photo, o, batch.texts[photo].counted, end_id)
+        for photo, o in enumerate(options)
+    ]
     if hear is not None:  # of several samples the best is known only now
         several = [photo for photo, o in enumerate(options) if o.rows > 1]
         for photo, token in ((i, token) for i in several for token in answers[i][0].ids):
@@ -882,15 +935,15 @@ def _next_tokens(
 
 
 def _samples(
-    moments: Sequence[_Read], photo: int, options: DecodeOptions, end_id: int
+    moments: Sequence[_Read], photo: int, options: DecodeOptions, counted: int, end_id: int
 ) -> list[Hypothesis]:
-    """A photo's sequences, best first."""
-    samples = [_sequence(moments, photo, k, options, end_id) for k in range(options.rows)]
+    """A photo's sequences, best first; so many tokens before them count as generated."""
+    samples = [_sequence(moments, photo, k, options, counted, end_id) for k in range(options.rows)]
     return sorted(samples, key=lambda sample: -sample.score)
 
 
 def _sequence(
-    moments: Sequence[_Read], photo: int, k: int, options: DecodeOptions, end_id: int
+    moments: Sequence[_Read], photo: int, k: int, options: DecodeOptions, counted: int, end_id: int
 ) -> Hypothesis:
     """Reads the k-th sequence of a photo off a greedy search's or a sampling's history."""
     ids: list[int] = []
@@ -909,7 +962,7 @@ def _sequence(
         ids.append(token)
         log_probs.append(gain)
         total += log
-    score = total / max(len(ids), 1) ** options.length_penalty
+    score = total / max(len(ids) + counted, 1) ** options.length_penalty
     return _hypothesis(ids, log_probs, score, end_id)
 
 

@@ -10,12 +10,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypedDict
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from handler.beam_search import SpecialIds
 from handler.errors import UserError
 from handler.files import write_atomic
 
@@ -30,10 +32,22 @@ SPACELESS = re.compile(
 SPACELESS_SHARE = 0.05
 
 
+class Task(TypedDict):
+    """A prompt that is read beside the photo: its words, and the ids that they are read as."""
+
+    words: str
+    ids: list[int]
+
+
 class CaptionTokenizer:
     """`begin_id` starts every caption, `end_id` closes it, `pad_id` fills a batch; they may be one
     and the same, as they are in GPT-2. `suppressed_ids` are never part of a caption: if not given,
-    padding, begin and <unk>, unless one of them is also the end token."""
+    padding, begin and <unk>, unless one of them is also the end token. `first_id` and `forces_end`
+    are those of `SpecialIds`.
+
+    `tasks` are the prompts of a model that reads them beside the photo: the words of each by its
+    name, such as `<CAPTION>`, and the ids that it is read as. The first is the default.
+    """
 
     def __init__(
         self,
@@ -42,10 +56,15 @@ class CaptionTokenizer:
         end_id: int,
         pad_id: int,
         suppressed_ids: Sequence[int] | None = None,
+        first_id: int | None = None,
+        forces_end: bool = False,
+        tasks: Mapping[str, Task] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.begin_id, self.end_id, self.pad_id = begin_id, end_id, pad_id
-        self._special = {begin_id, end_id, pad_id}
+        self.first_id, self.forces_end = first_id, forces_end
+        self.tasks = dict(tasks or {})
+        self._special = {begin_id, end_id, pad_id, *self.opening}
         # None where every text can be spelled.
         self.unknown_id: int | None = tokenizer.token_to_id(UNKNOWN)
         if suppressed_ids is None:
@@ -60,20 +79,14 @@ class CaptionTokenizer:
         self.is_word_level = tokenizer.decoder is None
 
     @classmethod
-    def load(
-        cls,
-        path: Path,
-        begin_id: int,
-        end_id: int,
-        pad_id: int,
-        suppressed_ids: Sequence[int] | None = None,
-    ) -> "CaptionTokenizer":
-        """Reads a `tokenizer.json`. Raises UserError naming the file when it cannot be read."""
+    def load(cls, path: Path, *settings: Any, **named: Any) -> "CaptionTokenizer":
+        """Reads a `tokenizer.json`; the settings are those of the class. Raises UserError naming
+        the file when it cannot be read."""
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{path}: no readable tokenizer ({error})") from error
-        return cls(tokenizer, begin_id, end_id, pad_id, suppressed_ids)
+        return cls(tokenizer, *settings, **named)
 
     @classmethod
     def train(
@@ -147,6 +160,24 @@ class CaptionTokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(content))
         ids = self.begin_id, self.end_id, self.pad_id
         return CaptionTokenizer(tokenizer, *ids, self.suppressed_ids)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the class takes beside the file: a section of a checkpoint's `config.json`."""
+        names = ("begin_id", "end_id", "pad_id", "suppressed_ids", "first_id", "forces_end")
+        return {name: getattr(self, name) for name in (*names, "tasks")}
+
+    @property
+    def special(self) -> SpecialIds:
+        """What a search has to know."""
+        return SpecialIds(
+            self.begin_id, self.end_id, self.suppressed_ids, self.first_id, self.forces_end
+        )
+
+    @property
+    def opening(self) -> list[int]:
+        """What a caption begins with that has no prompt of its own."""
+        return [self.begin_id] if self.first_id is None else [self.begin_id, self.first_id]
 
     def save(self, path: Path) -> None:
         """Writes a `tokenizer.json`, whole or not at all."""

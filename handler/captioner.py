@@ -4,10 +4,11 @@ Evaluation, the TorchServe handler and library users all come through `Captioner
 decoder in it are either the eager ones of a checkpoint or the TorchScript ones of an export.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from handler.beam_search import (
     most_prompt_tokens,
     search,
 )
-from handler.caption_tokenizer import CaptionTokenizer
+from handler.caption_tokenizer import CaptionTokenizer, Task
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
 from handler.files import FORMAT, read_object
@@ -30,6 +31,8 @@ from handler.image_preprocess import PreprocessConfig, preprocess
 Photo = bytes | bytearray | memoryview | Image.Image
 # Photos encoded and searched at once when a caller hands over a long list.
 BATCH = 16
+# Prompts of one photo.
+MAX_PROMPTS = 16
 # The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
 # allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
 ENCODED_BYTES = 10_000_000
@@ -46,11 +49,12 @@ DECODER_METHODS = (
 class Caption:
     """One caption of one photo.
 
-    `text` contains the prompt, as the tokenizer writes it; the others are of what was generated
-    behind it. `tokens` are its pieces of text, without begin and end token; `token_log_probs` the
-    model's own natural-log probabilities, one a token and one more when the end token was reached;
-    `log_prob` their sum; `score` what the search ranks by (length penalty and processors included);
-    `ids` the token ids of `tokens`, and `prompt_ids` those of the prompt.
+    `text` contains the prompt, as the tokenizer writes it, unless the model reads it beside the
+    photo; the others are of what was generated behind it. `tokens` are its pieces of text, without
+    begin and end token; `token_log_probs` the model's own natural-log probabilities, one a token
+    and one more when the end token was reached; `log_prob` their sum; `score` what the search ranks
+    by (length penalty and processors included); `ids` the token ids of `tokens`, and `prompt_ids`
+    those of the prompt.
     """
 
     text: str
@@ -124,14 +128,34 @@ class Captioner:
         sizes = self.decoder.vocab_size, self.decoder.max_positions
         return choose_options(given, self.decoding, self.tokenizer, *sizes)
 
-    def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
-        """Captions each photo: a list (photos) of lists (best first) of `Caption`.
+    @overload
+    def caption(
+        self, photos: Sequence[Photo], prompts: None = None, **options: Any
+    ) -> list[list[Caption]]: ...
+    @overload
+    def caption(
+        self, photos: Sequence[Photo], prompts: Sequence[str], **options: Any
+    ) -> list[list[list[Caption]]]: ...
+    def caption(
+        self, photos: Sequence[Photo], prompts: Sequence[str] | None = None, **options: Any
+    ) -> list[list[Caption]] | list[list[list[Caption]]]:
+        """Captions each photo: a list (photos) of lists (best first) of `Caption`; with `prompts` a
+        list (photos) of lists (prompts) of such lists, each photo encoded once.
 
         Raises InvalidImage for a photo that cannot be read, InvalidParameter for a bad option and
         TypeError where `photos` is not a sequence of photos.
         """
         check_photos(photos)
-        return self.caption_each(photos, [self.options(**options)] * len(photos))
+        if prompts is None:
+            return self.caption_each(photos, [self.options(**options)] * len(photos))
+        each = [self.options(**given) for given in prompted(options, prompts)]
+        found = []
+        for start in range(0, len(photos), BATCH):
+            part = photos[start : start + BATCH]
+            memory_BPD = self.encode(torch.stack([self.preprocess(photo) for photo in part]))
+            memory_NPD = memory_BPD.repeat_interleave(len(each), dim=0)
+            found += self.caption_memory(memory_NPD, each * len(part))
+        return [found[first : first + len(each)] for first in range(0, len(found), len(each))]
 
     def caption_each(
         self, photos: Sequence[Photo], options: Sequence[DecodeOptions]
@@ -167,7 +191,9 @@ class Captioner:
         images_B3SS = images_B3SS.to(self.device)
         shape = self.config["model"]["encoder"]
         patches = (shape["image_size"] // shape["patch_size"]) ** 2
-        photos = max(1, ENCODED_BYTES // (4 * patches * shape["mlp_width"]))
+        photos = 1  # of a DaViT, whose first stage has a token for each 4 x 4 pixels
+        if "kind" not in shape:
+            photos = max(1, ENCODED_BYTES // (4 * patches * shape["mlp_width"]))
         if self.device.type != "cpu" or len(images_B3SS) <= photos:
             return self.encoder(images_B3SS)
         return torch.cat([self.encoder(part) for part in images_B3SS.split(photos)])
@@ -181,15 +207,15 @@ class Captioner:
     ) -> list[list[Caption]]:
         """Captions photos that are encoded already."""
         prompts = [encode_prompt(self.tokenizer, photo.prompt) for photo in options]
+        written = [written_prompt(self.tokenizer, prompt) for prompt in prompts]
         found = search(
             self.decoder,
             memory_BPD,
             options,
-            begin_id=self.tokenizer.begin_id,
-            end_id=self.tokenizer.end_id,
-            suppress=self.tokenizer.suppressed_ids,
-            on_token=on_token,
-            prompts=prompts,
+            self.tokenizer.special,
+            on_token,
+            written,
+            prompts if self.tokenizer.tasks else None,
         )
         return [
             [self._caption(hypothesis, prompt) for hypothesis in photo]
@@ -197,9 +223,10 @@ class Captioner:
         ]
 
     def _caption(self, hypothesis: Hypothesis, prompt_ids: list[int]) -> Caption:
+        written = written_prompt(self.tokenizer, prompt_ids)
         return Caption(
-            text=self.tokenizer.decode([*prompt_ids, *hypothesis.ids]),
-            tokens=self.tokenizer.pieces(hypothesis.ids, prompt_ids),
+            text=self.tokenizer.decode([*written, *hypothesis.ids]),
+            tokens=self.tokenizer.pieces(hypothesis.ids, written),
             token_log_probs=hypothesis.token_log_probs,
             log_prob=sum(hypothesis.token_log_probs),
             score=hypothesis.score,
@@ -235,23 +262,43 @@ class Captioner:
         if not any(ids):
             return [torch.zeros(0, grid, grid) for _ in ids]
         prompts = [()] * len(ids) if prompts is None else prompts
-        texts = [[*prompt, *caption] for prompt, caption in zip(prompts, ids, strict=True)]
+        written = [written_prompt(self.tokenizer, prompt) for prompt in prompts]
+        # What is given of each text: the token at its end is the first that is generated.
+        given = [
+            [self.tokenizer.begin_id, *prompt] if prompt else self.tokenizer.opening
+            for prompt in written
+        ]
+        texts = [[*start, *caption[:-1]] for start, caption in zip(given, ids, strict=True)]
         longest = max(map(len, texts))
         # Shorter captions are filled up behind their end, where their own tokens do not look.
-        filled = [[self.tokenizer.begin_id, *text] for text in texts]
-        filled = [(row + [self.tokenizer.end_id] * longest)[:longest] for row in filled]
+        filled = [text + [self.tokenizer.end_id] * (longest - len(text)) for text in texts]
         tokens_BQ = torch.tensor(filled, device=self.device)
         positions_BQ = torch.arange(longest, device=self.device).expand(len(ids), -1)
         mask_QQ = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         mask_BQQ = mask_QQ.expand(len(ids), -1, -1)
-        weights_LBHQP = self.decoder.attention(tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
-        maps_BQP = weights_LBHQP[..., encoder["prefix_tokens"] :].mean(dim=(0, 2))
+        inputs = (tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
+        maps_BQP = self._attention(inputs, prompts)[:, :, encoder["prefix_tokens"] :]
         maps_BQP = maps_BQP / maps_BQP.sum(-1, keepdim=True)
         maps_BQgg = maps_BQP.unflatten(2, (grid, grid)).cpu()
         return [
-            maps_Qgg[len(prompt) : len(text)]
-            for maps_Qgg, prompt, text in zip(maps_BQgg, prompts, texts, strict=True)
+            maps_Qgg[len(start) - 1 : len(start) - 1 + len(caption)]
+            for maps_Qgg, start, caption in zip(maps_BQgg, given, ids, strict=True)
         ]
+
+    def _attention(self, inputs: Sequence[Tensor], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The mean of the decoder's attention over layers and heads, (B, Q, P)."""
+        if not self.tokenizer.tasks:
+            return self.decoder.attention(*inputs).mean(dim=(0, 2))
+        # Prompts of one length at a time, as the search reads them.
+        parts = []
+        rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        for _, group in itertools.groupby(rows, key=lambda row: len(prompts[row])):
+            part = list(group)
+            prompt_BT = torch.tensor([list(prompts[row]) for row in part], device=self.device)
+            weights_LBHQP = self.decoder.attention(*(x[part] for x in inputs), prompt_BT)
+            parts.append(weights_LBHQP.mean(dim=(0, 2)))
+        order = torch.tensor(rows, device=self.device).argsort()
+        return torch.cat(parts)[order]
 
 
 def choose_options(
@@ -274,7 +321,7 @@ def choose_options(
         # Sampling means one beam; a default of several is not the caller's contradiction.
         defaults.pop("num_beams", None)
     options = DecodeOptions(**{**defaults, **given})
-    prompt = encode_prompt(tokenizer, options.prompt)
+    prompt = written_prompt(tokenizer, encode_prompt(tokenizer, options.prompt))
     if prompt and len(prompt) <= most_prompt_tokens(max_positions):
         longest = max_positions - 1 - len(prompt)
         lengths: dict[str, Any] = {
@@ -287,9 +334,24 @@ def choose_options(
     return options
 
 
+def prompted(given: Mapping[str, Any], prompts: object) -> list[dict[str, Any]]:
+    """The options `given`, once with each of the prompts. Raises InvalidParameter for anything but
+    a list of one to MAX_PROMPTS strings, and for a prompt beside it."""
+    if "prompt" in given:
+        raise InvalidParameter("prompts", "prompts and prompt exclude each other; give one of them")
+    listed = prompts if isinstance(prompts, list | tuple) else []
+    if not 1 <= len(listed) <= MAX_PROMPTS or not all(isinstance(one, str) for one in listed):
+        raise InvalidParameter(
+            "prompts", f"prompts must be a list of 1 to {MAX_PROMPTS} strings, one for each answer"
+        )
+    return [{**given, "prompt": prompt} for prompt in listed]
+
+
 def encode_prompt(tokenizer: CaptionTokenizer, prompt: str | None) -> list[int]:
-    """The token ids of a prompt. Raises InvalidParameter naming a word that the vocabulary
-    lacks."""
+    """The token ids of a prompt, of a model with tasks those of the prompt's task, or of its first.
+    Raises InvalidParameter naming a word that the vocabulary lacks, or a prompt that is no task."""
+    if tokenizer.tasks:
+        return _encode_task(tokenizer.tasks, prompt)
     if prompt is None:
         return []
     if unknown := tokenizer.unknown_words(prompt):
@@ -301,6 +363,26 @@ def encode_prompt(tokenizer: CaptionTokenizer, prompt: str | None) -> list[int]:
     if not ids:
         raise InvalidParameter("prompt", "prompt has no word in it; give one or leave it out")
     return ids
+
+
+def _encode_task(tasks: Mapping[str, Task], prompt: str | None) -> list[int]:
+    by_words = {task["words"]: task for task in tasks.values()}
+    if prompt is None:
+        return next(iter(tasks.values()))["ids"]
+    task = tasks.get(prompt.strip()) or by_words.get(prompt.strip())
+    if task is None:
+        given = "".join(c if c.isprintable() else "?" for c in prompt[:50])
+        raise InvalidParameter(
+            "prompt",
+            f"prompt {given!r} is no task of this model that describes the photo; give "
+            f"{' or '.join(tasks)}, or its words",
+        )
+    return task["ids"]
+
+
+def written_prompt(tokenizer: CaptionTokenizer, prompt_ids: Sequence[int]) -> list[int]:
+    """The ids of a prompt that its caption begins with: none where it is read beside the photo."""
+    return [] if tokenizer.tasks else list(prompt_ids)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -332,7 +414,7 @@ def check_config(directory: Path, config: dict[str, Any]) -> None:
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: field 'model' must hold 'encoder' and 'decoder'") from None
     sizes = {
-        "encoder": ("image_size", "patch_size", "mlp_width"),
+        "encoder": ("image_size", "patch_size", *([] if "kind" in encoder else ["mlp_width"])),
         "decoder": ("vocab_size", "max_positions"),
     }
     for part, section in (("encoder", encoder), ("decoder", decoder)):
@@ -369,6 +451,9 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
     if suppressed is not None and not isinstance(suppressed, list):
         raise UserError(f"{path}: field 'tokenizer.suppressed_ids' must be a list")
     ids |= {f"suppressed_ids[{n}]": token for n, token in enumerate(suppressed or [])}
+    if fields_of.get("first_id") is not None:
+        ids["first_id"] = fields_of["first_id"]
+    ids |= _task_ids(path, fields_of.get("tasks") or {})
     for name, token in ids.items():
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(
@@ -390,6 +475,19 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
     except InvalidParameter as error:
         raise UserError(f"{path}: field 'decoding': {error}") from error
     return tokenizer
+
+
+def _task_ids(path: Path, tasks: Any) -> dict[str, Any]:
+    """Every id of the tasks, by its place."""
+    ids: dict[str, Any] = {}
+    try:
+        for name, task in tasks.items():
+            if set(task) != {"words", "ids"} or not isinstance(task["words"], str):
+                raise TypeError(name)
+            ids |= {f"tasks.{name}.ids[{n}]": token for n, token in enumerate(list(task["ids"]))}
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path}: field 'tokenizer.tasks' must hold words and ids") from error
+    return ids
 
 
 def _short(value: object) -> str:

@@ -51,10 +51,12 @@ ERRORS: tuple[tuple[type[Exception], str, int], ...] = (
 
 @dataclass
 class Request:
-    """What one client asks for: the photo's bytes, its decoding options as given, and the flags."""
+    """What one client asks for: the photo's bytes, its decoding options as given, the prompts where
+    there are several, and the flags."""
 
     photo: bytes
     options: dict[str, Any] = field(default_factory=dict)
+    prompts: Any = None
     attention: bool = False
     stream: bool = False
 
@@ -90,8 +92,9 @@ class HandlerSettings:
 def within(
     options: DecodeOptions, positions: int, max_beam_tokens: int, asked: bool
 ) -> DecodeOptions:
-    """The options of a request within the server's limit on beams (or samples) times tokens. What
-    the client `asked` for is refused above it, a default length is shortened."""
+    """The options of a request within the server's limit on beams (or samples) times tokens, or its
+    share for each of several prompts. What the client `asked` for is refused above it, a default
+    length is shortened."""
     longest = options.max_new_tokens or positions
     if options.rows * longest <= max_beam_tokens:
         return options
@@ -167,6 +170,8 @@ def parse_fields(given: dict[str, Any], read_photo: Any) -> Request:
     for name, value in given.items():
         if name in FLAGS:
             setattr(request, name, parse_truth(name, plain(value)))
+        elif name == "prompts":
+            request.prompts = [] if value is None else value
         elif name not in IMAGE_FIELDS:
             request.options[name] = parse_option(name, plain(value))
     return request
@@ -182,7 +187,7 @@ def plain(value: Any) -> Any:
 def parse_option(name: str, value: Any) -> Any:
     """A decoding option from a JSON value or its text. Its range is for DecodeOptions to check."""
     if name not in OPTIONS:
-        known = ", ".join((*IMAGE_FIELDS, *FLAGS, *OPTIONS))
+        known = ", ".join((*IMAGE_FIELDS, *FLAGS, "prompts", *OPTIONS))
         raise InvalidParameter(name[:50], f"{printable(name)} is unknown; the fields are {known}")
     text = value.strip() if isinstance(value, str) else None
     if text == "":

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from handler.beam_search import DecodeOptions, InvalidParameter, KeysValues, search
+from handler.beam_search import DecodeOptions, InvalidParameter, KeysValues, SpecialIds, search
 
 BEGIN, END = 0, 1
+SPECIAL = SpecialIds(BEGIN, END, [BEGIN])
 
 
 class Table:
@@ -140,7 +141,7 @@ def test_a_wide_beam_finds_the_best_captions(fields, seed):
     vocabulary, longest = 4, 3
     table = Table(vocabulary, longest, seed)
     options = DecodeOptions(num_beams=16, num_return_sequences=3, max_new_tokens=longest, **fields)
-    found = search(table, memory(0), [options], BEGIN, END, suppress=[BEGIN])[0]
+    found = search(table, memory(0), [options], SPECIAL)[0]
     exact = sorted(every_caption(table.logs[0], options, vocabulary, longest), reverse=True)
     for hypothesis, (score, ids) in zip(found, exact, strict=False):
         ended = (*hypothesis.ids, END) if hypothesis.finished else tuple(hypothesis.ids)
@@ -154,9 +155,7 @@ def test_a_wide_beam_finds_the_best_captions(fields, seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_one_beam_is_greedy(seed):
     table = Table(5, 4, seed)
-    [found] = search(
-        table, memory(0), [DecodeOptions(num_beams=1, max_new_tokens=4)], BEGIN, END, [BEGIN]
-    )[0]
+    [found] = search(table, memory(0), [DecodeOptions(num_beams=1, max_new_tokens=4)], SPECIAL)[0]
     text: tuple[int, ...] = ()
     while len(text) < 4 and END not in text:
         logs = table.logs[0][text].clone()
@@ -174,7 +173,7 @@ def test_prompts_of_all_lengths_in_one_batch(fields):
     table = Table(vocabulary, longest + 3, 7)
     options = DecodeOptions(num_beams=16, num_return_sequences=3, max_new_tokens=longest, **fields)
     batch = [options] * len(prompts)
-    found = search(table, memory(0, 0, 0, 0), batch, BEGIN, END, [BEGIN], prompts=prompts)
+    found = search(table, memory(0, 0, 0, 0), batch, SPECIAL, prompts=prompts)
     for prompt, hypotheses in zip(prompts, found, strict=True):
         every = every_caption(table.logs[0], options, vocabulary, longest, prompt)
         exact = sorted(every, reverse=True)
@@ -198,7 +197,7 @@ def test_prompts_of_all_lengths_in_one_batch(fields):
 )
 def test_positions_bound_prompts_and_what_follows(positions, prompt, longest, message):
     table = Table(3, positions - 1, 0)
-    arguments = (table, memory(0), [DecodeOptions(max_new_tokens=longest)], BEGIN, END, [BEGIN])
+    arguments = (table, memory(0), [DecodeOptions(max_new_tokens=longest)], SPECIAL)
     if message is None:
         [[found]] = search(*arguments, prompts=[[2] * prompt])
         assert len(found.token_log_probs) <= longest
@@ -227,10 +226,10 @@ def test_a_batch_is_as_one_at_a_time():
             options[-1] = DecodeOptions(num_beams=2, max_new_tokens=4)
         prompts.append(chance.choices([2, 3], k=chance.choice([0, 1, 2])))
     batch = memory(*range(photos))
-    together = search(table, batch, options, BEGIN, END, [BEGIN], prompts=prompts)
+    together = search(table, batch, options, SPECIAL, prompts=prompts)
     for number, (own, found) in enumerate(zip(options, together, strict=True)):
         prompt = [prompts[number]]
-        [alone] = search(table, memory(number), [own], BEGIN, END, [BEGIN], prompts=prompt)
+        [alone] = search(table, memory(number), [own], SPECIAL, prompts=prompt)
         assert [h.ids for h in alone] == [h.ids for h in found]
         assert [h.score for h in alone] == pytest.approx([h.score for h in found], abs=1e-6)
 
@@ -242,7 +241,7 @@ def test_a_dead_end_has_the_score_of_what_was_said(beams):
     fields = {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "max_new_tokens": 4}
     [[found]] = search(
         table, memory(0), [DecodeOptions(num_beams=beams, length_penalty=1.5, **fields)],
-        BEGIN, END, [BEGIN],
+        SPECIAL,
     )  # fmt: skip
     log = float(table.logs[0][()][2])
     assert found.ids == [2] and not found.finished
@@ -263,5 +262,5 @@ def test_a_model_whose_output_is_no_number_is_an_error(options, position):
     with pytest.raises(RuntimeError, match="not a number|no number|NaN"):
         search(
             table, memory(0), [DecodeOptions(max_new_tokens=3, min_new_tokens=3, **options)],
-            BEGIN, END, [BEGIN],
+            SPECIAL,
         )  # fmt: skip

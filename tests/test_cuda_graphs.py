@@ -8,7 +8,7 @@ from export.export import export_checkpoint
 from export.precision import WAYS
 from export.torchscript import script_decoder
 from handler import cuda_graphs
-from handler.beam_search import DecodeOptions, search
+from handler.beam_search import DecodeOptions, SpecialIds, search
 from handler.captioner import Captioner, prepare_script
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from training.model import Decoder, DecoderConfig, Encoder, EncoderConfig
@@ -65,7 +65,7 @@ def found(decoder, memory, options, prompts=None):
     return [
         [(h.ids, h.finished) for h in hypotheses]
         for hypotheses in search(
-            decoder, memory, options, begin_id=0, end_id=END, suppress=(0,), prompts=prompts
+            decoder, memory, options, SpecialIds(0, END, (0,)), prompts=prompts
         )
     ]
 

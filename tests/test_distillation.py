@@ -16,7 +16,7 @@ from conftest import TINY, run_program
 from safetensors.torch import load_file
 from tiny_training import config_of
 
-from handler.beam_search import DecodeOptions, search
+from handler.beam_search import DecodeOptions, SpecialIds, search
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner, load_model, save_checkpoint
@@ -192,7 +192,7 @@ def test_an_ensemble_searches_by_its_mean_distribution():
         memory = ensemble.encode_flat(photos)
         for beams in (1, 3):
             options = [DecodeOptions(num_beams=beams, max_new_tokens=n) for n in (2, 5, 3, 1, 4)]
-            found = search(ensemble, memory, options, begin, end)
+            found = search(ensemble, memory, options, SpecialIds(begin, end))
             for photo, [best] in enumerate(found):
                 ids = best.ids + [end] * best.finished
                 logs = log_probs(photo, ids[:-1])

@@ -1,9 +1,9 @@
-"""`python -m tests.benchmarks.batch --source DIR --export DIR`: handler.batch over a folder, tars and
-Parquet beside the best in-process rate on the same cores, one worker beside two, the memory of all
+"""`python -m tests.benchmarks.batch --source DIR --export DIR`: handler.batch over a folder, tars
+and Parquet beside the best in-process rate on the same cores, one worker beside two, the memory of all
 processes together, and whether each photo is one row with the caption of `Captioner.caption`.
 
-The in-process rate is that of `Captioner.caption_tensors` in batches of 8, 32 and 64, photos read and
-decoded beside it, in one process with a thread a core or in one process a core. Start-up counts for
+The in-process rate is that of `Captioner.caption_tensors` in batches of 8, 32 and 64, photos read
+and decoded beside it, in one process with a thread a core or in one process a core. Start-up counts for
 neither. Every contender runs once a round; medians. `--photos 10000 --rounds 1` is the whole proof.
 """
 
@@ -43,7 +43,7 @@ BROKEN_EVERY, DRAWN_EVERY = 100, 10  # one photo in a hundred is broken, one in 
 
 
 def write_photos(source: Path, count: int, folder: Path) -> list[Path]:
-    """`count` photos: those of `source` again and again, drawn ones and broken ones between them."""
+    """`count` photos: those of `source` repeated, drawn and broken ones between them."""
     real = sorted(path for path in source.iterdir() if path.suffix == ".jpg")
     drawn = [encoded(smooth(320, 240, seed), "JPEG") for seed in range(50)]
     folder.mkdir()
@@ -191,7 +191,8 @@ def check(out: Path, captions: dict[str, str | None]) -> str:
         broken += row["error"] is not None
     is_exact = counts.keys() == captions.keys() and set(counts.values()) == {1}
     return (
-        f"{len(counts)} ids, {'one row each' if is_exact else 'NOT one row each'}; {broken} errors; "
+        f"{len(counts)} ids, {'one row each' if is_exact else 'NOT one row each'}; "
+        f"{broken} errors; "
         f"{other} captions differ"
     )
 

@@ -53,7 +53,7 @@ def pack_captions(
         positions: list[int] = []
         segments: list[int] = []
         for number, ids in enumerate(photo):
-            target = [*ids, tokenizer.end_id][:max_tokens]
+            target = [*tokenizer.opening[1:], *ids, tokenizer.end_id][:max_tokens]
             tokens += [tokenizer.begin_id, *target[:-1]]
             targets += target
             positions += range(len(target))

@@ -19,7 +19,7 @@ from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import load_model, save_checkpoint, update_training
+from training.checkpoint import encoder_config, load_model, save_checkpoint, update_training
 from training.config import TrainConfig
 from training.data.manifest import Manifest
 from training.folders import LOG_FILE, STATE_FILE, WEIGHTS_FILE
@@ -27,7 +27,7 @@ from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
 from training.loop.log import Log, NullLog
 from training.loop.student import Student
-from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.model import CaptioningModel, DecoderConfig
 from training.scores.metrics import Tokenizer as MetricTokenizer
 
 # Attributes of `Run` that are saved in its state.
@@ -134,10 +134,7 @@ class Run:
             "encoder": dataclasses.asdict(self.model.encoder_config),
             "decoder": dataclasses.asdict(self.model.decoder_config),
             "preprocessing": self.preprocessing.to_dict(),
-            "tokenizer": [
-                *(getattr(self.tokenizer, f"{i}_id") for i in ("begin", "end", "pad")),
-                self.tokenizer.suppressed_ids,
-            ],
+            "tokenizer": list(self.tokenizer.settings.values()),
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
             **{name: getattr(self, name) for name in PROGRESS},
@@ -265,6 +262,6 @@ def restore_parts(
     folder: Path, state: dict[str, Any]
 ) -> tuple[CaptioningModel, PreprocessConfig, CaptionTokenizer]:
     """Model (still without its weights), preprocessing and tokenizer of a resumed run."""
-    model = CaptioningModel(EncoderConfig(**state["encoder"]), DecoderConfig(**state["decoder"]))
+    model = CaptioningModel(encoder_config(state["encoder"]), DecoderConfig(**state["decoder"]))
     tokenizer = CaptionTokenizer.load(folder / "tokenizer.json", *state["tokenizer"])
     return model, PreprocessConfig.from_dict(state["preprocessing"]), tokenizer

@@ -13,7 +13,7 @@ from handler.errors import UserError
 from handler.image_preprocess import Interpolation, PreprocessConfig
 from training.config import TokenizerChoice, TrainConfig
 from training.data.manifest import Row
-from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
+from training.model import CaptioningModel, DecoderConfig, EncoderConfig, EncoderShape, ImageEncoder
 from training.weights.encoders import load_encoder
 
 
@@ -60,7 +60,8 @@ def make_model(
     source, shape = config.encoder, config.decoder
     mean = std = (0.5, 0.5, 0.5)
     interpolation: Interpolation = "bicubic"
-    encoder: Encoder | None = None
+    encoder: ImageEncoder | None = None
+    encoder_config: EncoderShape
     if source.pretrained is not None:
         pretrained = load_encoder(source.pretrained, weights, source.image_size)
         encoder = pretrained.encoder

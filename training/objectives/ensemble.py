@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from handler.beam_search import KeysValues
-from training.model import CaptioningModel, Decoder, Encoder
+from training.model import CaptioningModel, Decoder, ImageEncoder
 
 
 class Ensemble:
@@ -26,7 +26,7 @@ class Ensemble:
     `handler.beam_search.search` asks of a decoder."""
 
     def __init__(self, models: Sequence[CaptioningModel]) -> None:
-        self.encoders: list[Encoder] = []
+        self.encoders: list[ImageEncoder] = []
         self.encoder_of: list[int] = []
         for model in models:
             differences = [encoder_difference(model.encoder, encoder) for encoder in self.encoders]
@@ -142,12 +142,12 @@ def mean_log_probs(logits: Sequence[Tensor]) -> Tensor:
     return logs.logsumexp(0) - math.log(len(logits))
 
 
-def encoder_difference(one: Encoder, other: Encoder) -> str | None:
+def encoder_difference(one: ImageEncoder, other: ImageEncoder) -> str | None:
     """The difference due to which two encoders compute different memories: a field of their
     configs, or `weights`; None if there is none. Dropout is ignored: it is off in inference."""
     theirs = dataclasses.asdict(other.config)
     for name, value in dataclasses.asdict(one.config).items():
-        if value != theirs[name] and name != "dropout":
+        if value != theirs.get(name) and name != "dropout":
             return name
     state = other.state_dict()
     same = all(torch.equal(w.cpu(), state[name].cpu()) for name, w in one.state_dict().items())

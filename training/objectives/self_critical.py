@@ -139,14 +139,7 @@ class SelfCriticalLoss:
     def _search(
         self, decoder: Decoder, memory_BPD: Tensor, options: Sequence[DecodeOptions]
     ) -> list[list[Hypothesis]]:
-        return search(
-            decoder,
-            memory_BPD,
-            options,
-            begin_id=self.tokenizer.begin_id,
-            end_id=self.tokenizer.end_id,
-            suppress=self.tokenizer.suppressed_ids,
-        )
+        return search(decoder, memory_BPD, options, self.tokenizer.special)
 
     def _reward(self, photos: Sequence[Sequence[Hypothesis]], batch: Batch) -> list[list[float]]:
         rewards = []

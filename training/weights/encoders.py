@@ -18,7 +18,7 @@ from torch import Tensor
 from handler.errors import UserError
 from handler.image_preprocess import Interpolation, PreprocessConfig
 from training.checkpoint import load_model
-from training.model import Encoder, EncoderConfig, interpolate_positions
+from training.model import Encoder, EncoderConfig, ImageEncoder, interpolate_positions
 from training.weights.rename import Names, fill, rename
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,7 +62,7 @@ CLASSIFIERS = ("head.", "head_dist.", "heads.", "attn_pool.")
 class PretrainedEncoder:
     """An encoder and the preprocessing that it was trained with."""
 
-    encoder: Encoder
+    encoder: ImageEncoder
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Interpolation
@@ -102,9 +102,16 @@ def _from_checkpoint(folder: Path, image_size: int | None) -> PretrainedEncoder:
             f"{folder}: its photos are resized to {seen.resize_to} and cut, which no training "
             "here does; give the encoder by its timm name"
         )
-    shape, state = _at_size(model.encoder_config, model.encoder.state_dict(), image_size)
-    encoder = Encoder(shape)
-    encoder.load_state_dict(state)
+    encoder = model.encoder
+    if image_size not in (None, encoder.config.image_size):
+        if not isinstance(encoder, Encoder):
+            raise UserError(
+                f"{folder}: its encoder takes photos of {encoder.config.image_size} pixels alone; "
+                "leave encoder.image_size out"
+            )
+        shape, state = _at_size(encoder.config, encoder.state_dict(), image_size)
+        encoder = Encoder(shape)
+        encoder.load_state_dict(state)
     return PretrainedEncoder(encoder, seen.mean, seen.std, seen.interpolation)
 
 

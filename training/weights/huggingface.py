@@ -24,7 +24,7 @@ from training.weights.files import (
 )
 from training.weights.generation import import_decoding, import_ids
 from training.weights.image_processor import import_preprocessing
-from training.weights.tokenizer import import_tokenizer
+from training.weights.tokenizer import import_tasks, import_tokenizer
 
 
 def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
@@ -49,7 +49,9 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
         source, stored = folder / GENERATION, read_json(folder / GENERATION)
     with naming(source):
         generation = family.generation(config, stored)
-        decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
+        decoding = import_decoding(
+            generation, decoder.max_positions, decoder.vocab_size, family.forced
+        )
         ids = import_ids(generation, decoder.vocab_size)
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
@@ -58,6 +60,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             settings |= {"added_tokens": found} if name == ADDED else found
     try:
         tokenizer = import_tokenizer(folder, settings, decoder.vocab_size)
+        tasks = import_tasks(folder, tokenizer, settings, family.tasks)
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -66,12 +69,13 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
         ) from error
 
     weights, state = read_state(folder)
-    model = import_model(config, state, str(weights), preprocessing.image_size)
+    default = next((task["ids"] for task in tasks.values()), [])
+    model = import_model(config, state, str(weights), preprocessing.image_size, default)
     with replace_folder(out, IMPORTED, [folder]) as new:
         save_checkpoint(
             new,
             model,
-            CaptionTokenizer(tokenizer, **ids),
+            CaptionTokenizer(tokenizer, **ids, tasks=tasks),
             preprocessing.to_dict(),
             decoding,
             {"imported_from": name_or_folder},
