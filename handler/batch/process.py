@@ -51,7 +51,11 @@ class Child:
             command = [sys.executable, "-m", "handler.batch.child", str(theirs.fileno())]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+                command,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for the one who started it
             )
         self.connection = Connection(ours.detach())
         self._send(self.job)

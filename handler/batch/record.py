@@ -11,8 +11,7 @@ from typing import Any
 
 from handler.batch.output import Output
 from handler.batch.source import Shard, absolute, cut, find
-from handler.beam_search import DecodeOptions
-from handler.captioner import check_config, read_config
+from handler.captioner import check_config, choose_options, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.files import FORMAT, locked
 
@@ -33,17 +32,15 @@ def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, An
             raise UserError(
                 f"{export / 'config.json'}: no field {field!r}; give an export's folder"
             )
-    defaults = dict(config.get("decoding", {}))
-    if options.get("do_sample") is True:
-        defaults.pop("num_beams", None)
-    decode = DecodeOptions(**{**defaults, **options})
-    decoder = config["model"]["decoder"]
-    decode.limits(decoder["vocab_size"], decoder["max_positions"])
+    check_config(export, config)
+    tokenizer, shape = load_tokenizer(export, config), config["model"]["decoder"]
+    sizes = shape["vocab_size"], shape["max_positions"]
+    chosen = choose_options(options, config.get("decoding", {}), tokenizer, *sizes)
     return {
         "format": FORMAT,
         "checkpoint": config["checkpoint"],
         "precision": config["precision"],
-        "options": asdict(decode),
+        "options": asdict(chosen),
         "source": "::".join(absolute(part) for part in source.split("::"))
         if "://" not in source
         else source,

@@ -4,8 +4,8 @@ all processes together, and whether each photo is one row with the caption of `C
 
 The in-process rate is that of `Captioner.caption_tensors` in batches of 8, 32 and 64, photos read
 and decoded beside it, in one process with a thread a core or in one process a core. Start-up counts
-for neither. Every contender runs once a round; medians. `--photos 10000 --rounds 1` is the whole proof;
-the in-process rates and one worker beside two take a part of the photos.
+for neither. Every contender runs once a round; medians. `--photos 10000 --rounds 1` is the whole
+proof; the in-process rates and one worker beside two take a part of the photos.
 """
 
 import argparse

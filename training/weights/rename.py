@@ -26,7 +26,7 @@ def rename(where: str, state: Mapping[str, Tensor], names: Names) -> dict[str, T
         for pattern, ours in patterns:
             if match := pattern.fullmatch(key):
                 name = ours.format(**match.groupdict())
-                if name and not torch.equal(renamed.get(name, tensor), tensor):
+                if name in renamed and not torch.equal(renamed[name], tensor):
                     raise UserError(f"{where}: {key} stands there twice, with other numbers")
                 if name:
                     renamed[name] = tensor
