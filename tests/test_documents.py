@@ -87,7 +87,7 @@ def clone(tmp_path_factory) -> Path:
     shutil.copy2(home / "photos" / "1.jpg", folder / "photo.jpg")
     for name in ("scenes", "flickr8k", "coco"):
         rows = [
-            Row(str(n), f"{n}.jpg", (f"a square {n % 4}", f"the square is {n % 4}"), split)
+            Row(str(n), f"{n}.jpg", (f"a photo of square {n % 4}", f"the square is {n % 4}"), split)
             for n, split in enumerate(["train"] * 16 + ["val"] * 6)
         ]
         write_manifest(folder / "build/data" / name, name, rows, home / "photos", [])

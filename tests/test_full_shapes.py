@@ -49,9 +49,10 @@ def git():
     return model, model.output, transformers.GitProcessor(processor, full_tokenizer())
 
 
+# With millions of parameters. The large one is known as 470 M: there the tied head counts twice.
 MODELS = {
     "blip base": (224, lambda: blip(12, 768, 12)),
-    "blip large": (470, lambda: blip(24, 1024, 16)),
+    "blip large": (446, lambda: blip(24, 1024, 16)),
     "git base": (177, git),
 }
 
