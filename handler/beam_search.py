@@ -97,7 +97,8 @@ class Option:
         """Raises InvalidParameter for a value of another kind or out of range. `limit` replaces
         `high`, and `why` says what sets it."""
         if self.kind == "boolean":
-            if not isinstance(value, bool) and value not in self.values[2:]:
+            word = isinstance(value, str) and value in self.values[2:]
+            if not isinstance(value, bool) and not word:
                 raise InvalidParameter(name, f"{name} must be {self.choices}")
             return
         if self.kind == "string":

@@ -13,15 +13,12 @@ from PIL import Image
 from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
 from handler.beam_search import InvalidParameter
 from handler.captioner import Captioner, prompted
-from handler.image_preprocess import ImageTooComplex, decode, resize, to_tensor
+from handler.image_preprocess import Patience, decode, resize, to_tensor
 from handler.request import HandlerSettings, parse_request, to_json, within
 from handler.server_metrics import ServerMetrics
 
 log = logging.getLogger(__name__)
 
-# The share of its time that a photo gets which may be slow, once another of its batch took too
-# long: good neighbours wait for one of them.
-IN_A_HURRY = 1 / 8
 # The status line must be plain ASCII without line feeds: anything else kills the worker.
 PHRASES = {400: "Bad Request", 413: "Payload Too Large", 415: "Unsupported Media Type"}
 
@@ -60,7 +57,7 @@ class CaptionHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """One answer for each request, in order."""
         answers: dict[int, Any] = {}
-        self.patience = 1.0
+        self.patience = Patience()
         jobs = []
         for place, fields in enumerate(data):
             try:
@@ -77,8 +74,6 @@ class CaptionHandler:
                 else:
                     jobs.append(self._understand(place, fields, headers, grpc))
             except Exception as error:
-                if isinstance(error, ImageTooComplex):
-                    self.patience = IN_A_HURRY
                 answers[place] = failure(error)
         for job, said in zip(jobs, self._caption(jobs, context), strict=True):
             answers[job.place] = said

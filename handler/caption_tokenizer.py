@@ -1,12 +1,15 @@
 """Text <-> token ids over a Hugging Face `tokenizers` file.
 
-Two kinds are trained here: `word` (lower-cased words; an unseen word becomes <unk>) and `bpe`
-(byte-level byte pairs as in GPT-2, after Sennrich et al. 2016: case and punctuation are kept and
-nothing is ever unseen). Any other `tokenizer.json`, such as GPT-2's own, is read as it is.
+Two kinds are trained here: `word` (words, by default lower-cased; an unseen word becomes <unk>) and
+`bpe` (byte-level byte pairs as in GPT-2, after Sennrich et al. 2016: punctuation and, by default,
+case are kept and nothing is ever unseen). Any other `tokenizer.json`, such as GPT-2's own, is read
+as it is.
 """
 
+import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +28,8 @@ SPACELESS = re.compile(
     "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
+# From this share of captions without spaces on, words are of no use for a dataset.
+SPACELESS_SHARE = 0.05
 
 
 class Task(TypedDict):
@@ -85,16 +90,25 @@ class CaptionTokenizer:
 
     @classmethod
     def train(
-        cls, captions: Iterable[str], kind: str, vocab_size: int, min_count: int
+        cls,
+        captions: Iterable[str],
+        kind: str,
+        vocab_size: int,
+        min_count: int,
+        lowercase: bool | None = None,
     ) -> "CaptionTokenizer":
         """Fits a vocabulary of at most `vocab_size` entries, special tokens included, on the
-        captions of the training split; words (or pairs) rarer than `min_count` stay out."""
+        captions of the training split; words (or pairs) rarer than `min_count` stay out.
+        `lowercase` None lowers the letters of words and keeps those of byte pairs."""
+        lowered = (
+            [normalizers.Lowercase()] if lowercase or (lowercase is None and kind == "word") else []
+        )
         if kind == "word":
             tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
             tokenizer.normalizer = normalizers.Sequence(
                 [
                     normalizers.NFKC(),
-                    normalizers.Lowercase(),
+                    *lowered,
                     # Curly apostrophes are the same word; other punctuation is not scored by the
                     # metrics and not missed in a caption.
                     normalizers.Replace("\u2019", "'"),
@@ -110,7 +124,9 @@ class CaptionTokenizer:
             )
         else:
             tokenizer = Tokenizer(models.BPE())
-            tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.NFC(), *lowered, normalizers.Strip()]
+            )
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
             tokenizer.decoder = decoders.ByteLevel()
             trainer = trainers.BpeTrainer(
@@ -125,6 +141,25 @@ class CaptionTokenizer:
             tokenizer.token_to_id(token) or 0 for token in (BEGIN, END, PAD)
         )
         return cls(tokenizer, begin_id, end_id, pad_id)
+
+    def with_words_of(self, captions: Iterable[str], min_count: int) -> "CaptionTokenizer":
+        """The same vocabulary of words with those of `captions` that it lacks and that stand there
+        at least `min_count` times: the most frequent first, behind all other ids. Raises UserError
+        for a vocabulary of pieces."""
+        content = json.loads(self._tokenizer.to_str())
+        if content["model"]["type"] != "WordLevel":
+            raise UserError("pieces of words spell every word already; add no words")
+        normalize = self._tokenizer.normalizer.normalize_str
+        split = self._tokenizer.pre_tokenizer.pre_tokenize_str
+        vocabulary = content["model"]["vocab"]
+        counts = Counter(word for text in captions for word, _ in split(normalize(text)))
+        new = [w for w, count in counts.items() if count >= min_count and w not in vocabulary]
+        first = max(vocabulary.values()) + 1
+        for number, word in enumerate(sorted(new, key=lambda word: (-counts[word], word))):
+            vocabulary[word] = first + number
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        ids = self.begin_id, self.end_id, self.pad_id
+        return CaptionTokenizer(tokenizer, *ids, self.suppressed_ids)
 
     @property
     def settings(self) -> dict[str, Any]:

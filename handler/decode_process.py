@@ -1,18 +1,19 @@
-"""Photos that are not known to be ordinary are decoded in a process of their own, which is ended
-when it takes more processor time or memory than a photo of that size may take.
+"""Decodes photos that are not known to be cheap in a separate process, which the system ends if it
+takes more processor time or memory than is allowed for the size of the photo.
 
 The process is an interpreter without torch. It is started when the first such photo comes, takes
 one photo after the other, and ends when the process that started it does. Its limits are the
 system's (a timer of processor time, a limit on its address space), so that they hold within a
-decoder's C code as well.
+decoder's C code as well; it decodes in a fork, which is all that a photo ends.
 
-Over a socket: a header and the photo's bytes go in; the size comes back once the header is read
-and checked, then the pixels, in a file in memory whose descriptor is sent.
+Over a socket: the photo goes in, as a file in memory whose descriptor is sent; its size comes back
+once its header is read and checked, then its pixels in another such file; or what is wrong.
 """
 
 import atexit
 import contextlib
 import json
+import math
 import mmap
 import os
 import select
@@ -22,7 +23,8 @@ import struct
 import subprocess
 import sys
 import threading
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -31,11 +33,20 @@ from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
 # Processor seconds and bytes of memory that a photo may take: 2 s in all, of which up to half a
 # second goes to the start of the process where the processors are shared, and some to the walk and
 # the way there and back.
-SECONDS, PIXELS_A_SECOND = 1.2, 18e6
+SECONDS, PIXELS_A_SECOND = 1.0, 18e6
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
-# A process that waits for a processor is not slow; one that waits for ever is.
+# An ordinary photo is decoded faster than this; what takes longer is slow for its size.
+ORDINARY_PIXELS_A_SECOND = 9e6
+# Limits on elapsed time, with room for a process that has to wait for a processor.
 WALL_FACTOR, WALL_SECONDS = 4, 5
-HEADER = struct.Struct("<Qqd4s")  # bytes of the photo, min_side, patience, kind
+REQUEST = struct.Struct("<qd4s")  # min_side, patience, kind
+# One arena, which keeps the pages of one photo for the next: the system takes 2 us to give a page.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(16 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+}
 # What the process may answer instead of a photo.
 REFUSALS = {kind.__name__: kind for kind in (InvalidImage, ImageTooLarge, ImageTooComplex)}
 TOO_COMPLEX = "decoding the image would take too much time or memory"
@@ -46,13 +57,28 @@ START = (
 
 
 def seconds_for(size: tuple[int, int]) -> float:
-    """Processor seconds that decoding a photo of this size may take."""
+    """The processor seconds that decoding a photo of this size may take."""
     return SECONDS + size[0] * size[1] / PIXELS_A_SECOND
 
 
-def decode_elsewhere(data: bytes, kind: str, min_side: int | None, patience: float) -> Image.Image:
-    """The photo in RGB, as `handler.image_decode.decode_photo` gives it. Raises InvalidImage, and
-    ImageTooComplex where the process took too long or too much."""
+@dataclass
+class Patience:
+    """The share of its time that a photo may take while others wait for it. However many of them
+    are slow, together they take 1.4 times as long as one may."""
+
+    share: float = 1.0
+
+    def spend(self, seconds: float) -> None:
+        """After a photo that was `seconds` slower than ordinary ones of its size."""
+        least = min(self.share, 0.4) / 2
+        self.share = max(self.share - max(0.0, seconds) / SECONDS, least)
+
+
+def decode_elsewhere(
+    data: bytes, kind: str, min_side: int | None, patience: Patience
+) -> Image.Image:
+    """The photo in RGB, as `handler.image_decode.decode_photo` returns it. Raises InvalidImage, and
+    ImageTooComplex if the process needs too much time or memory."""
     process = _idle.take()
     try:
         image = process.decode(data, kind, min_side, patience)
@@ -66,8 +92,13 @@ def decode_elsewhere(data: bytes, kind: str, min_side: int | None, patience: flo
     return image
 
 
+def memory_file() -> BinaryIO:
+    """A new file in memory, not buffered."""
+    return os.fdopen(os.memfd_create("photo"), "wb", buffering=0)
+
+
 class DecodeProcess:
-    """One process that decodes, from the side of the one that asks."""
+    """A decoding process, as seen by the process that uses it."""
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
@@ -79,32 +110,50 @@ class DecodeProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **ENVIRONMENT},
+                process_group=0,  # Ctrl-C is for the one who started it
             )
         self.alive = True
 
-    def decode(self, data: bytes, kind: str, min_side: int | None, patience: float) -> Image.Image:
-        side = -1 if min_side is None else min_side
+    def decode(
+        self, data: bytes, kind: str, min_side: int | None, patience: Patience
+    ) -> Image.Image:
+        side, share, pixels = -1 if min_side is None else min_side, patience.share, 0
         try:
             self.socket.settimeout(WALL_SECONDS + WALL_FACTOR * SECONDS)
-            header = HEADER.pack(len(data), side, patience, kind.encode())
-            self.socket.sendall(header + data)
-            size = self._answer(SECONDS * patience)["size"]
-            size = self._answer(seconds_for(size) * patience)["size"]
+            with memory_file() as file:
+                file.write(data)
+                request = REQUEST.pack(side, share, kind.encode())
+                socket.send_fds(self.socket, [request], [file.fileno()])
+            answer = self._answer(SECONDS * share)
+            if "seconds" not in answer:  # of the header alone
+                width, height = answer["size"]
+                pixels = width * height
+                answer = self._answer(seconds_for((width, height)) * share)
+            patience.spend(answer["seconds"] - pixels / ORDINARY_PIXELS_A_SECOND)
+            if "error" in answer:
+                raise REFUSALS[answer["error"]](answer["message"])
             [descriptor] = socket.recv_fds(self.socket, 1, 1)[1]
         except InvalidImage:
             raise
         except (OSError, EOFError, ValueError) as error:
             self.end()
-            raise self._reason() from error
+            if self.process.returncode > 0:
+                raise RuntimeError("the process that decodes photos does not start") from error
+            patience.spend(math.inf)
+            raise ImageTooComplex(TOO_COMPLEX) from error
+        width, height = answer["size"]
         with (
             os.fdopen(descriptor, "rb") as file,
-            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pixels,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as picture,
         ):
-            return Image.frombytes("RGB", size, memoryview(pixels))
+            return Image.frombytes(
+                "RGB", (width, height), memoryview(picture)[-3 * width * height :]
+            )
 
     def _answer(self, seconds: float) -> dict[str, Any]:
-        """The next line of the process, which may take so many seconds of processor time for it."""
+        """The next line from the process, for which it may use `seconds` of processor time: `size`
+        and, at the end, the `seconds` that the photo took; or `error` and `message`."""
         wall = WALL_SECONDS + WALL_FACTOR * seconds
         line = b""
         while not line.endswith(b"\n"):
@@ -114,29 +163,25 @@ class DecodeProcess:
             if not byte:
                 raise EOFError
             line += byte
-        answer = json.loads(line)
-        if "error" in answer:
-            raise REFUSALS[answer["error"]](answer["message"])
-        return dict(answer)
+        return dict(json.loads(line))
 
-    def _reason(self) -> InvalidImage:
-        """Why the process ended without an answer."""
-        if self.process.returncode in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
-            return InvalidImage("the image is damaged: its decoder failed")
-        return ImageTooComplex(TOO_COMPLEX)
+    def is_ready(self) -> bool:
+        """Whether it waits for a photo: it lives, and has not told of an end between two photos."""
+        return self.process.poll() is None and not select.select([self.socket], [], [], 0)[0]
 
     def end(self) -> None:
         self.alive = False
         self.socket.close()
-        # Ended by its own limit it is gone soon, and how it went says why.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.2)
-        self.process.kill()
+        if self.process.returncode is None:
+            # With its fork, which need not notice.
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class _Idle:
-    """Processes that wait for a photo, of this process and not of one that it was forked from."""
+    """The idle decoding processes of this process. A fork does not inherit those of its parent."""
 
     def __init__(self) -> None:
         self.clear()
@@ -151,7 +196,7 @@ class _Idle:
         with self.lock:
             while self.processes:
                 process = self.processes.pop()
-                if process.process.poll() is None:
+                if process.is_ready():
                     return process
                 process.end()
         return DecodeProcess()

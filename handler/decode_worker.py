@@ -1,7 +1,9 @@
-"""The process that `handler.decode_process` starts: decodes one photo after the other within the
-system's limits on processor time and address space."""
+"""The process that `handler.decode_process` starts: decodes photos one by one within limits of the
+system on processor time and address space."""
 
+import contextlib
 import json
+import math
 import mmap
 import os
 import resource
@@ -13,76 +15,110 @@ import pi_heif
 from PIL import AvifImagePlugin
 
 from handler.decode_process import (
-    HEADER,
     MEMORY,
     MEMORY_A_PIXEL,
+    REQUEST,
     SECONDS,
     TOO_COMPLEX,
+    memory_file,
     seconds_for,
 )
-from handler.errors import InvalidImage
-from handler.image_decode import bands, decode_photo, open_photo
+from handler.errors import ImageTooComplex, InvalidImage
+from handler.image_decode import decode_photo, open_photo
 
-# Address space that is mapped and never touched: stacks of threads, arenas of the allocator.
-UNTOUCHED = 128 * 2**20
-
-
+# Threads that decode one AVIF or HEIC, and address space that is mapped and never touched: their
+# stacks of 8 MiB, arenas of the allocator.
+THREADS = min(4, os.cpu_count() or 1)
+UNTOUCHED = 64 * 2**20
+CRASHED = "the image is damaged: its decoder failed"
 # A photo is reduced to no less than so many times the side that it will be resized to.
 GAP = 3
 
 
 def serve(descriptor: int) -> None:
-    """Decodes photos from a socket until it is closed."""
-    AvifImagePlugin.DEFAULT_MAX_THREADS = os.cpu_count() or 1
-    pi_heif.options.DECODE_THREADS = os.cpu_count() or 1
+    """Decodes photos from a socket until it is closed, in a fork. A photo that ends the fork is
+    answered here, and the next one goes to a new fork: that takes 2 ms, an interpreter 200."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = THREADS
+    pi_heif.options.DECODE_THREADS = THREADS
     pi_heif.register_heif_opener(thumbnails=False)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started it
     with socket.socket(fileno=descriptor) as connection:
         while True:
-            header = _receive(connection, HEADER.size)
-            if len(header) < HEADER.size:
+            fork = os.fork()
+            if fork == 0:
+                _decode_all(connection)
+                os._exit(0)
+            end = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+            if end == 0:
                 return
-            length, side, patience, kind = HEADER.unpack(header)
-            data = _receive(connection, length)
-            try:
-                _decode(connection, data, kind.rstrip(b"\0").decode(), side, patience)
-            except InvalidImage as error:
-                _say(connection, {"error": type(error).__name__, "message": str(error)})
-            except MemoryError:
-                _say(connection, {"error": "ImageTooComplex", "message": TOO_COMPLEX})
-            finally:
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                _limit_memory(None)
+            damaged = end in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
+            error = InvalidImage(CRASHED) if damaged else ImageTooComplex(TOO_COMPLEX)
+            with contextlib.suppress(OSError):  # nobody listens any more: the next fork ends
+                _refuse(connection, error, math.inf)
 
 
-def _decode(connection: socket.socket, data: bytes, kind: str, side: int, patience: float) -> None:
-    signal.setitimer(signal.ITIMER_PROF, SECONDS * patience)
+def _decode_all(connection: socket.socket) -> None:
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(connection, REQUEST.size, 1)
+        if not request:
+            return
+        side, share, kind = REQUEST.unpack(request)
+        with os.fdopen(descriptors[0], "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+        timer = Timer(share)
+        try:
+            _decode(connection, data, kind.rstrip(b"\0").decode(), side, timer)
+        except InvalidImage as error:
+            _refuse(connection, error, timer.stop())
+        except MemoryError:
+            _refuse(connection, ImageTooComplex(TOO_COMPLEX), timer.stop())
+        finally:
+            timer.stop()
+            _limit_memory(None)
+
+
+class Timer:
+    """Ends this process when a photo has taken its share of the time that it may take."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.seconds = share, SECONDS * share
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
+
+    def spent(self) -> float:
+        return self.seconds - signal.getitimer(signal.ITIMER_PROF)[0]
+
+    def extend(self, size: tuple[int, int]) -> None:
+        """To the time that a photo of this size may take."""
+        spent = self.spent()
+        self.seconds = seconds_for(size) * self.share
+        signal.setitimer(signal.ITIMER_PROF, max(0.001, self.seconds - spent))
+
+    def stop(self) -> float:
+        """The seconds that it took."""
+        spent = self.spent()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return spent
+
+
+def _decode(connection: socket.socket, data: bytes, kind: str, side: int, timer: Timer) -> None:
     _limit_memory(MEMORY)
     image = open_photo(data, kind)
-    spent = SECONDS * patience - signal.getitimer(signal.ITIMER_PROF)[0]
-    pixels = image.width * image.height
-    left = max(0.001, seconds_for(image.size) * patience - spent)
-    signal.setitimer(signal.ITIMER_PROF, left)
-    _limit_memory(max(MEMORY, MEMORY_A_PIXEL * pixels))
+    timer.extend(image.size)
+    _limit_memory(max(MEMORY, MEMORY_A_PIXEL * image.width * image.height))
     _say(connection, {"size": image.size})
     rgb = decode_photo(image, data, None if side < 0 else side)
     del image
     if side > 0:
-        # As JPEG's draft does: pixels that the resize would average take long to hand over.
+        # As JPEG's draft mode does: it would take long to transfer pixels that are then averaged.
         rgb = rgb.reduce(max(1, min(rgb.size) // (GAP * side)))
-    descriptor = os.memfd_create("photo")
-    with os.fdopen(descriptor, "wb") as file:
-        for _, band in bands(rgb):
-            file.write(band.tobytes())
-        file.flush()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(connection, {"size": rgb.size})
+    with memory_file() as file:
+        rgb.save(file, "PPM")  # a line of text, then the pixels, without a copy of them
+        _say(connection, {"size": rgb.size, "seconds": timer.stop()})
         socket.send_fds(connection, [b"\0"], [file.fileno()])
 
 
 def _limit_memory(more: int | None) -> None:
-    """Lets the address space grow by so many bytes; None: without a limit of ours."""
+    """Limits the growth of the address space to `more` bytes; None removes the limit."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if more is None:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -93,14 +129,9 @@ def _limit_memory(more: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
-def _receive(connection: socket.socket, length: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < length:
-        part = connection.recv(min(2**20, length - len(parts)))
-        if not part:
-            break
-        parts += part
-    return bytes(parts)
+def _refuse(connection: socket.socket, error: InvalidImage, seconds: float) -> None:
+    said = {"error": type(error).__name__, "message": str(error), "seconds": seconds}
+    _say(connection, said)
 
 
 def _say(connection: socket.socket, answer: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""A photo's bytes -> the bytes that are decoded, and whether decoding them is cheap.
+"""Determines whether decoding a photo is certain to be cheap, and which of its bytes to decode.
 
-Pillow loops in Python over what its formats repeat: segments, chunks, extensions, directory
-entries. A file of 16 MiB may hold millions of them. The walks here are linear, decode nothing, and
-prove of an ordinary photo that decoding it takes no longer than its pixels do; PNG loses on the way
-what is no part of the picture. What they cannot prove is decoded in a process that is ended when it
-takes too long (see `handler.decode_process`).
+Pillow loops in Python over the repeated parts of its formats: segments, chunks, extensions,
+directory entries. A file of 16 MiB may contain millions of them. The functions of this module scan
+a file in linear time without decoding it. For ordinary photos they show that decoding takes no
+longer than the number of pixels requires; from a PNG they also remove what is not part of the
+picture. Other photos are decoded in a process with a time limit (see `handler.decode_process`).
 """
 
 import re
@@ -14,58 +14,85 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# The most of each that an ordinary photo has. Google's cameras write a depth map as hundreds of
-# JPEG segments, Photoshop a large PNG as thousands of chunks.
+# Limits for ordinary photos. Google's cameras write a depth map as hundreds of JPEG segments, and
+# Photoshop writes a large PNG as thousands of chunks.
 MAX_SEGMENTS, MAX_BLOCKS, MAX_ENTRIES, MAX_IMAGE_CHUNKS = 1000, 2000, 300, 2000
 MAX_CHUNKS = 200_000
+# Bytes of a PNG or WebP whose decoding is known to be cheap whatever they are: blocks of a deflate
+# stream that hold nothing, or thousands of a WebP's tables, cost 0.1 s a megabyte.
+CHEAP_BYTES = 4 * 2**20
 # A progressive JPEG repeats itself over the whole picture once a scan. Encoders write about ten. A
-# scan costs at most this many seconds a pixel.
-ORDINARY_SCANS, SECONDS_PER_SCANNED_PIXEL = 16, 1.5e-8
+# scan costs at most this many seconds a pixel, and all of them may take a third of a second.
+ORDINARY_SCANS, SECONDS_PER_SCANNED_PIXEL, SECONDS_OF_SCANS = 16, 1.5e-8, 0.3
 # Some fill bytes may precede a marker, and no segment has the numbers of restarts and the like.
 JPEG_MARKER = re.compile(rb"\xff{1,16}([\x02-\xcf\xda-\xfe])", re.DOTALL)
+JPEG_TABLES, JPEG_SCAN, JPEG_EXIF, JPEG_PHOTOSHOP = 0xDB, 0xDA, 0xE1, 0xED
+# Bytes of all segments that Pillow takes apart in Python or joins. EXIF fits one segment.
+JPEG_BYTES = {JPEG_TABLES: 4096, JPEG_EXIF: 2**16, JPEG_PHOTOSHOP: 2**20}
+JPEG_FRAME_BYTES = 8 + 3 * 4  # of a frame's header: four components
 # Chunks of a PNG that change its pixels, or how they are turned; all others are left out.
 PNG_ONCE = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IEND")
 PNG_CHUNK = struct.Struct(">I4s")
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
-# Pillow refuses a whole PNG for a text above 1 MiB. Orientation is written in far less.
-MAX_PNG_TEXT, MAX_PNG_TEXTS = 2**20, 50
+# Pillow refuses a whole PNG for a text above 1 MiB. Orientation is written in far less: EXIF takes
+# two hexadecimal digits a byte.
+MAX_PNG_TEXT, MAX_PNG_TEXTS = 2**18, 50
 # Values of a TIFF's directory entry: bytes a value by type.
 TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
               16: 8, 17: 8, 18: 8}  # fmt: skip
-# Strips or tiles: at most one a row in a picture of MAX_SIDE.
-MAX_TIFF_VALUES = 70_000
-TIFF_COMPRESSION, TIFF_PLAIN = 259, (1, 5, 7, 8, 32773, 32946)
+# Strips or tiles: at most one a row in a picture of MAX_SIDE. Pillow takes 10 us for each.
+MAX_STRIPS, CHEAP_STRIPS = 70_000, 5000
+TIFF_STRIPS = (273, 279, 324, 325)
+# Tiles may be larger than the picture; Pillow reads all values of the directories that it knows.
+TIFF_TILES_AND_DIRECTORIES = (322, 34665, 34853, 40965)
+TIFF_COMPRESSION, TIFF_UNCOMPRESSED = 259, 1
 
 
 def walk(data: bytes, kind: str) -> tuple[bytes, bool]:
-    """The bytes to decode, and whether that is known to be cheap. `kind` is Pillow's name of the
-    format. Raises ValueError for what cannot be a photo of this kind."""
+    """The bytes to decode, and whether that is known to be cheap for a picture of its size. `kind`
+    is Pillow's name of the format. Raises ValueError for what cannot be a photo of this kind."""
     if kind == "PNG":
-        return png_image(data), True
+        data = png_image(data)
+        return data, len(data) <= CHEAP_BYTES
     if kind == "JPEG":
         return jpeg_picture(data)
     return data, kind in WALKS and WALKS[kind](data)
 
 
-def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
-    """A JPEG without what follows its end (a phone's second picture, its film), and whether it is
-    baseline, or progressive of few scans for its size, behind few segments."""
-    position, size = 2, None
+def jpeg_header(data: bytes) -> tuple[int, int] | None:
+    """Where a JPEG's first scan begins, and its pixels. None where it is neither baseline nor
+    progressive, or where what comes before is not what ordinary photos have."""
+    position, pixels, spent = 2, None, dict.fromkeys(JPEG_BYTES, 0)
     for _ in range(MAX_SEGMENTS):
         marker = JPEG_MARKER.match(data, position)
         if marker is None or marker.end() + 9 > len(data):
-            return data, False
+            return None
         code, position = marker[1][0], marker.end()
         length = int.from_bytes(data[position : position + 2], "big")
         if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
-            if code > 0xC2:
-                return data, False  # lossless, arithmetic, hierarchical
-            size = struct.unpack(">HH", data[position + 3 : position + 7])
+            # Beyond: lossless, arithmetic, hierarchical. Pillow lists the components of all frames.
+            if code > 0xC2 or pixels is not None or length > JPEG_FRAME_BYTES:
+                return None
+            height, width = struct.unpack(">HH", data[position + 3 : position + 7])
+            pixels = width * height
+        is_other = code == JPEG_EXIF and data[position + 2 : position + 6] != b"Exif"
+        if code in spent and not is_other:
+            spent[code] += length
+            if spent[code] > JPEG_BYTES[code]:
+                return None
         position += length
-        if code == 0xDA:
-            break
-    else:
+        if code == JPEG_SCAN:
+            return None if pixels is None else (position, pixels)
+    return None
+
+
+def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
+    """A JPEG without what follows its end (a phone's second picture, its film), and whether it is
+    baseline, or progressive of few scans for its size, behind few segments."""
+    header = jpeg_header(data)
+    if header is None:
         return data, False
+    position, pixels = header
     # By numpy: bytes.find() needs 2 ms to look for two bytes in a photo of 2 MB, this a quarter.
     bytes_N = np.frombuffer(data, np.uint8, offset=position)
     where_M = np.flatnonzero(bytes_N[:-1] == 0xFF)
@@ -74,19 +101,17 @@ def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
     if len(ends):
         codes_M = codes_M[: ends[0]]
         data = data[: position + int(where_M[ends[0]]) + 2]
-    if size is None:
-        return data, False
-    pixels = size[0] * size[1]
     # Scans wherever they are: libjpeg and a walk need not agree on where one ends.
     scans = 1 + int((codes_M == 0xDA).sum())
-    few = scans <= ORDINARY_SCANS and scans * SECONDS_PER_SCANNED_PIXEL * pixels < 1 + pixels / 16e6
+    seconds = (scans - 1) * SECONDS_PER_SCANNED_PIXEL * pixels
+    few = scans <= ORDINARY_SCANS and seconds < SECONDS_OF_SCANS
     # Within a scan 0xff is a marker unless 0 or the number of a restart follows.
     markers = int(((codes_M != 0) & ((codes_M < 0xD0) | (codes_M > 0xD7))).sum())
     return data, few and markers <= MAX_SEGMENTS
 
 
 def gif_is_cheap(data: bytes) -> bool:
-    """Few blocks and sub-blocks before the first picture's end of header."""
+    """Whether there are few blocks and sub-blocks before the first picture."""
     flags = data[10] if len(data) > 10 else 0
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     blocks = 0
@@ -106,47 +131,47 @@ def gif_is_cheap(data: bytes) -> bool:
 
 
 def webp_is_cheap(data: bytes) -> bool:
-    """Few chunks."""
+    """Few chunks of few bytes."""
     position, chunks = 12, 0
     while position + 8 <= len(data) and chunks <= MAX_BLOCKS:
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         position += 8 + size + size % 2
         chunks += 1
-    return chunks <= MAX_BLOCKS
+    return chunks <= MAX_BLOCKS and len(data) <= CHEAP_BYTES
 
 
 def bmp_is_cheap(data: bytes) -> bool:
-    """Not run-length coded: Pillow decodes that in Python."""
+    """Whether it is not run-length encoded, which Pillow decodes in Python."""
     header = int.from_bytes(data[14:18], "little")
     return header == 12 or data[30:34] in (bytes(4), b"\x03\0\0\0", b"\x06\0\0\0")
 
 
 def tiff_is_cheap(data: bytes) -> bool:
-    """A first directory of few entries with few values, in a compression of bounded cost. Raises
-    ValueError for entries of millions of values."""
+    """An uncompressed picture in few strips, in a directory of few entries and none below it. A
+    compressed one costs what its strips say: thousands may share the same bytes. Raises ValueError
+    for millions of strips."""
     order = "<" if data[:2] == b"II" else ">"
     big = struct.unpack(order + "H", data[2:4])[0] == 43
     try:
         [start] = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
         [count] = struct.unpack_from(order + ("Q" if big else "H"), data, start)
         size, head = (20, 8) if big else (12, 2)
-        cheap = count <= MAX_ENTRIES
+        cheap, spent = count <= MAX_ENTRIES, 0
         for number in range(min(count, MAX_ENTRIES)):
             where = start + head + number * size
             tag, kind = struct.unpack_from(order + "HH", data, where)
             [values] = struct.unpack_from(order + ("Q" if big else "I"), data, where + 4)
-            if kind not in (1, 2, 7) and values > MAX_TIFF_VALUES:
-                raise ValueError(f"a TIFF entry of {values} values")
-            # Bytes are no numbers to loop over, but where offsets should be.
-            if kind in (1, 2, 7) and tag in (273, 279, 324, 325) and values > MAX_TIFF_VALUES:
-                raise ValueError(f"a TIFF entry of {values} values")
-            cheap &= values * TIFF_SIZES.get(kind, 1) <= 2**20 or kind in (1, 2, 7)
+            if tag in TIFF_STRIPS and values > MAX_STRIPS:
+                raise ValueError(f"a TIFF of {values} strips")
+            cheap &= tag not in TIFF_STRIPS or values <= CHEAP_STRIPS
+            cheap &= tag not in TIFF_TILES_AND_DIRECTORIES
+            spent += values * TIFF_SIZES.get(kind, 1)
             if tag == TIFF_COMPRESSION:
                 [compression] = struct.unpack_from(order + "H", data, where + (12 if big else 8))
-                cheap &= compression in TIFF_PLAIN
+                cheap &= compression == TIFF_UNCOMPRESSED
     except struct.error:
         return False
-    return cheap
+    return cheap and spent <= len(data)
 
 
 WALKS = {
@@ -158,8 +183,8 @@ WALKS = {
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of every chunk up to IEND; the length and the name come before `start`.
-    Raises ValueError for more chunks than a picture has."""
+    """Yields (name, start, end) of the content of every chunk up to IEND. Raises ValueError for too
+    many chunks."""
     position, chunks = 8, 0
     while position + 12 <= len(data):
         length, name = PNG_CHUNK.unpack_from(data, position)
@@ -173,8 +198,8 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def png_image(data: bytes) -> bytes:
-    """A PNG without its colour profile, its further frames, what is there twice and long texts. The
-    bytes themselves where nothing is left out and the picture lies in few pieces."""
+    """A PNG without its colour profile, further frames, duplicate chunks and long texts, and with
+    its picture in one chunk if it had many. Unchanged if there is nothing to remove or join."""
     kept: list[tuple[int, int]] = []
     once: set[bytes] = set()
     dropped = pieces = texts = 0
@@ -197,7 +222,7 @@ def png_image(data: bytes) -> bytes:
 
 
 def one_piece(data: bytes, kept: list[tuple[int, int]]) -> bytes:
-    """The chunks with all pieces of the picture joined in the place of the first."""
+    """The chunks, with all pieces of the picture joined at the position of the first."""
     is_piece = [data[start + 4 : start + 8] == b"IDAT" for start, _ in kept]
     spans = list(zip(kept, is_piece, strict=True))
     picture = b"".join(data[start + 8 : end - 4] for (start, end), piece in spans if piece)
@@ -210,7 +235,7 @@ def one_piece(data: bytes, kept: list[tuple[int, int]]) -> bytes:
 
 
 def is_short_text(data: bytes, name: bytes, start: int, end: int) -> bool:
-    """Whether a text stays below `MAX_PNG_TEXT`, uncompressed, and is sound."""
+    """Whether a text is valid and has less than `MAX_PNG_TEXT` bytes uncompressed."""
     if end - start > 2**16:
         return False
     content = data[start:end]

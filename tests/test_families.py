@@ -12,6 +12,7 @@ from test_image_preprocess import natural
 
 from export.export import export_checkpoint
 from handler.captioner import Captioner
+from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
 from training.import_huggingface import import_huggingface
 
@@ -190,6 +191,76 @@ def test_an_export_says_the_same(name, families, tmp_path: Path):
 def test_the_begin_token_of_blip_is_beyond_its_tokenizer(families):
     checkpoint, _, tokenizer, _ = families("blip")
     assert load_captioner(checkpoint).tokenizer.begin_id == len(tokenizer)
+
+
+def pair(encoder: object, decoder: object) -> object:
+    made = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    made.architectures = ["VisionEncoderDecoderModel"]
+    return made
+
+
+def text(made: type, **fields: object) -> object:
+    return made(is_decoder=True, add_cross_attention=True, **fields)
+
+
+GPT2, BERT = transformers.GPT2Config, transformers.BertConfig
+REFUSED = {
+    "Swin": (lambda: pair(transformers.SwinConfig(), text(GPT2)), "encoder.model_type' is 'swin'"),
+    "Swin v2": (lambda: pair(transformers.Swinv2Config(), text(GPT2)), "is 'swinv2'"),
+    "BEiT": (lambda: pair(transformers.BeitConfig(), text(BERT)), "encoder.model_type' is 'beit'"),
+    "Donut's Swin": (lambda: pair(transformers.DonutSwinConfig(), text(BERT)), "'donut-swin'"),
+    "ViT-MAE that masks": (lambda: pair(transformers.ViTMAEConfig(), text(GPT2)), "mask_ratio"),
+    "SwiGLU": (
+        lambda: pair(transformers.Dinov2Config(use_swiglu_ffn=True), text(GPT2)),
+        "encoder.use_swiglu_ffn' is True",
+    ),
+    "SwiGLU with registers": (
+        lambda: pair(transformers.Dinov2WithRegistersConfig(use_swiglu_ffn=True), text(BERT)),
+        "encoder.use_swiglu_ffn' is True",
+    ),
+    "BART": (
+        lambda: pair(transformers.ViTConfig(), transformers.BartConfig()),
+        "decoder.model_type' is 'bart'",
+    ),
+    "a BERT of relative positions": (
+        lambda: pair(transformers.ViTConfig(), text(BERT, position_embedding_type="relative_key")),
+        "decoder.position_embedding_type' is 'relative_key'",
+    ),
+    "video GIT": (
+        lambda: transformers.GitConfig(
+            num_image_with_embedding=6, architectures=["GitForCausalLM"]
+        ),
+        "num_image_with_embedding' is 6: a GIT of videos",
+    ),
+    "GIT's bare model": (
+        lambda: transformers.GitConfig(architectures=["GitModel"]),
+        "architectures' is 'GitModel'",
+    ),
+    "BLIP for retrieval": (
+        lambda: transformers.BlipConfig(architectures=["BlipForImageTextRetrieval"]),
+        "architectures' is 'BlipForImageTextRetrieval'",
+    ),
+    "BLIP for questions": (
+        lambda: transformers.BlipConfig(architectures=["BlipForQuestionAnswering"]),
+        "architectures' is 'BlipForQuestionAnswering'",
+    ),
+    "BLIP-2": (lambda: transformers.Blip2Config(), "model_type' is 'blip-2'"),
+    "GPT-2 alone": (lambda: GPT2(), "model_type' is 'gpt2'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_its_name(name, tmp_path: Path):
+    """Before weights are read: there are none, nor any other file but the config."""
+    make, named = REFUSED[name]
+    make().save_pretrained(tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"]
+    with pytest.raises(UserError) as refused:
+        import_huggingface(str(tmp_path / "theirs"), tmp_path / "ours")
+    message = str(refused.value)
+    assert message.startswith(str(tmp_path / "theirs/config.json")) and "\n" not in message
+    assert named in message
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_git_without_a_generation_config(families, tmp_path: Path):

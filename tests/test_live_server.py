@@ -367,6 +367,24 @@ def test_killed_workers_are_back_by_themselves(client, eager, photo, server):
     assert answer.json()["caption"] == expected
 
 
+@pytest.mark.slow
+def test_tls_under_a_path_of_other_letters(folder, eager, photo, tmp_path, monkeypatch):
+    """Java reads a properties file as Latin-1, and file names in the letters of the locale."""
+    home = tmp_path / "büro 犬"
+    home.mkdir()
+    (home / "model_store").symlink_to(folder / "model_store")
+    for locale in ("C.UTF-8", "C"):
+        monkeypatch.setenv("LC_ALL", locale)
+        try:
+            server = serve.start(configure(home), tls=True, home=home)
+            client = client_of(server, home)
+            expected = eager.caption([photo])[0][0].text
+            assert client.caption(photo)["caption"] == expected
+            assert client.caption_grpc(photo)["caption"] == expected
+        finally:
+            serve.stop(home)
+
+
 def test_tls(folder, eager, photo, tmp_path):
     """`make serve TLS=1`: https and gRPC over TLS with a certificate of its own making."""
     (tmp_path / "model_store").symlink_to(folder / "model_store")

@@ -6,15 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from handler.client.connection import (
-    ServerError,
-    add_server_options,
-    caption_folder,
-    check_writable,
-    client_of,
-    read_file,
-    write_alt_texts,
-)
+from handler.client.connection import ServerError, add_server_options, client_of, read_file
+from handler.client.folder import caption_folder, check_writable, write_alt_texts
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import locked, write_atomic
 from handler.request import add_decoding_options, given_options
@@ -30,7 +23,8 @@ def parse_arguments() -> Any:
         type=Path,
         default=Path("captions.jsonl"),
         metavar="FILE",
-        help="where the captions of a folder go; photos that stand there are not asked for again",
+        help="where the captions of a folder go; a photo that is there already is captioned again "
+        "only where the photo, the options or the server's checkpoint have changed",
     )
     parser.add_argument(
         "--alt-text",

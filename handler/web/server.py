@@ -8,7 +8,6 @@ takes photos only from its own page.
 """
 
 import secrets
-from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 
 from handler.client.connection import Client, ServerError
 from handler.errors import UserError
-from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode
-from handler.web.page import HEAT, HEAT_LEGEND, page, photo_html, words_html
+from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode, seen_region
+from handler.web.page import HEAT, TEMPLATES, page, photo, templates
 from handler.web.word_maps import prompt_of, words_of
 
 HOST, PORT = "127.0.0.1", 8090
@@ -41,27 +40,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-BODY = f"""<header><h1>What does the captioner see?</h1>
-<p class="quiet">The photo goes to the TorchServe on this machine and nowhere else.</p></header>
-<main>
-<div id="drop">
-<p>Drop a photo anywhere on this page, or</p>
-<p><input id="file" type="file" accept="image/*" class="out-of-sight">
-<label class="action" for="file">Choose a photo</label>
-<button id="camera" class="action" type="button">Use the camera</button></p>
-<p><label for="prompt">Words to begin with:</label>
-<input id="prompt" type="text" maxlength="200" placeholder="none" autocomplete="off"></p>
-</div>
-<div id="viewfinder" hidden>
-<video id="video" autoplay playsinline muted aria-label="Picture of the camera"></video>
-<p><button id="shoot" class="action main" type="button">Take the photo</button>
-<button id="close" class="action" type="button">Close the camera</button></p>
-</div>
-<p id="status" role="status" aria-live="polite"></p>
-<p id="error" role="alert"></p>
-<section id="result" aria-label="Captions" data-limit="{MAX_BYTES}"></section>
-</main>
-<footer>{HEAT_LEGEND}</footer>"""
 
 
 class WebServer(ThreadingHTTPServer):
@@ -76,17 +54,23 @@ class WebServer(ThreadingHTTPServer):
         # As Jupyter's: other users of this machine, and other pages, do not know it.
         self.key = secrets.token_urlsafe(24)
         self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
-        self.page = page("Captioner", BODY, [HERE / "web.css"], [HEAT, HERE / "web.js"]).encode()
-        self.fits: dict[str, str] = {}
+        self.page = page(
+            TEMPLATES / "demo.html",
+            [HERE / "web.css"],
+            [HEAT, HERE / "web.js"],
+            title="Captioner",
+            limit=MAX_BYTES,
+        ).encode()
+        self.preprocessings: dict[str, PreprocessConfig] = {}
 
-    def fit(self, checkpoint: str) -> str:
-        """How the model of a checkpoint makes a photo square, as its model card says."""
-        if checkpoint not in self.fits:
+    def preprocessing(self, checkpoint: str) -> PreprocessConfig:
+        """What the model of a checkpoint sees of a photo, as its model card says."""
+        if checkpoint not in self.preprocessings:
             card = self.client.model_card()
             if not card:
-                return PreprocessConfig.resize
-            self.fits[checkpoint] = card["preprocessing"]["resize"]
-        return self.fits[checkpoint]
+                return PreprocessConfig()
+            self.preprocessings[checkpoint] = PreprocessConfig.from_dict(card["preprocessing"])
+        return self.preprocessings[checkpoint]
 
 
 class PageHandler(BaseHTTPRequestHandler):
@@ -159,37 +143,32 @@ class PageHandler(BaseHTTPRequestHandler):
         """Nothing: what people show to the page is theirs."""
 
 
-def card(server: WebServer, photo: bytes, prompt: str) -> str:
+def card(server: WebServer, data: bytes, prompt: str) -> str:
     """Asks the server for the captions of a photo that begin with `prompt`, unless it is empty: the
     HTML of the photo with its captions."""
     options: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": N_BEST}
     if prompt:
         options["prompt"] = prompt
-    answer = server.client.caption(photo, attention=True, **options)
-    fit = server.fit(answer["model"]["checkpoint"])
-    captions = "".join(f"<li>{caption_html(caption, fit)}</li>" for caption in answer["captions"])
-    text = answer["caption"]
-    model = answer["model"]
+    answer = server.client.caption(data, attention=True, **options)
+    image = decode(data)
     return (
-        f'<article class="card" data-caption="{escape(text, True)}">'
-        f"{photo_html(decode(photo), PHOTO_SIDE, text)}"
-        f'<div class="text"><ol class="captions">{captions}</ol><p class="quiet">'
-        f"{escape(str(model['name']))} {escape(str(model['version']))}, "
-        f"{escape(str(model['precision']))}, {escape(str(model['checkpoint'])[:19])}</p>"
-        "</div></article>"
+        templates(TEMPLATES)
+        .get_template("card.html")
+        .render(
+            shown=photo(image, PHOTO_SIDE, answer["caption"]),
+            captions=[words_of_answer(caption) for caption in answer["captions"]],
+            seen=seen_region(image.size, server.preprocessing(answer["model"]["checkpoint"])),
+            model=answer["model"],
+        )
     )
 
 
-def caption_html(caption: dict[str, Any], fit: str) -> str:
-    """A caption of the API as words with their maps, and its scores."""
+def words_of_answer(caption: dict[str, Any]) -> dict[str, Any]:
+    """A caption of the API with its prompt, and the words behind it with their maps."""
     attention = caption["attention"]
     maps_Tgg = torch.tensor(attention["maps"]).reshape(-1, *attention["grid"])
     words = words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
-    return (
-        f"{words_html(words, fit, prompt_of(caption['caption'], caption['tokens']))}"
-        f'<p class="quiet">score {caption["score"]:.2f}, '
-        f"log probability {caption['log_prob']:.2f}</p>"
-    )
+    return caption | {"words": words, "prompt": prompt_of(caption["caption"], caption["tokens"])}
 
 
 def sentence(error: UserError) -> tuple[int, str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from handler.errors import UserError
-from handler.image_preprocess import PreprocessConfig
+from handler.image_preprocess import Interpolation, PreprocessConfig
 from training.checkpoint import load_model
 from training.model import Encoder, EncoderConfig, ImageEncoder, interpolate_positions
 from training.weights.rename import Names, fill, rename
@@ -65,7 +65,7 @@ class PretrainedEncoder:
     encoder: ImageEncoder
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
+    interpolation: Interpolation
 
 
 def load_encoder(
@@ -157,7 +157,7 @@ def _from_timm(name: str, weights: Path | None, image_size: int | None) -> Pretr
         _rename(name, config, state, prefix, TIMM_NAMES, image_size),
         tuple(cfg["mean"]),
         tuple(cfg["std"]),
-        cfg["interpolation"] if cfg["interpolation"] in ("bicubic", "bilinear") else "bicubic",
+        "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",
     )
 
 
@@ -167,7 +167,7 @@ def _from_torchvision(name: str, weights: Path | None, image_size: int | None) -
 
     if name not in models.list_models(module=models) or not name.startswith("vit_"):
         raise UserError(f"encoder.pretrained: torchvision has no Vision Transformer {name!r}")
-    default = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    default = models.get_model_weights(name).DEFAULT
     try:
         model = models.get_model(name, weights=default if weights is None else None)
         if weights is not None:
@@ -178,7 +178,7 @@ def _from_torchvision(name: str, weights: Path | None, image_size: int | None) -
     config = EncoderConfig(
         width=model.hidden_dim,
         layers=len(model.encoder.layers),
-        heads=model.encoder.layers[0].num_heads,  # type: ignore[index,union-attr]
+        heads=model.encoder.layers[0].num_heads,
         mlp_width=model.mlp_dim,
         image_size=model.image_size,
         patch_size=model.patch_size,

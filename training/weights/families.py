@@ -48,7 +48,7 @@ def model_configs(
     family = family_of(config)
     encoder, decoder = family.configs(config)
     if image_size is not None and family.free_size(config):
-        encoder = replace(encoder, image_size=image_size)  # type: ignore[type-var]
+        encoder = replace(encoder, image_size=image_size)
     return encoder, decoder
 
 

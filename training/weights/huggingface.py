@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.errors import UserError
+from handler.errors import UserError, naming
 from handler.files import check_replaceable, replace_folder
 from training.checkpoint import save_checkpoint
 from training.folders import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE
@@ -18,7 +18,6 @@ from training.weights.files import (
     SPECIAL,
     TOKENIZER,
     fetch,
-    naming,
     read_json,
     read_processor,
     read_state,
@@ -32,8 +31,8 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     """Writes the model as the checkpoint `out`, where an earlier import may be, but no run that was
     trained. Raises UserError naming the file and the field or parameter that does not fit, and then
     writes nothing."""
+    check_untrained(out)  # before anything is downloaded
     folder = fetch(name_or_folder)
-    check_untrained(out)
     check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
