@@ -44,8 +44,8 @@ def pack_captions(
     captions: Sequence[Sequence[Sequence[int]]], tokenizer: CaptionTokenizer, max_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packs token ids [photo][caption][token] into tokens, positions, targets (B, Q) and mask
-    (B, Q, Q). A caption of more than `max_tokens` tokens, including the end token, is truncated and
-    has no end token among its targets."""
+    (B, Q, Q). A caption of more than `max_tokens` tokens, including the end token and a forced
+    first one, is truncated and has no end token among its targets."""
     rows = []
     for photo in captions:
         tokens: list[int] = []
@@ -83,7 +83,8 @@ def mirrored(caption: str) -> str:
 class Captions:
     """Token ids of every caption of a split, original and mirrored. `longest` is the length of the
     longest caption, `cut` the number of captions longer than `max_tokens`; both count the end
-    token. `unknown` is the number of captions with a word that is not in the vocabulary."""
+    token and a forced first one. `unknown` is the number of captions with a word that is not in the
+    vocabulary."""
 
     def __init__(self, rows: Sequence[Row], tokenizer: CaptionTokenizer, max_tokens: int) -> None:
         self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
@@ -91,8 +92,9 @@ class Captions:
         self.mirrored = [[tokenizer.encode(mirrored(c)) for c in row.captions] for row in rows]
         every = [ids for photo in self.plain for ids in photo]
         self.total = len(every)
-        self.longest = max(len(ids) + 1 for ids in every)
-        self.cut = sum(len(ids) + 1 > max_tokens for ids in every)
+        lengths = [len(ids) + len(tokenizer.opening) for ids in every]
+        self.longest = max(lengths)
+        self.cut = sum(length > max_tokens for length in lengths)
         self.unknown = sum(tokenizer.unknown_id in ids for ids in every)
 
     def notes(self, max_new_tokens: int, borrowed: str | None = None) -> list[str]:

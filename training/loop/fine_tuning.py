@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import check_config, read_config
+from handler.captioner import check_config, encode_prompt, read_config
 from handler.errors import UserError, naming
 from handler.files import read_object
 from handler.image_preprocess import PreprocessConfig
@@ -121,9 +121,10 @@ def complete(
 
 
 def _settled(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The fields of a config that a start settles, by section."""
+    """The fields of a config that a start settles, by section; not those that have a value for each
+    stage, as a DaViT's have."""
     return {
-        part: {name: section[name] for name in names if name in section}
+        part: {n: section[n] for n in names if n in section and not isinstance(section[n], list)}
         for part, names in SETTLED.items()
         for section in [_section(config, part) if part else config]
     }
@@ -162,10 +163,12 @@ def load_start(
         for name in OF_WORDS & state.keys():
             state[name] = with_rows(state[name], tokenizer.vocab_size - size)
         size = tokenizer.vocab_size
-    model = CaptioningModel(
-        replace(found.encoder_config, dropout=config.encoder.dropout),
-        replace(found.decoder_config, dropout=config.decoder.dropout, vocab_size=size),
-    )
+    decoder = replace(found.decoder_config, dropout=config.decoder.dropout, vocab_size=size)
+    if tokenizer.tasks:  # the task that is learnt is the one that is asked for
+        prompt_ids = encode_prompt(tokenizer, config.decoding.get("prompt"))
+        decoder = replace(decoder, prompt_ids=tuple(prompt_ids))
+    encoder = replace(found.encoder_config, dropout=config.encoder.dropout)
+    model = CaptioningModel(encoder, decoder)
     model.load_state_dict(state)
     return model, PreprocessConfig.from_dict(checkpoint["preprocessing"]), tokenizer
 

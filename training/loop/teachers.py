@@ -113,7 +113,7 @@ def refuse_difference(folder: Path, own: Interface, like: Interface) -> None:
             f"{tokenizer}: field 'model.vocab' is not that of {like.owner}, but they must have the "
             "same vocabulary; train one with tokenizer.checkpoint set to the other"
         )
-    for name in ("begin_id", "end_id"):
+    for name in ("begin_id", "end_id", "first_id"):
         mine, theirs = getattr(own.tokenizer, name), getattr(like.tokenizer, name)
         if mine != theirs:
             raise UserError(
