@@ -38,14 +38,15 @@ MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 # An ordinary photo is decoded faster than this; what takes longer is slow for its size.
 ORDINARY_PIXELS_A_SECOND = 9e6
 # A process that waits for a processor is not slow; one that waits for ever is.
-WALL_FACTOR, WALL_SECONDS = 4, 5
+WALL_FACTOR, WALL_SECONDS = 8, 5
 REQUEST = struct.Struct("<qd4s")  # min_side, patience, kind
-# One arena, which keeps the pages of one photo for the next: the system takes 2 us to give a page.
+# One arena, which keeps the pages of one photo for the next (the system takes 1 us to give a page),
+# as that of any process does that has once freed a larger array.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(16 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
 # What the process may answer instead of a photo.
 REFUSALS = {kind.__name__: kind for kind in (InvalidImage, ImageTooLarge, ImageTooComplex)}
