@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from photos import FORMATS, encoded, huge_headers, png, smooth
+from photos import FORMATS, chunk, encoded, huge_headers, png, smooth
 from PIL import Image
 
 SIGNATURES = [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x24\0\0\0WEBPVP8 ", b"GIF89a"]
@@ -169,8 +169,3 @@ def greatest() -> dict[str, bytes]:
     )
     row = b"\0" + bytes(8000 * 4)
     return {"WebP": buffer.getvalue(), "PNG": png(8000, 8000, 8, 6, row * 8000)}
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
