@@ -169,7 +169,7 @@ def tiff_is_cheap(data: bytes) -> bool:
             if tag == TIFF_COMPRESSION:
                 [compression] = struct.unpack_from(order + "H", data, where + (12 if big else 8))
                 cheap &= compression == TIFF_UNCOMPRESSED
-    except struct.error:
+    except (struct.error, OverflowError):
         return False
     return cheap and spent <= len(data)
 

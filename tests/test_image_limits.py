@@ -2,7 +2,6 @@
 colours that a browser shows."""
 
 import contextlib
-import io
 import math
 import os
 import select
@@ -15,7 +14,6 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-import pillow_heif
 import psutil
 import pytest
 from cost import cost_of, forget_processes
@@ -30,7 +28,7 @@ from hostile import (
     scans,
     segment,
 )
-from photos import chunk, encoded, smooth
+from photos import chunk, encoded, heic, smooth
 from PIL import Image
 
 from handler import decode_process
@@ -117,18 +115,18 @@ def test_a_kind_of_tiff_that_is_not_read_is_named(bits, form, samples, photometr
         decode(data)
 
 
+def test_a_directory_beyond_any_file_is_damage():
+    """An offset of 64 bits raised OverflowError, and the server answered 500."""
+    with pytest.raises(InvalidImage):
+        decode(b"II+\0\x08\0\0\0" + struct.pack("<Q", 2**64 - 1) + bytes(32))
+
+
 # --- AVIF and HEIC ---
-
-
-def heic(image: Image.Image, **options) -> bytes:
-    out = io.BytesIO()
-    pillow_heif.from_pillow(image).save(out, quality=95, **options)
-    return out.getvalue()
 
 
 WRITERS = {
     "AVIF": lambda image, **options: encoded(image, "AVIF", quality=95, **options),
-    "HEIC": heic,
+    "HEIC": lambda image, **options: heic(image, quality=95, **options),
 }
 
 
