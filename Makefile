@@ -31,7 +31,7 @@ stem = $(subst ?,$(space),$(notdir $(patsubst %/,%,$(patsubst %.yml,%,$(patsubst
 config_field = $(shell sed -n $(call quote,s/^$(1): *["']*\([^"'$(hash)]*[^"'$(hash) ]\).*/\1/p) \
 	$(call quote,$(CONFIG)) $(call quote,training/configs/$(CONFIG).yaml) 2>/dev/null | head -n 1)
 
-CONFIG ?= scenes
+CONFIG ?= $(if $(FROM),finetune,scenes)
 SPLIT ?= val
 PRECISION ?= fp32
 VERSION ?= 1.0
@@ -51,7 +51,7 @@ override CHECKPOINT = $(or $(CHECKPOINT_GIVEN),build/checkpoints/$(RUN))
 EXPORT ?= build/export/$(RUN)$(if $(filter-out fp32,$(PRECISION)),-$(PRECISION))
 OUT ?= captions.jsonl
 
-.PHONY: help setup data shards distil train export mar serve stop caption batch web evaluate \
+.PHONY: help setup data shards import distil train export mar serve stop caption batch web evaluate \
 	report review review-score bench demo test test-slow lint clean
 
 help: ## list the targets
@@ -59,7 +59,11 @@ help: ## list the targets
 
 setup: $(STAMP) ## .venv from the pinned requirements, Java where it is missing, gRPC stubs
 
-$(STAMP): requirements.txt requirements-batch.txt requirements-dev.txt requirements-java.txt
+# Java that has gone since the last set-up is brought again; a link to nothing is none.
+NO_JAVA = $(shell PATH=$(call quote,$(PATH)); command -v java >/dev/null || echo no-java)
+.PHONY: no-java
+
+$(STAMP): requirements.txt requirements-batch.txt requirements-dev.txt requirements-java.txt $(NO_JAVA)
 	@$(BIN)/python -c 'import pip; $(IS_SUPPORTED)' 2>/dev/null || { \
 		$(call quote,$(PYTHON)) -c '$(IS_SUPPORTED)' 2>/dev/null || { \
 			version=$$($(call quote,$(or $(PYTHON),python3)) --version 2>&1 | head -n 1); \
@@ -85,11 +89,19 @@ shards: setup ## pack a dataset into webdataset shards: DATA=NAME SHARDS=DIR ARG
 	python -m training.shards --data $(call quote,$(or $(DATA),scenes)) \
 		--out $(call quote,$(or $(SHARDS),build/shards/$(notdir $(or $(DATA),scenes)))) $(ARGS)
 
-train: setup ## train: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3", --resume, --overwrite
+import: setup ## a Hugging Face captioner to a checkpoint: MODEL=NAME_OR_DIR RUN=NAME
+	@$(if $(MODEL),,echo "error: make import needs MODEL=NAME_OR_DIR: a name on the Hugging Face Hub, \
+	or a folder" >&2; exit 2)
+	@$(if $(CHECKPOINT_GIVEN),echo "error: make import takes no CHECKPOINT=; RUN=NAME names what it \
+	writes" >&2; exit 2)
+	python -m training.import_huggingface $(call quote,$(MODEL)) --out $(call quote,$(CHECKPOINT))
+
+train: setup ## train, or fine-tune FROM=DIR: CONFIG= DATA= RUN= ENCODER_WEIGHTS=FILE ARGS="--epochs 3"
 	@$(if $(CHECKPOINT_GIVEN),echo "error: make train takes no CHECKPOINT=; RUN=NAME names what it \
 	trains" >&2; exit 2)
 	python -m training.train --config $(call quote,$(CONFIG)) --run $(call quote,$(RUN)) \
-		$(call option,--data,$(DATA)) $(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
+		$(call option,--from,$(FROM)) $(call option,--data,$(DATA)) \
+		$(call option,--encoder-weights,$(ENCODER_WEIGHTS)) $(ARGS)
 
 distil: setup ## teachers' captions into a dataset NAME-distilled: TEACHERS="DIR DIR" DATA=NAME
 	python -m training.distil_captions --checkpoint $(TEACHERS) $(call option,--data,$(DATA)) $(ARGS)
@@ -149,7 +161,7 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
 	@python -m training.demo
 	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 ARGS=--overwrite \
-		CHECKPOINT= EXPORT=build/export/demo
+		CHECKPOINT= FROM= EXPORT=build/export/demo
 	@set -e; python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)); \
 	trap 'python -m handler.serve stop' EXIT; \
 	photo=$$(python -c 'from pathlib import Path; from training.data.manifest import read_manifest; \
@@ -159,8 +171,8 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 	printf '%s\nREST: %s\ngRPC: %s\n' "$$photo" "$$rest" "$$grpc"; \
 	test "$$rest" = "$$grpc" || { echo "error: REST and gRPC answer differently" >&2; exit 1; }
 
-bench: setup ## speed tables: a ViT-B + GPT-2, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
-	python -W ignore -m tests.benchmarks.decoding yardstick $(ARGS)
+bench: setup ## speed tables: ViT-B + GPT-2, BLIP, GIT, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
+	python -W ignore -m tests.benchmarks.decoding $(ARGS)
 	$(if $(wildcard $(CHECKPOINT)/model.safetensors),python -W ignore \
 		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS))
 	$(if $(wildcard $(EXPORT)/decoder.pt),python -W ignore \
@@ -172,8 +184,9 @@ lint: setup ## ruff and mypy
 	ruff format --check .
 	mypy handler training export
 
+# Two workers, one thread each: a third of the tests wait for a program or a server.
 test: lint ## lint, types, unit, parity, archive and live-server tests
-	python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: setup ## the long proofs
 	python -m pytest -m slow

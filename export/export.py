@@ -1,8 +1,8 @@
-"""`python -m export.export`, behind `make export`: a checkpoint -> `encoder.pt` (traced),
-`decoder.pt` (scripted), `config.json`, `tokenizer.json`.
+"""`python -m export.export`, behind `make export`: converts a checkpoint to `encoder.pt` (traced),
+`decoder.pt` (scripted), `config.json` and `tokenizer.json`.
 
-The export is written beside its place, loaded again, and compared with the eager model; only then
-does it take its place. An export that fails leaves nothing behind, and an older one stays.
+The export is written beside its final location, loaded again, and compared with the eager model;
+only then is it moved there. If it fails, an older export is unchanged.
 """
 
 import hashlib
@@ -25,22 +25,21 @@ from training.data.photos import read_photo
 from training.folders import WEIGHTS_FILE
 from training.model import CaptioningModel
 
-# The most that are compared: all of Flickr8k's, and no more than a minute or two of COCO's.
+# Most photos that are compared: all of Flickr8k's, and a minute or two of COCO's.
 VERIFIED_PHOTOS = 1000
 
 
-# What an export writes, so that nothing else is replaced by one.
+# The files of an export; nothing else is replaced.
 EXPORT = FolderKind("an export", "config.json", ("checkpoint", "precision", "parts"), EXPORT_FILES)
 
 
 def export_checkpoint(
     checkpoint: Path, out: Path, precision: str = "fp32", data: str | None = None
 ) -> dict[str, Any]:
-    """Exports in `precision` (`auto`: the fastest for this processor), in the fastest way that
-    keeps the captions (`export.verify.FLOORS`), and returns the written config. `data` names the
-    dataset whose validation photos are compared, by default the one it was trained on, where that
-    is still there; random images are compared otherwise. Raises UserError, and then writes
-    nothing."""
+    """Exports in `precision` (`auto`: the fastest for this processor) and in the fastest way that
+    keeps the captions (`export.verify.FLOORS`); returns the written config. The validation photos
+    of the dataset `data` are compared. The default is the dataset of the training or, if it no
+    longer exists, random images. Raises UserError; nothing is written then."""
     check_replaceable(out, EXPORT, [checkpoint])
     model, config, tokenizer = load_model(checkpoint)
     digest = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
@@ -58,7 +57,7 @@ def export_checkpoint(
             _write_config(new, written)
             try:
                 verified = verify(eager, Captioner.load(new), photos, expected, way[0])
-            except UserError as error:  # numbers far off, which those of a finer way need not be
+            except UserError as error:  # large differences; a finer way may have smaller ones
                 if way is finest:
                     raise
                 print(f"{described(written)}: {error}; trying the next way", flush=True)
@@ -73,14 +72,14 @@ def export_checkpoint(
 
 def _write_scripts(model: CaptioningModel, image_size: int, folder: Path) -> None:
     with warnings.catch_warnings():
-        # torch announces a successor of TorchScript that TorchServe cannot load.
+        # torch recommends a successor of TorchScript, which TorchServe cannot load.
         warnings.simplefilter("ignore", DeprecationWarning)
         scripts = {
             "encoder.pt": trace_encoder(model.encoder, image_size),
             "decoder.pt": script_decoder(model.decoder),
         }
         for name, script in scripts.items():
-            # Not to a path: on a full disk torch would end the process from C++.
+            # Not saved to a path: on a full disk, torch would abort the process.
             (folder / name).write_bytes(script.save_to_buffer())
 
 
@@ -105,18 +104,18 @@ def _validation_photos(
 
 
 def described(config: dict[str, Any]) -> str:
-    """The precision, and how it is reached."""
+    """The precision and the data types of the parts."""
     parts = config["parts"]
     return f"{config['precision']} (encoder {parts['encoder']}, decoder {parts['decoder']})"
 
 
 def told(verified: dict[str, Any]) -> str:
-    """What was compared, in one line."""
+    """The result of the comparison in one line."""
     line = f"{verified['identical_captions']:.1%} of {verified['photos']} captions "
-    line += f"({verified['source']}) as the eager model's"
+    line += f"({verified['source']}) identical to the eager model's"
     if "cider" in verified:
-        line += f", CIDEr {verified['cider']:.4f} against {verified['cider_eager']:.4f}"
-    return f"{line}; numbers within {verified['largest_difference']:.1e}"
+        line += f", CIDEr {verified['cider']:.4f} instead of {verified['cider_eager']:.4f}"
+    return f"{line}; largest difference of numbers {verified['largest_difference']:.1e}"
 
 
 def main() -> None:
@@ -124,10 +123,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
     parser.add_argument("--out", type=Path, help="default build/export/NAME[-PRECISION]")
     parser.add_argument("--precision", default="fp32", choices=(*WAYS, "auto"))
-    parser.add_argument("--data", help="dataset whose val photos are compared")
+    parser.add_argument("--data", help="dataset whose validation photos are compared")
     arguments = parser.parse_args()
     if not arguments.checkpoint.is_dir():
-        raise UserError(f"{arguments.checkpoint}: no such folder; train first, or give CHECKPOINT=")
+        raise UserError(f"{arguments.checkpoint}: no such folder; train first, or set CHECKPOINT=")
     name = arguments.checkpoint.resolve().name
     if arguments.precision != "fp32":
         name += f"-{arguments.precision}"
@@ -138,8 +137,8 @@ def main() -> None:
     if not verified["kept"]:
         least, loss = FLOORS[config["precision"]]
         print(
-            f"warning: {config['precision']} promises {least:.0%} identical captions and at most "
-            f"{loss:.0%} of CIDEr lost; this model wants a finer precision, or more training"
+            f"warning: {config['precision']} should keep {least:.0%} of the captions and lose at "
+            f"most {loss:.0%} of CIDEr; use a finer precision, or train the model further"
         )
 
 

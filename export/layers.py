@@ -1,13 +1,15 @@
-"""Linear layers for decoding on a CPU: kernels of oneDNN, and one of FBGEMM, over weights that are
-packed once, after loading.
+"""Linear layers for decoding on a CPU: kernels of oneDNN, and one of FBGEMM, with weights that are
+packed once after loading.
 
-`torch.nn.Linear` reads its weight anew in a layout that suits storage. oneDNN can reorder it into
-the blocks its kernel works on, which at the few rows of a decoding step makes the difference of
-three to five times. A packed weight cannot be saved, so an export holds the plain one, and
-`Captioner.load` calls `prepack()` on every layer here. Until then, on a GPU, or where oneDNN is
-missing, the plain product gives the same result, in int8 but for the rounding of what comes in.
+`torch.nn.Linear` stores its weight in a layout that kernels have to convert in every call. oneDNN
+can reorder the weight into the blocks of its kernel, which makes the few rows of a decoding step
+three to five times as fast. A packed weight cannot be saved, so an export contains the plain one,
+and `Captioner.load` calls `prepack()` on every layer of this module. Before that, on a GPU, and
+without oneDNN, the plain product gives the same result (in int8 except for the rounding of the
+input).
 
-Every layer treats each row alone: what a photo gets never depends on its neighbours in a batch.
+Every layer processes each row independently: the result of a photo never depends on the other
+photos in its batch.
 
 Dimension key: B photos, Q queries, N = B * Q, D width, V vocabulary, C candidates.
 """
@@ -20,26 +22,26 @@ from torch import Tensor, nn
 
 from handler.beam_search import greatest
 
-# How many rows the packed layout is made for: beams of a few photos. Layouts made for one row are
-# slow for more, and this one serves an encoder's hundreds as well.
+# The number of rows that the packed layout is optimized for: the beams of a few photos. A layout
+# for one row is slow for more, while this one is also fast for the hundreds of rows of an encoder.
 ROWS = 8
-# With 8 beams a search keeps at most 16 continuations of one beam. Beyond these, a rough logit
-# decides only the sum that probabilities are shares of.
+# With 8 beams a search keeps at most 16 continuations of one beam. Other logits only contribute to
+# the denominator of the softmax.
 RESCORED = 16
 
 
 class PackedLinear(nn.Module):
-    """y = gelu(x W' + b) in float32, or with x, W and y rounded to bfloat16 around sums in
-    float32. Gives float32, since attention rounds its logits too far in bfloat16; but for what an
-    activation gives, which the next product alone reads, and would round again.
+    """y = gelu(x W' + b) in float32, or in bfloat16 (x, W and y) with sums in float32.
 
-    A `gelu` that follows is computed in the same pass.
+    The result is converted to float32, because bfloat16 is too coarse for the logits of attention.
+    With `gelu`, which is computed in the same pass, it stays in bfloat16: only the next product
+    reads it, and would round it again.
     """
 
     weight: Tensor
     packed: bool
     if TYPE_CHECKING:
-        # TorchScript would take a declared optional for no buffer, and leave it behind on a GPU.
+        # TorchScript does not treat a declared Optional as a buffer and would not move it to a GPU.
         bias: Tensor | None
 
     def __init__(
@@ -49,20 +51,20 @@ class PackedLinear(nn.Module):
         gelu: nn.GELU | None = None,
     ) -> None:
         super().__init__()
-        # Not copied in float32: a tied head is saved and loaded as one with its embedding.
+        # Not copied in float32: a tied head and its embedding are saved and loaded as one tensor.
         self.register_buffer("weight", linear.weight.detach().to(dtype))
         bias = linear.bias
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
         self.dtype = dtype
-        # oneDNN's names: "none" for no activation, and for GELU by the error function.
+        # oneDNN's names: "none" is no activation, and also GELU computed by the error function.
         self.activation = "none" if gelu is None else "gelu"
         self.algorithm = "" if gelu is None else gelu.approximate
-        self.rows = ROWS  # TorchScript sees attributes, no globals
+        self.rows = ROWS  # TorchScript can read attributes, but not globals
         self.packed = False
 
     @torch.jit.export
     def prepack(self) -> None:
-        """Reorders the weight for oneDNN; the plain one is given up."""
+        """Reorders the weight for oneDNN and drops the plain one."""
         if not self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, self.rows)
             self.packed = True
@@ -81,11 +83,12 @@ class PackedLinear(nn.Module):
 
 
 class HalfLinear(nn.Module):
-    """y = gelu(x W' + b) with W rounded to float16, all else in float32: a tenth of the error
-    of bfloat16, where x is rounded too, and to 8 bits of mantissa instead of 11.
+    """y = gelu(x W' + b) with W rounded to float16 and everything else in float32. The error is a
+    tenth of that of bfloat16, in which x is rounded as well, and to 8 bits of mantissa instead of
+    11.
 
-    FBGEMM's kernel reads half the bytes of float32, which is what a step of a few rows waits for,
-    and multiplies in float32: at many rows it is no faster than that.
+    FBGEMM's kernel reads half the bytes of float32, which determines the time of a step of a few
+    rows. It multiplies in float32, so it is not faster than float32 for many rows.
     """
 
     weight: Tensor
@@ -99,13 +102,13 @@ class HalfLinear(nn.Module):
         bias = linear.bias
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.algorithm = "" if gelu is None else gelu.approximate
-        # TorchScript learns the type from a value: of no use until `prepack`.
+        # A placeholder from which TorchScript infers the type; `prepack` sets the real value.
         self.kernel = torch.ops.quantized.linear_prepack_fp16(torch.zeros(1, 1), None)
         self.packed = False
 
     @torch.jit.export
     def prepack(self) -> None:
-        """Reorders the weight for FBGEMM; the plain one is given up."""
+        """Reorders the weight for FBGEMM and drops the plain one."""
         if not self.packed:
             self.kernel = torch.ops.quantized.linear_prepack_fp16(self.weight.float(), self.bias)
             self.weight = torch.empty([0])
@@ -120,11 +123,11 @@ class HalfLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = gelu(x W' + b) with W in int8, a scale for each of its rows (output channels), and
-    x in 8 bits, a scale for each row of x.
+    """y = gelu(x W' + b) with W in int8, one scale for each of its rows (output channels), and x in
+    8 bits, one scale for each row of x.
 
-    x is sent as unsigned bytes around 128, which the processor's instructions want; `offset` takes
-    the 128 out again.
+    x is passed as unsigned bytes with zero point 128, which the processor's instructions require;
+    `offset` corrects for the 128.
     """
 
     weight: Tensor
@@ -151,7 +154,7 @@ class Int8Linear(nn.Module):
 
     @torch.jit.export
     def prepack(self) -> None:
-        """Reorders the weight for oneDNN; the plain one is given up."""
+        """Reorders the weight for oneDNN and drops the plain one."""
         if not self.packed:
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
             self.packed = True
@@ -159,10 +162,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
         if self.packed:
-            # Two passes that make no copy, which in an encoder is megabytes; so below, too.
+            # In place here and below: a copy has megabytes in an encoder.
             largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
             step = largest.clamp_min_(1e-10).div_(127)
-            # By way of signed bytes, to which torch has a fast kernel; 128 more, modulo 256.
+            # Converted by way of int8, for which torch has a fast kernel; + 128 wraps modulo 256.
             u8 = (x / step).round_().to(torch.int8).to(torch.uint8).add_(128)
             y = torch.ops.onednn.qlinear_pointwise(
                 u8, 1.0, 0, self.weight, self.scale, self.zero, self.offset,
@@ -177,11 +180,11 @@ class Int8Linear(nn.Module):
 
 
 class RescoredHead(nn.Module):
-    """Logits (B, Q, V) of (B, Q, D): those of `rough`, but for the `RESCORED` greatest of each row,
-    which are computed again in float32, over the embedding that is in memory anyway (tied).
+    """Logits (B, Q, V) of (B, Q, D): those of `rough`, with the `RESCORED` greatest of each row
+    recomputed in float32 from the embedding, which is in memory anyway (tied weights).
 
-    Words that are nearly as good as each other are what rounding turns around first: on flickr8k,
-    an int8 head alone changes as many captions as int8 in all other layers of the decoder.
+    Rounding first changes the order of words with nearly equal logits: on flickr8k, an int8 head
+    alone changes as many captions as int8 in all other layers of the decoder.
     """
 
     weight: Tensor
@@ -190,7 +193,7 @@ class RescoredHead(nn.Module):
     def __init__(self, head: nn.Linear, rough: nn.Module) -> None:
         super().__init__()
         self.rough = rough
-        # Not copied: a tied head is saved and loaded as one with its embedding.
+        # Not copied: a tied head and its embedding are saved and loaded as one tensor.
         self.register_buffer("weight", head.weight.detach())
         bias = torch.zeros(head.out_features) if head.bias is None else head.bias.detach()
         self.register_buffer("bias", bias.float())

@@ -12,39 +12,23 @@ from torch import Tensor
 from ts.handler_utils.utils import send_intermediate_predict_response
 
 from handler.attention_maps import overlay, png_bytes
-from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
-from handler.captioner import Caption, Captioner, caption_as_dict
-from handler.request import OPTION_TYPES, Request, describe_error, to_json
+from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt, written_prompt
+from handler.request import Request, describe_error, to_json
 
 log = logging.getLogger(__name__)
-
-# What DecodeOptions checks, in words; the model's own limits are put in where they stand in braces.
-RANGES = {
-    "num_beams": "1 to 16",
-    "num_return_sequences": "1 to num_beams; 1 to 16 when sampling",
-    "max_new_tokens": "1 to {positions}",
-    "min_new_tokens": "0 to max_new_tokens",
-    "length_penalty": "-5 to 5",
-    "early_stopping": "false, true, never",
-    "no_repeat_ngram_size": "0 to 10",
-    "repetition_penalty": "above 0, to 10",
-    "do_sample": "true, false",
-    "temperature": "above 0, to 10",
-    "top_k": "0 (off) to {vocabulary}",
-    "top_p": "above 0, to 1",
-    "seed": "0 to 9223372036854775807",
-}
 
 
 @dataclass
 class Job:
     """A request that was understood: its place in the batch, the photo as the model sees it
-    (picture, and tensor (3, S, S)), its options, and whether a picture is the answer."""
+    (picture, and tensor (3, S, S)), the options of each of its prompts, and whether a picture is
+    the answer."""
 
     place: int
     request: Request
-    options: DecodeOptions
+    options: Sequence[DecodeOptions]
     image: Image.Image
     pixels_3SS: Tensor
     as_picture: bool
@@ -55,17 +39,20 @@ class TokenStream:
 
     def __init__(self, captioner: Captioner, jobs: Sequence[Job], context: Any) -> None:
         self.context = context
-        # The number of a job among its batch -> its place among the requests, its text so far.
-        self.jobs: dict[int, tuple[int, PieceStream]] = {
-            number: (job.place, PieceStream(captioner.tokenizer))
-            for number, job in enumerate(jobs)
-            if job.request.stream
-        }
+        # A job's row in the search -> its place among the requests, its text so far.
+        self.jobs: dict[int, tuple[int, PieceStream]] = {}
+        row = 0
+        for job in jobs:
+            if job.request.stream:
+                prompt = encode_prompt(captioner.tokenizer, job.options[0].prompt)
+                prompt = written_prompt(captioner.tokenizer, prompt)
+                self.jobs[row] = job.place, PieceStream(captioner.tokenizer, prompt)
+            row += len(job.options)
 
-    def on_token(self, number: int, token_id: int) -> None:
-        if number not in self.jobs:
+    def on_token(self, row: int, token_id: int) -> None:
+        if row not in self.jobs:
             return
-        place, pieces = self.jobs[number]
+        place, pieces = self.jobs[row]
         self.context.set_response_content_type(place, "application/x-ndjson")
         send_intermediate_predict_response(
             {place: to_json({"token": pieces.add(token_id)}) + "\n"},
@@ -80,34 +67,51 @@ def answer(
     captioner: Captioner,
     job: Job,
     memory_PD: Tensor,
-    captions: Sequence[Caption],
+    found: Sequence[Sequence[Caption]],
     model: dict[str, str],
 ) -> str | bytes:
-    """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's."""
+    """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's, `found`
+    the captions for each of its prompts."""
     if job.as_picture:
-        [maps_Tgg] = captioner.attention_memory(memory_PD.unsqueeze(0), [captions[0].ids])
-        return png_bytes(overlay(job.image, captions[0].tokens, maps_Tgg))
+        best, memory_1PD = found[0][0], memory_PD.unsqueeze(0)
+        [maps_Tgg] = captioner.attention_memory(memory_1PD, [best.ids], [best.prompt_ids])
+        return png_bytes(overlay(job.image, best.tokens, maps_Tgg))
+    entries = [_entry(captioner, job, memory_PD, captions) for captions in found]
+    if job.request.prompts is None:
+        body = {**entries[0], "model": model}
+    else:
+        prompts = zip(job.request.prompts, entries, strict=True)
+        body = {"answers": [{"prompt": p, **entry} for p, entry in prompts], "model": model}
+    return to_json(body) + ("\n" if job.request.stream else "")
+
+
+def _entry(
+    captioner: Captioner, job: Job, memory_PD: Tensor, captions: Sequence[Caption]
+) -> dict[str, Any]:
+    """The best caption and all of them, with their maps where they were asked for."""
     entries = [caption_as_dict(caption) for caption in captions]
     if job.request.attention:
         memory_NPD = memory_PD.expand(len(captions), -1, -1)
-        maps = captioner.attention_memory(memory_NPD, [caption.ids for caption in captions])
+        maps = captioner.attention_memory(
+            memory_NPD, [c.ids for c in captions], [c.prompt_ids for c in captions]
+        )
         for entry, maps_Tgg in zip(entries, maps, strict=True):
             rows = [[round(weight, 8) for weight in row] for row in maps_Tgg.flatten(1).tolist()]
             entry["attention"] = {"grid": list(maps_Tgg.shape[1:]), "maps": rows}
-    body = {"caption": captions[0].text, "captions": entries, "model": model}
-    return to_json(body) + ("\n" if job.request.stream else "")
+    return {"caption": captions[0].text, "captions": entries}
 
 
 def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int) -> str:
     """What this model is and takes: for `?customized=true` of the management API."""
     decoder, defaults = captioner.decoder, captioner.options()
-    limits = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
-    longest = {"num_beams": defaults.beams, "max_new_tokens": limits["positions"]}
+    sizes = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
+    sizes["half"] = most_prompt_tokens(decoder.max_positions)
+    unset = {"num_beams": defaults.beams, "max_new_tokens": sizes["positions"]}
     options = {}
-    for name in OPTION_TYPES:
+    for name, option in OPTIONS.items():
         default = getattr(defaults, name)
-        default = longest.get(name) if default is None else default
-        options[name] = {"default": default, "range": RANGES[name].format(**limits)}
+        default = unset.get(name) if default is None else default
+        options[name] = {"default": default, "range": option.range(sizes)}
     card = {
         "model": model,
         "options": options,

@@ -9,7 +9,9 @@ generation/utils.py, logits_process.py), so that the same model gives the same s
   `max_new_tokens` every continuation counts as ended, and its score is divided by its length.
 - Processors act on log-softmax in beam search and on raw logits in greedy search and sampling, in
   the order repetition penalty, n-grams, minimum length, then temperature, top-k, top-p. The begin
-  token counts as text for the first two, and as an n-gram's or penalised token like any other.
+  token and the prompt count as text for the first two, like any other token.
+- A prompt stands before what is generated, as `generate(input_ids=prompt)` has it: lengths, scores
+  and limits are of what comes behind it.
 - `early_stopping` true stops a photo at K ended hypotheses; false also waits until the best open
   beam, at its present length, is no better than the worst of them.
 
@@ -25,7 +27,9 @@ Where it deviates:
   there are fewer continuations than beams (a vocabulary below 2K), or where a score falls below
   -1e9 (a strongly negative length penalty on a long caption). Here a list is shorter instead.
 - Where processors forbid every token, a caption ends as if it had reached its greatest length.
-- `suppress` names ids that are never generated (padding, begin, <unk>).
+- `SpecialIds.suppressed` are never generated (padding, begin, <unk>).
+- A forced first token (`forced_bos_token_id`) is not searched for: it stands in the text, and
+  counts as generated.
 - Sampling inverts the cumulative distribution with uniforms that each request draws up front from
   a generator of its own, so that a seed's captions do not depend on the rest of the batch.
 
@@ -42,9 +46,10 @@ vocabulary, S slots, T time; B1 and BT are columns and tables of a photo's own s
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +59,7 @@ from handler.errors import UserError
 
 MAX_BEAMS = 16
 NUMBER = TypeVar("NUMBER", int, float)
+Kind = Literal["integer", "number", "boolean", "string"]
 NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's memory are damaged"
 
 
@@ -65,71 +71,177 @@ class InvalidParameter(UserError):
         self.field = field
 
 
-def _integer(name: str, value: object, low: int, high: int, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidParameter(name, f"{name} must be an integer from {low} to {high}{why}")
+@dataclass(frozen=True)
+class Option:
+    """All that is declared of a decoding option, once: checks, the parsing of requests, the
+    arguments of commands, the model card and the table in docs/serving.md are made of it.
+
+    A number lies from `low` to `high` (`above`: low itself is out of range; `off`: low turns the
+    option off). `limit` names what else it must not exceed: another option, or the model's
+    `positions` (less one) or `vocabulary`. The values of a boolean may include a further word. A
+    string has at most `high` characters, and half of the model's positions in tokens. `unset` says
+    what None means where that is the default.
+    """
+
+    help: str
+    kind: Kind
+    low: int = 0
+    high: int = 0
+    above: bool = False
+    off: bool = False
+    limit: str = ""
+    values: tuple[str, ...] = ("true", "false")
+    unset: str = ""
+
+    def check(self, name: str, value: object, limit: int | None = None, why: str = "") -> None:
+        """Raises InvalidParameter for a value of another kind or out of range. `limit` replaces
+        `high`, and `why` says what sets it."""
+        if self.kind == "boolean":
+            word = isinstance(value, str) and value in self.values[2:]
+            if not isinstance(value, bool) and not word:
+                raise InvalidParameter(name, f"{name} must be {self.choices}")
+            return
+        if self.kind == "string":
+            # A lone surrogate, which JSON can spell, is no character.
+            text = value if isinstance(value, str) else ""
+            if not text.strip() or len(text) > self.high or re.search("[\ud800-\udfff]", text):
+                raise InvalidParameter(
+                    name, f"{name} must be a string of at most {self.high} characters, not empty"
+                )
+            return
+        kinds = int if self.kind == "integer" else int | float
+        high = self.high if limit is None else limit
+        # NaN fails both comparisons; an integer too great for a float compares all the same.
+        valid = isinstance(value, kinds) and not isinstance(value, bool)
+        if not valid or not self.low <= value <= high or (self.above and value == self.low):
+            kind = f"{'an' if self.kind == 'integer' else 'a'} {self.kind}"
+            bounds = f"{'above' if self.above else 'from'} {self.low} to {high}"
+            why = f", {why}" if why else ""
+            raise InvalidParameter(name, f"{name} must be {kind} {bounds}{why}")
+
+    @property
+    def choices(self) -> str:
+        """The values of a boolean as a sentence lists them."""
+        return f"{', '.join(self.values[:-1])} or {self.values[-1]}"
+
+    def range(self, sizes: Mapping[str, object]) -> str:
+        """The range in words; `sizes` says what `positions`, `vocabulary` and `half` of the
+        positions are."""
+        if self.kind == "boolean":
+            return ", ".join(self.values)
+        if self.kind == "string":
+            return f"a string of at most {sizes['half']} tokens"
+        low = f"{'above ' * self.above}{self.low}{' (off)' * self.off}{',' * self.above}"
+        high = sizes.get(self.limit, self.limit or self.high)
+        sampling = f"; {self.low} to {self.high} when sampling" if self.limit == "num_beams" else ""
+        return f"{low} to {high}{sampling}"
 
 
-def _number(name: str, value: object, low: float, high: float, open_low: bool) -> None:
-    # NaN fails both comparisons; an integer too great for a float compares all the same.
-    valid = isinstance(value, int | float) and not isinstance(value, bool)
-    if not valid or not low <= value <= high or (open_low and value == low):
-        raise InvalidParameter(
-            name, f"{name} must be a number {'above' if open_low else 'from'} {low:g} to {high:g}"
-        )
-
-
-def _truth(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise InvalidParameter(name, f"{name} must be true or false")
+def _option(default: Any, kind: Kind, help: str, **range: Any) -> Any:
+    return field(default=default, metadata={"option": Option(help, kind, **range)})
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How to decode one photo, named after Hugging Face's `generate`.
+    """How to decode one photo, named after Hugging Face's `generate`. Raises InvalidParameter,
+    which names the field and its range."""
 
-    `num_beams` None means 5, or 1 when sampling; `max_new_tokens` None means as many as the model
-    has positions for. Raises InvalidParameter, which names the field and its range.
-    """
-
-    num_beams: int | None = None
-    num_return_sequences: int = 1
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = "never"
-    no_repeat_ngram_size: int = 0
-    repetition_penalty: float = 1.0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
+    prompt: str | None = _option(
+        None, "string", "the words that the caption begins with", high=2**14, unset="none"
+    )
+    num_beams: int | None = _option(
+        None,
+        "integer",
+        "beams of the search; 1 is greedy search",
+        low=1,
+        high=MAX_BEAMS,
+        unset="5, or 1 when sampling",
+    )
+    num_return_sequences: int = _option(
+        1, "integer", "captions that are returned", low=1, high=MAX_BEAMS, limit="num_beams"
+    )
+    max_new_tokens: int | None = _option(
+        None,
+        "integer",
+        "most tokens that are generated, the end token included",
+        low=1,
+        high=2**31,
+        limit="positions",
+        unset="the model's positions less one",
+    )
+    min_new_tokens: int = _option(
+        0, "integer", "fewest tokens before the end token", high=2**31, limit="max_new_tokens"
+    )
+    length_penalty: float = _option(
+        1.0,
+        "number",
+        "a score is divided by the length to this power; above 0 favours long captions",
+        low=-5,
+        high=5,
+    )
+    early_stopping: bool | Literal["never"] = _option(
+        "never",
+        "boolean",
+        "beam search stops at num_beams finished captions (true), or once a better one is unlikely "
+        "(false) or impossible (never)",
+        values=("false", "true", "never"),
+    )
+    no_repeat_ngram_size: int = _option(
+        0, "integer", "no sequence of so many tokens occurs twice; 0 turns this off", high=10
+    )
+    repetition_penalty: float = _option(
+        1.0,
+        "number",
+        "above 1 makes tokens less likely that occurred already",
+        high=10,
+        above=True,
+    )
+    do_sample: bool = _option(False, "boolean", "sample instead of searching, with one beam")
+    temperature: float = _option(
+        1.0, "number", "divides the logits before sampling", high=10, above=True
+    )
+    top_k: int = _option(
+        0,
+        "integer",
+        "sample from so many most likely tokens",
+        high=2**31,
+        off=True,
+        limit="vocabulary",
+    )
+    top_p: float = _option(
+        1.0,
+        "number",
+        "sample from the most likely tokens whose probabilities sum to this",
+        high=1,
+        above=True,
+    )
+    seed: int | None = _option(
+        None,
+        "integer",
+        "of sampling; the same seed gives the same captions",
+        high=2**63 - 1,
+        unset="another one each time",
+    )
 
     def __post_init__(self) -> None:
-        _truth("do_sample", self.do_sample)
-        if self.num_beams is not None:
-            _integer("num_beams", self.num_beams, 1, MAX_BEAMS)
-            if self.do_sample and self.num_beams > 1:
+        # The limits of others depend on do_sample.
+        for name in ("do_sample", *OPTIONS):
+            option, value = OPTIONS[name], getattr(self, name)
+            if value is None and option.unset:
+                continue
+            option.check(name, value, *self._limit(option.limit))
+            if name == "num_beams" and self.do_sample and value > 1:
                 raise InvalidParameter(
                     "num_beams", "num_beams must be 1 with do_sample; leave one of them out"
                 )
-        most, why = (MAX_BEAMS, "") if self.do_sample else (self.beams, ", num_beams")
-        _integer("num_return_sequences", self.num_return_sequences, 1, most, why)
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, 2**31)
-        longest = self.max_new_tokens or 2**31
-        _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", max_new_tokens")
-        _number("length_penalty", self.length_penalty, -5, 5, False)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise InvalidParameter("early_stopping", "early_stopping must be false, true or never")
-        _integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 10)
-        _number("repetition_penalty", self.repetition_penalty, 0, 10, True)
-        _number("temperature", self.temperature, 0, 10, True)
-        _integer("top_k", self.top_k, 0, 2**31)
-        _number("top_p", self.top_p, 0, 1, True)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**63 - 1)
+
+    def _limit(self, name: str) -> tuple[int | None, str]:
+        """The value of another option that limits one, where it is known, and its name."""
+        if name == "num_beams" and not self.do_sample:
+            return self.beams, name
+        if name == "max_new_tokens":
+            return self.max_new_tokens, name
+        return None, ""
 
     @property
     def beams(self) -> int:
@@ -141,24 +253,59 @@ class DecodeOptions:
         """Sequences that are open at once: beams, or independent samples."""
         return self.num_return_sequences if self.do_sample else self.beams
 
-    def limits(self, vocab_size: int, max_positions: int) -> tuple[int, int]:
-        """(max_new_tokens, top_k) of a model. Raises InvalidParameter where it is too small."""
-        longest = max_positions - 1
-        if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1, longest, ", the model's limit")
-        else:
-            _integer("min_new_tokens", self.min_new_tokens, 0, longest, ", the model's limit")
-        _integer("top_k", self.top_k, 0, vocab_size, ", the vocabulary")
+    def limits(
+        self, vocab_size: int, max_positions: int, prompt_tokens: int = 0
+    ) -> tuple[int, int]:
+        """(max_new_tokens, top_k) of a model, behind a prompt of so many tokens. Raises
+        InvalidParameter where it is too small."""
+        most = most_prompt_tokens(max_positions)
+        if prompt_tokens > most:
+            raise InvalidParameter(
+                "prompt",
+                f"prompt has {prompt_tokens} tokens; the most are {most}, half of the model's "
+                "positions",
+            )
+        longest = max_positions - 1 - prompt_tokens
+        why = "the model's limit"
+        if prompt_tokens:
+            why += f" behind a prompt of {prompt_tokens} tokens"
+        length = "min_new_tokens" if self.max_new_tokens is None else "max_new_tokens"
+        OPTIONS[length].check(length, getattr(self, length), longest, why)
+        OPTIONS["top_k"].check("top_k", self.top_k, vocab_size, "the vocabulary")
         return self.max_new_tokens or longest, self.top_k
+
+
+OPTIONS: dict[str, Option] = {
+    option.name: option.metadata["option"] for option in fields(DecodeOptions)
+}
+
+
+def most_prompt_tokens(max_positions: int) -> int:
+    """Half of a model's positions, and one token less than those leave room for."""
+    return min(max_positions // 2, max_positions - 2)
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that are more than words to a search. A text begins with `begin` and ends with `end`;
+    `suppressed` are never generated. Unless there is a prompt, `first` is generated first, whatever
+    the model says; with `forces_end` the last token that the length leaves room for is `end`
+    (Hugging Face's `forced_bos_token_id` and `forced_eos_token_id`, which BART has)."""
+
+    begin: int
+    end: int
+    suppressed: Sequence[int] = ()
+    first: int | None = None
+    forces_end: bool = False
 
 
 @dataclass(frozen=True)
 class Hypothesis:
     """One decoded caption.
 
-    `ids` leaves out the begin and the end token; `token_log_probs` are of the model itself, before
-    any processor: one an id and one more when the end token was reached (`finished`); `score` is
-    what the search ranks by.
+    `ids` leaves out the begin token, a forced first one, the prompt and the end token;
+    `token_log_probs` are of the model itself, before any processor: one an id and one more when the
+    end token was reached (`finished`); `score` is what the search ranks by.
     """
 
     ids: list[int]
@@ -184,18 +331,36 @@ class Decoder(Protocol):
     """What the search asks of a decoder, eager, scripted, replayed as graphs or several in one.
 
     Each photo has a memory, computed once (`begin`) and shared by all its beams, and a cache, in
-    which every step writes the keys and values of its tokens into the next slots. The search may
-    write into both.
+    which `prefill` and every step write the keys and values of their tokens into the next slots.
+    The search may write into both.
     """
 
     vocab_size: int
     max_positions: int
 
-    def begin(self, memory_BPD: Tensor) -> KeysValues:
-        """Keys and values of the photos (B, H, P, d), from the encoder's memory."""
+    def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
+        """Keys and values of the photos (B, H, P, d), from the encoder's memory. The ids
+        `prompt_BT` are for a decoder whose photos are read together with a prompt."""
 
     def new_cache(self, photos: int, slots: int) -> KeysValues:
         """Room for keys and values of that many tokens a photo, (B, H, slots, d)."""
+
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """Runs the Q tokens that the text of each photo begins with, in one parallel pass, and
+        writes their keys and values into the first Q slots of `cache`.
+
+        tokens and positions (B, Q) int64; mask (B, Q, Q) bool, true where a query sees a token;
+        real (B, Q) bool, false for padding, which the last column is never. Returns the logits of
+        what follows the last column, (B, 1, V) float32.
+        """
 
     def step(
         self,
@@ -218,7 +383,12 @@ class DecoderWithMaps(Decoder, Protocol):
     """A decoder that can tell where it looks."""
 
     def attention(
-        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        memory_BPD: Tensor,
+        prompt_BT: Tensor | None = None,
     ) -> Tensor:
         """Attention of each token to the photo in one parallel pass over finished captions:
         (layers, B, H, Q, P), summing to 1 over P."""
@@ -229,14 +399,16 @@ def search(
     decoder: Decoder,
     memory_BPD: Tensor,
     options: Sequence[DecodeOptions],
-    begin_id: int,
-    end_id: int,
-    suppress: Sequence[int] = (),
+    special: SpecialIds,
     on_token: Callable[[int, int], None] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    readings: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
     """Decodes each photo by its own options: a list (photos) of lists (best first).
 
-    `memory` (B, P, D) is the encoder's. Ids in `suppress` are never generated.
+    `memory` (B, P, D) is the encoder's. `prompts` holds the token ids of each photo's prompt, which
+    its text begins with; `readings` those that a prompt encoder reads beside the photo.
+    `DecodeOptions.prompt`, which is text, is not read here.
     `on_token(photo, token id)` hears the ids of a photo's first hypothesis in their order: as they
     are decided where one sequence is open (greedy search, a single sample), at the end where the
     best of several samples is only known then; never for beam search, which may change its mind.
@@ -247,27 +419,50 @@ def search(
     """
     if len(options) != memory_BPD.size(0):
         raise ValueError(f"{len(options)} options for {memory_BPD.size(0)} photos")
-    limits = [o.limits(decoder.vocab_size, decoder.max_positions) for o in options]
+    prompts = [()] * len(options) if prompts is None else prompts
+    limits = [
+        o.limits(decoder.vocab_size, decoder.max_positions, len(prompt))
+        for o, prompt in zip(options, prompts, strict=True)
+    ]
     results: list[list[Hypothesis]] = [[] for _ in options]
-    # Beam search and the others share no arithmetic: at most two batches, one after the other.
-    for beams in (True, False):
-        photos = [i for i, o in enumerate(options) if (o.beams > 1) == beams]
-        if not photos:
-            continue
+    # Beam search and the others share no arithmetic, and what is read has no padding: a batch of
+    # each kind, one after the other.
+    kinds = [(o.beams > 1, len(readings[i]) if readings else 0) for i, o in enumerate(options)]
+    for kind in dict.fromkeys(kinds):
+        photos = [i for i, own in enumerate(kinds) if own == kind]
         memory = memory_BPD if len(photos) == len(options) else memory_BPD[photos]
-        longest = [limits[i][0] for i in photos]
+        if readings is None:
+            keys_values = decoder.begin(memory)
+        else:
+            reading = [list(readings[i]) for i in photos]
+            keys_values = decoder.begin(memory, torch.tensor(reading, device=memory.device))
         chosen = [options[i] for i in photos]
-        processors = _Processors(chosen, end_id, suppress, memory.device)
-        batch = _Batch(decoder, memory, max(o.rows for o in chosen), max(longest), begin_id)
-        processors.write(batch.begin_B1)
-        if beams:
-            found = _beam_search(batch, chosen, longest, processors, end_id)
+        texts = [_text(prompts[i], limits[i][0], special) for i in photos]
+        batch = _Batch(decoder, keys_values, max(o.rows for o in chosen), texts, memory.device)
+        processors = _Processors(chosen, special, batch)
+        if kind[0]:
+            found = _beam_search(batch, chosen, processors, special.end)
         else:
             hear = None if on_token is None else _renumber(on_token, photos)
-            found = _one_at_a_time(batch, chosen, longest, processors, end_id, hear)
+            found = _one_at_a_time(batch, chosen, processors, special.end, hear)
         for photo, hypotheses in zip(photos, found, strict=True):
             results[photo] = hypotheses
     return results
+
+
+class _Text(NamedTuple):
+    """What a photo's text begins with, how many of these tokens count as generated, and the length
+    at which it ends, in tokens that count."""
+
+    ids: list[int]
+    counted: int
+    longest: int
+
+
+def _text(prompt: Sequence[int], longest: int, special: SpecialIds) -> _Text:
+    if special.first is None or prompt:
+        return _Text([special.begin, *prompt], 0, longest)
+    return _Text([special.begin, special.first], 1, max(longest, 2))
 
 
 def _renumber(hear: Callable[[int, int], None], photos: list[int]) -> Callable[[int, int], None]:
@@ -277,40 +472,74 @@ def _renumber(hear: Callable[[int, int], None], photos: list[int]) -> Callable[[
 class _Batch:
     """The decoder's side of the open photos: keys, values, and the ancestry of beams.
 
-    The begin token lies in slot 0, from which every beam descends; what beam k wrote at time t > 0
-    lies in slot 1 + (t - 1) * K + k.
+    What a photo's text begins with, the begin token b and its prompt, ends in slot T - 1, behind
+    padding (x) where another photo's is longer; every beam descends from it. What beam k wrote at
+    time t > 0 lies in slot T + (t - 1) * K + k. Two photos of K = 2 beams at t = 2, T = 3:
+
+        slots   0 1 2   3 4   5 6        mask of beam 1   0 0 1   1 0   0 1
+                x x b   a c   d e        (d and e both    1 1 1   1 0   0 1
+                b p q   f g   h i        follow a, or f)
     """
 
     def __init__(
-        self, decoder: Decoder, memory_BPD: Tensor, beams: int, longest: int, begin_id: int
+        self,
+        decoder: Decoder,
+        memory: KeysValues,
+        beams: int,
+        texts: Sequence[_Text],
+        device: torch.device,
     ) -> None:
-        photos, device = memory_BPD.size(0), memory_BPD.device
+        photos = len(texts)
         self.decoder, self.beams, self.device = decoder, beams, device
         self.rows = list(range(photos))  # which photo lies in each row
         self.time = self.used = 0
-        self.memory = decoder.begin(memory_BPD)
+        self.memory, self.texts = memory, texts
+        # How many tokens each photo may yet generate.
+        self.steps = [text.longest - text.counted for text in texts]
+        longest = max(self.steps)
+        lengths = [len(text.ids) for text in texts]
+        width = max(lengths)
+        self.is_padded = min(lengths) < width
+        # Begin tokens as padding: once more they change no penalty.
+        rows = [[ids[0]] * (width - len(ids)) + ids for ids, _, _ in texts]
+        self.text_BT = torch.tensor(rows, device=device)
+        self.padding_B1 = width - _column(lengths, device)
         # The last token is never fed back, so it needs no slot.
-        self.cache = decoder.new_cache(photos, 1 + (longest - 1) * beams)
+        self.cache = decoder.new_cache(photos, width + (longest - 1) * beams)
         # Every beam's own slots of all times to come are open from the start; `follow` gives it
         # those of its ancestors.
         own_KS = torch.eye(beams, dtype=torch.bool, device=device).repeat(1, longest - 1)
-        self.mask_BKS = F.pad(own_KS, (1, 0), value=True).repeat(photos, 1, 1)
-        time_T11 = torch.arange(longest, device=device).view(-1, 1, 1)
-        self.positions_TBK = time_T11.expand(-1, photos, beams)
-        self.begin_B1 = torch.full((photos, 1), begin_id, device=device)
+        self.real_BT = torch.arange(width, device=device) >= self.padding_B1
+        self.mask_BKS = torch.cat(
+            [self.real_BT.unsqueeze(1).expand(-1, beams, -1), own_KS.expand(photos, -1, -1)], dim=2
+        )
 
     def step(self, tokens_BQ: Tensor) -> Tensor:
-        """Logits (B, Q, V) of what follows the newest tokens."""
-        photos, queries = tokens_BQ.shape
-        used, slots = self.used, self.used + queries
-        positions_BQ = self.positions_TBK[self.time, :photos, :queries]
-        mask_BQS = self.mask_BKS[:, :queries, :slots]
-        self.time, self.used = self.time + 1, slots
+        """Logits (B, Q, V) of what follows the newest tokens; at first (B, 1, V), of what follows
+        the T tokens that the texts begin with."""
+        queries = tokens_BQ.size(1)
+        used, self.used = self.used, self.used + queries
+        self.time += 1
+        if not used and queries > 1:
+            return self._prefill(tokens_BQ)
+        # Slot T - 1 is of time 0.
+        positions_BQ = (self.text_BT.size(1) + self.time - 2 - self.padding_B1).expand(-1, queries)
+        mask_BQS = self.mask_BKS[:, :queries, : self.used]
         return self.decoder.step(tokens_BQ, positions_BQ, mask_BQS, self.cache, used, self.memory)
+
+    def _prefill(self, tokens_BT: Tensor) -> Tensor:
+        time_T = torch.arange(tokens_BT.size(1), device=self.device)
+        positions_BT = (time_T - self.padding_B1).clamp(min=0)
+        earlier_TT = time_T.unsqueeze(1) >= time_T
+        # Padding sees itself: a query that sees nothing would be NaN.
+        mask_BTT = self.real_BT.unsqueeze(1) & earlier_TT | (time_T.unsqueeze(1) == time_T)
+        return self.decoder.prefill(
+            tokens_BT, positions_BT, mask_BTT, self.real_BT, self.cache, self.memory
+        )
 
     def follow(self, parents_BK: Tensor) -> None:
         """Each beam now descends from what its parent descends from, and from the parent."""
-        if self.used > 1:
+        if self.time > 1:
             seen_BKS = self.mask_BKS[:, :, : self.used]
             seen_BKS.copy_(seen_BKS.gather(1, parents_BK.unsqueeze(2).expand_as(seen_BKS)))
 
@@ -332,43 +561,46 @@ class _Batch:
         self.memory = first_photos(self.memory, photos)
         self.rows = [self.rows[row] for row in order]
         kept = torch.tensor(order, dtype=torch.long, device=self.device)
-        self.mask_BKS = self.mask_BKS[kept]
+        self.mask_BKS, self.padding_B1 = self.mask_BKS[kept], self.padding_B1[kept]
         return kept
 
 
 class _Processors:
     """Hugging Face's logits processors, those that a photo of the batch asks for, and the text so
-    far that they look at."""
+    far that they look at, prompts included."""
 
     def __init__(
         self,
         options: Sequence[DecodeOptions],
-        end_id: int,
-        suppress: Sequence[int],
-        device: torch.device,
+        special: SpecialIds,
+        batch: _Batch,
     ) -> None:
-        self.end_id = end_id
-        self.suppress = torch.tensor(suppress, device=device) if suppress else None
+        device = batch.device
+        self.end_id = special.end
+        suppressed = special.suppressed
+        self.suppress = torch.tensor(suppressed, device=device) if suppressed else None
+        self.forced = min(batch.steps) if special.forces_end else math.inf
+        self.steps_B1 = _column(batch.steps, device)
         sizes = {o.no_repeat_ngram_size for o in options}
         self.sizes, self.sizes_differ = sorted(sizes - {0}), len(sizes) > 1
         self.size_B1 = _column([o.no_repeat_ngram_size for o in options], device)
-        self.shortest = max(o.min_new_tokens for o in options)
-        self.shortest_B1 = _column([o.min_new_tokens for o in options], device)
+        shortest = [
+            o.min_new_tokens - text.counted for o, text in zip(options, batch.texts, strict=True)
+        ]
+        self.shortest, self.shortest_B1 = max(shortest), _column(shortest, device)
         self.penalises = any(o.repetition_penalty != 1 for o in options)
         # Not so small that a logit over it overflows.
         penalties = [max(o.repetition_penalty, 1e-30) for o in options]
         self.penalty_B11 = _column(penalties, device).unsqueeze(2)
         self.reads = self.penalises or bool(self.sizes)
-        self.text_BKT = torch.zeros(0, dtype=torch.long)
+        self.text_BKT = batch.text_BT.unsqueeze(1)
+        self.is_padded, self.padding_B1 = batch.is_padded, batch.padding_B1
 
     def write(self, tokens_BQ: Tensor, parents_BK: Tensor | None = None) -> None:
         """Appends the newest tokens, to the texts of the parents where beams were reordered."""
         if not self.reads:
             return
         text_BKT = self.text_BKT
-        if not text_BKT.numel():
-            self.text_BKT = tokens_BQ.unsqueeze(2)
-            return
         if parents_BK is None:
             text_BKT = text_BKT.expand(-1, tokens_BQ.size(1), -1)
         else:
@@ -386,28 +618,41 @@ class _Processors:
 
     def bans(self, time: int) -> bool:
         """Whether `ban` has anything to do."""
-        return self.suppress is not None or bool(self.sizes) or time < self.shortest
+        forces = time + 1 >= self.forced
+        return self.suppress is not None or bool(self.sizes) or time < self.shortest or forces
 
-    def ban(self, scores_BQV: Tensor, time: int) -> None:
-        """Makes -inf, in place, what may not follow."""
+    def ban(self, scores_BQV: Tensor, time: int, before_BQ1: Tensor | float = 0.0) -> None:
+        """Makes -inf, in place, what may not follow. A forced end adds nothing to the scores
+        `before` it."""
         if self.suppress is not None:
             scores_BQV.index_fill_(2, self.suppress, -math.inf)
         if time < self.shortest:
             ends_BQ = scores_BQV[:, :, self.end_id]
             ends_BQ.masked_fill_(self.shortest_B1 > time, -math.inf)
+        length = self.text_BKT.size(2)
         for size in self.sizes:
-            if size <= time + 1:
+            if size <= length:
                 text_BQT = self.text_BKT.expand(-1, scores_BQV.size(1), -1)
                 windows = text_BQT.unfold(2, size, 1)  # (B, Q, T - size + 1, size)
-                tail = text_BQT[:, :, time + 2 - size :].unsqueeze(2)
+                tail = text_BQT[:, :, length + 1 - size :].unsqueeze(2)
                 repeats = (windows[..., :-1] == tail).all(-1)
                 if self.sizes_differ:
                     repeats &= (self.size_B1 == size).unsqueeze(2)
+                if self.is_padded:
+                    first = torch.arange(windows.size(2), device=windows.device)
+                    repeats &= (first >= self.padding_B1).unsqueeze(1)
                 scores_BQV.scatter_add_(2, windows[..., -1], torch.where(repeats, -math.inf, 0.0))
+        if time + 1 >= self.forced:
+            last_B11 = (self.steps_B1 == time + 1).unsqueeze(2)
+            end_BQ1 = scores_BQV[:, :, self.end_id, None]
+            end_BQ1 = torch.where(last_B11, before_BQ1, end_BQ1)
+            scores_BQV.masked_fill_(last_B11, -math.inf)
+            scores_BQV[:, :, self.end_id, None] = end_BQ1
 
     def keep(self, rows: Tensor) -> None:
+        self.steps_B1 = self.steps_B1[rows]
         self.size_B1, self.shortest_B1 = self.size_B1[rows], self.shortest_B1[rows]
-        self.penalty_B11 = self.penalty_B11[rows]
+        self.penalty_B11, self.padding_B1 = self.penalty_B11[rows], self.padding_B1[rows]
         if self.reads:
             self.text_BKT = self.text_BKT[rows]
 
@@ -415,26 +660,22 @@ class _Processors:
 class _Rules:
     """What beam search divides scores by, and when a photo is done, as tables over time."""
 
-    def __init__(
-        self,
-        options: Sequence[DecodeOptions],
-        longest: Sequence[int],
-        beams: int,
-        device: torch.device,
-    ) -> None:
-        length_T = torch.arange(1, max(longest) + 1)
-        longest_B1 = _column(longest)
+    def __init__(self, options: Sequence[DecodeOptions], batch: _Batch) -> None:
+        beams, device = batch.beams, batch.device
+        longest_B1 = _column([text.longest for text in batch.texts])
+        counted_B1 = _column([text.counted for text in batch.texts])
+        length_BT = torch.arange(1, max(batch.steps) + 1) + counted_B1
         penalty_B1 = _column([o.length_penalty for o in options]).double()
         never_B1 = _column([o.early_stopping == "never" for o in options])
         # The kindest length that an open beam may still have. Exact under `never`: the greatest
         # where length is rewarded, otherwise the smallest at which it may end, one token on at
         # least. Hugging Face otherwise takes the present length.
-        soonest_BT = (length_T + 1).maximum(_column([o.min_new_tokens + 1 for o in options]))
+        soonest_BT = (length_BT + 1).maximum(_column([o.min_new_tokens + 1 for o in options]))
         kindest_BT = torch.where(penalty_B1 > 0, longest_B1, soonest_BT.minimum(longest_B1))
-        kindest_BT = torch.where(never_B1, kindest_BT, length_T)
-        self.divisor_BT = (length_T**penalty_B1).float().to(device)
+        kindest_BT = torch.where(never_B1, kindest_BT, length_BT)
+        self.divisor_BT = (length_BT**penalty_B1).float().to(device)
         self.reach_BT = (kindest_BT**penalty_B1).float().to(device)
-        self.last_BT = (length_T == longest_B1).to(device)
+        self.last_BT = (length_BT == longest_B1).to(device)
         # The rank in the pool that an open beam has to beat.
         ranks = [
             o.num_return_sequences if o.early_stopping == "never" else o.beams for o in options
@@ -463,26 +704,21 @@ class _Rules:
 def _beam_search(
     batch: _Batch,
     options: Sequence[DecodeOptions],
-    longest: Sequence[int],
     processors: _Processors,
     end_id: int,
 ) -> list[list[Hypothesis]]:
     beams, device = batch.beams, batch.device
-    rules = _Rules(options, longest, beams, device)
-    tokens_BQ, running_BQ = batch.begin_B1, torch.zeros(len(options), 1, device=device)
-    # The best ended hypotheses, best first: their scores, and which candidates they are, as
-    # time * K + rank.
-    pool_BK = torch.full((len(options), beams), -math.inf, device=device)
-    place_BK = torch.zeros(len(options), beams, dtype=torch.long, device=device)
-    places_TK = torch.arange(max(longest) * beams, device=device).view(-1, beams)
-    pools: list[list[_End]] = [[] for _ in options]
+    rules = _Rules(options, batch)
+    tokens_BQ, running_BQ = batch.text_BT, torch.zeros(len(options), 1, device=device)
+    pool = _Pool(len(options), beams, max(batch.steps), device)
+    ends: dict[int, list[_End]] = {}
     history: list[_Moment] = []
 
     while True:
         time, rows = batch.time, batch.rows
         own_BQV = torch.log_softmax(batch.step(tokens_BQ), dim=-1)
         total_BQV = processors.penalise(own_BQV) + running_BQ.unsqueeze(2)
-        processors.ban(total_BQV, time)
+        processors.ban(total_BQV, time, running_BQ.unsqueeze(2))
 
         # The best candidates, best first: each beam ends at most one, so that K of 2K go on.
         value_BC, where_BC = greatest(total_BQV.flatten(1), 2 * beams)
@@ -503,40 +739,61 @@ def _beam_search(
 
         score_BK = value_BC[:, :beams] / rules.divisor_BT[:, time : time + 1]
         score_BK = torch.where(ended_BK, score_BK, -math.inf)
-        pool_BK, best_BK = torch.cat([pool_BK, score_BK], dim=1).topk(beams)
-        places_BK = places_TK[time].expand(len(rows), -1)
-        place_BK = torch.cat([place_BK, places_BK], dim=1).gather(1, best_BK)
+        pool.add(score_BK, time)
 
         # The only wait for the device in a step.
-        is_open = rules.is_open(running_BQ, pool_BK, time).flatten().tolist()
+        is_open = rules.is_open(running_BQ, pool.score_BK, time).flatten().tolist()
         if not all(is_open):
-            scores, places = pool_BK.tolist(), place_BK.tolist()
             running, before = running_BQ[:, 0].tolist(), before_BQ[:, 0].tolist()
-            for row in (row for row, stays in enumerate(is_open) if not stays):
-                if math.isnan(scores[row][0] + running[row]):
+            for row, best in pool.of_closed(is_open):
+                if math.isnan(best[0].score + running[row]):
                     raise RuntimeError(NOT_A_NUMBER)
-                option, pool = options[rows[row]], pools[rows[row]]
-                for score, place in zip(scores[row], places[row], strict=True):
-                    if score > -math.inf and len(pool) < option.num_return_sequences:
-                        pool.append(_End(score, *divmod(place, beams)))
-                if not pool:
-                    # A dead end: nothing may follow, nothing has ended. The first beam was best.
-                    norm = max(time, 1) ** option.length_penalty
-                    pool.append(_End(before[row] / norm, time - 1, None))
+                option, counted = options[rows[row]], batch.texts[rows[row]].counted
+                ended = [end for end in best if end.score > -math.inf]
+                # A dead end: nothing may follow, nothing has ended. The first beam was best.
+                norm = max(time + counted, 1) ** option.length_penalty
+                ended = ended or [_End(before[row] / norm, time - 1, None)]
+                ends[rows[row]] = ended[: option.num_return_sequences]
             stay = batch.leave(is_open)
             if not batch.rows:
                 break
             tokens_BQ, parents_BK, running_BQ = tokens_BQ[stay], parents_BK[stay], running_BQ[stay]
-            pool_BK, place_BK = pool_BK[stay], place_BK[stay]
-            processors.keep(stay)
-            rules.keep(stay)
+            for tables in (pool, processors, rules):
+                tables.keep(stay)
         batch.follow(parents_BK)
         processors.write(tokens_BQ, parents_BK)
 
     moments = _read(history)
-    return [
-        [_trace(moments, photo, end, end_id) for end in pool] for photo, pool in enumerate(pools)
-    ]
+    return [[_trace(moments, photo, end, end_id) for end in ends[photo]] for photo in sorted(ends)]
+
+
+class _Pool:
+    """The best ended hypotheses of each open photo, best first."""
+
+    def __init__(self, photos: int, beams: int, steps: int, device: torch.device) -> None:
+        self.score_BK = torch.full((photos, beams), -math.inf, device=device)
+        # Which candidates they are, as time * K + rank.
+        self.candidate_BK = torch.zeros(photos, beams, dtype=torch.long, device=device)
+        self.candidates_TK = torch.arange(steps * beams, device=device).view(-1, beams)
+
+    def add(self, score_BK: Tensor, time: int) -> None:
+        """Takes the first K candidates of a step, by the score they end with (-inf: go on)."""
+        candidate_BK = self.candidates_TK[time].expand(len(score_BK), -1)
+        beams = score_BK.size(1)
+        self.score_BK, best_BK = torch.cat([self.score_BK, score_BK], dim=1).topk(beams)
+        self.candidate_BK = torch.cat([self.candidate_BK, candidate_BK], 1).gather(1, best_BK)
+
+    def of_closed(self, is_open: Sequence[bool]) -> Iterator[tuple[int, list["_End"]]]:
+        """The rows that closed, each with its K hypotheses; those of score -inf are none."""
+        scores, candidates = self.score_BK.tolist(), self.candidate_BK.tolist()
+        beams = self.score_BK.size(1)
+        for row, stays in enumerate(is_open):
+            if not stays:
+                ended = zip(scores[row], candidates[row], strict=True)
+                yield row, [_End(score, *divmod(index, beams)) for score, index in ended]
+
+    def keep(self, rows: Tensor) -> None:
+        self.score_BK, self.candidate_BK = self.score_BK[rows], self.candidate_BK[rows]
 
 
 class _Moment(NamedTuple):
@@ -600,7 +857,6 @@ def _hypothesis(ids: list[int], log_probs: list[float], score: float, end_id: in
 def _one_at_a_time(
     batch: _Batch,
     options: Sequence[DecodeOptions],
-    longest: Sequence[int],
     processors: _Processors,
     end_id: int,
     hear: Callable[[int, int], None] | None,
@@ -609,33 +865,17 @@ def _one_at_a_time(
     beams, device = batch.beams, batch.device
     sampler = None
     if any(o.do_sample for o in options):
-        sampler = _Sampler(options, longest, beams, device)
-    last_BT = (torch.arange(1, max(longest) + 1) == _column(longest)).to(device)
+        sampler = _Sampler(options, batch.steps, beams, device)
+    last_BT = (torch.arange(1, max(batch.steps) + 1) == _column(batch.steps)).to(device)
     open_BK = torch.arange(beams, device=device) < _column([o.rows for o in options], device)
-    tokens_BQ = batch.begin_B1
+    tokens_BQ = batch.text_BT
     history: list[_Moment] = []
 
     while True:
         time, rows = batch.time, batch.rows
         # At first there is one query, and each sample goes its own way from it.
         logits_BKV = batch.step(tokens_BQ).expand(-1, beams, -1)
-        own_BKV = torch.log_softmax(logits_BKV, dim=-1)
-        scores_BKV = processors.penalise(logits_BKV)
-        if processors.bans(time):
-            scores_BKV = scores_BKV.clone() if scores_BKV is logits_BKV else scores_BKV
-            processors.ban(scores_BKV, time)
-        if sampler is not None:
-            scores_BKV = sampler.warp(scores_BKV)
-        logs_BKV = own_BKV
-        if scores_BKV is not logits_BKV:
-            logs_BKV = torch.log_softmax(scores_BKV, dim=-1)
-        tokens_BQ = scores_BKV.argmax(-1)
-        if sampler is not None:
-            tokens_BQ = sampler.draw(logs_BKV, tokens_BQ, time)
-        gain_BK = own_BKV.gather(2, tokens_BQ.unsqueeze(2)).squeeze(2)
-        log_BK = gain_BK
-        if logs_BKV is not own_BKV:
-            log_BK = logs_BKV.gather(2, tokens_BQ.unsqueeze(2)).squeeze(2)
+        tokens_BQ, gain_BK, log_BK = _next_tokens(logits_BKV, processors, sampler, time)
         history.append(_Moment(rows, (tokens_BQ,), (gain_BK, log_BK)))
         # NaN is a dead end, where nothing may follow, or a broken model; it is told apart below.
         open_BK = open_BK & (tokens_BQ != end_id) & (log_BK == log_BK)
@@ -643,8 +883,8 @@ def _one_at_a_time(
 
         # The only wait for the device in a step, but for those who listen.
         if hear is not None:
-            heard = zip(rows, tokens_BQ[:, 0].tolist(), log_BK[:, 0].tolist(), strict=True)
-            for photo, token, log in heard:
+            logs = log_BK[:, 0].tolist()
+            for photo, token, log in zip(rows, tokens_BQ[:, 0].tolist(), logs, strict=True):
                 if options[photo].rows == 1 and token != end_id and not math.isnan(log):
                     hear(photo, token)
         is_open = open_BK.any(1).tolist()
@@ -659,19 +899,51 @@ def _one_at_a_time(
         processors.write(tokens_BQ)
 
     moments = _read(history)
-    found = []
-    for photo, o in enumerate(options):
-        samples = [_sequence(moments, photo, k, o, end_id) for k in range(o.rows)]
-        samples.sort(key=lambda sample: -sample.score)
-        found.append(samples)
-        if hear is not None and o.rows > 1:
-            for token in samples[0].ids:
-                hear(photo, token)
-    return found
+    answers = [
+        _samples(moments, photo, o, batch.texts[photo].counted, end_id)
+        for photo, o in enumerate(options)
+    ]
+    if hear is not None:  # of several samples the best is known only now
+        several = [photo for photo, o in enumerate(options) if o.rows > 1]
+        for photo, token in ((i, token) for i in several for token in answers[i][0].ids):
+            hear(photo, token)
+    return answers
+
+
+def _next_tokens(
+    logits_BKV: Tensor, processors: _Processors, sampler: "_Sampler | None", time: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The token that each sequence goes on with, its log-probability by the model itself, and by
+    the processed scores that it was chosen from (NaN where they forbid every token); (B, K)."""
+    own_BKV = torch.log_softmax(logits_BKV, dim=-1)
+    scores_BKV = processors.penalise(logits_BKV)
+    if processors.bans(time):
+        scores_BKV = scores_BKV.clone() if scores_BKV is logits_BKV else scores_BKV
+        processors.ban(scores_BKV, time)
+    if sampler is not None:
+        scores_BKV = sampler.warp(scores_BKV)
+    logs_BKV = own_BKV
+    if scores_BKV is not logits_BKV:
+        logs_BKV = torch.log_softmax(scores_BKV, dim=-1)
+    tokens_BK = scores_BKV.argmax(-1)
+    if sampler is not None:
+        tokens_BK = sampler.draw(logs_BKV, tokens_BK, time)
+    gain_BK = own_BKV.gather(2, tokens_BK.unsqueeze(2)).squeeze(2)
+    if logs_BKV is own_BKV:
+        return tokens_BK, gain_BK, gain_BK
+    return tokens_BK, gain_BK, logs_BKV.gather(2, tokens_BK.unsqueeze(2)).squeeze(2)
+
+
+def _samples(
+    moments: Sequence[_Read], photo: int, options: DecodeOptions, counted: int, end_id: int
+) -> list[Hypothesis]:
+    """A photo's sequences, best first; so many tokens before them count as generated."""
+    samples = [_sequence(moments, photo, k, options, counted, end_id) for k in range(options.rows)]
+    return sorted(samples, key=lambda sample: -sample.score)
 
 
 def _sequence(
-    moments: Sequence[_Read], photo: int, k: int, options: DecodeOptions, end_id: int
+    moments: Sequence[_Read], photo: int, k: int, options: DecodeOptions, counted: int, end_id: int
 ) -> Hypothesis:
     """Reads the k-th sequence of a photo off a greedy search's or a sampling's history."""
     ids: list[int] = []
@@ -690,7 +962,7 @@ def _sequence(
         ids.append(token)
         log_probs.append(gain)
         total += log
-    score = total / max(len(ids), 1) ** options.length_penalty
+    score = total / max(len(ids) + counted, 1) ** options.length_penalty
     return _hypothesis(ids, log_probs, score, end_id)
 
 

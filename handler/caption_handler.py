@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
-from handler.captioner import Captioner
+from handler.beam_search import InvalidParameter
+from handler.captioner import Captioner, prompted
 from handler.image_preprocess import Patience, decode, resize, to_tensor
 from handler.request import HandlerSettings, parse_request, to_json, within
 from handler.server_metrics import ServerMetrics
@@ -85,20 +86,26 @@ class CaptionHandler:
     ) -> Job:
         """Parses, checks and preprocesses one request. Raises what the client did wrong."""
         request = parse_request(fields, header(headers, "content-type"))
-        decoder = self.captioner.decoder
-        options = self.captioner.options(**request.options)
-        options.limits(decoder.vocab_size, decoder.max_positions)
+        given = [request.options]
+        if request.prompts is not None:
+            given = prompted(request.options, request.prompts)
         asked = "max_new_tokens" in request.options
-        options = within(options, decoder.max_positions - 1, self.max_beam_tokens, asked)
+        longest = self.captioner.decoder.max_positions - 1
+        most = self.max_beam_tokens // len(given)
+        options = [within(self.captioner.options(**o), longest, most, asked) for o in given]
         explain = not grpc and header(headers, "explain") == "True"
+        as_picture = explain and "image/png" in header(headers, "accept").lower()
         if request.stream:
-            check_stream(options, grpc, explain)
+            check_stream(options[0], grpc, explain)
+        if request.prompts is not None and (request.stream or as_picture):
+            raise InvalidParameter(
+                "prompts", "a stream and a picture are of one prompt; give prompt instead"
+            )
         request.attention = request.attention or explain
         config = self.captioner.preprocessing
         with self.metrics.timed("captioner_decode_seconds"):
             image = resize(decode(request.photo, config.side, self.patience), config)
             pixels_3SS = to_tensor(image, config)
-        as_picture = explain and "image/png" in header(headers, "accept").lower()
         return Job(place, request, options, image, pixels_3SS, as_picture)
 
     def _caption(self, jobs: Sequence[Job], context: Any) -> list[Any]:
@@ -110,9 +117,11 @@ class CaptionHandler:
             with self.metrics.timed("captioner_encode_seconds"):
                 memory_BPD = self.captioner.encode(torch.stack([job.pixels_3SS for job in jobs]))
             with self.metrics.timed("captioner_search_seconds"):
-                found = self.captioner.caption_memory(
-                    memory_BPD,
-                    [job.options for job in jobs],
+                # A photo once for each of its prompts.
+                rows = [number for number, job in enumerate(jobs) for _ in job.options]
+                captions = self.captioner.caption_memory(
+                    memory_BPD if len(rows) == len(jobs) else memory_BPD[rows],
+                    [options for job in jobs for options in job.options],
                     stream.on_token if stream.jobs else None,
                 )
         except Exception as error:
@@ -123,10 +132,12 @@ class CaptionHandler:
             return [said for job in jobs for said in self._caption([job], context)]
         answers: list[Any] = []
         tokens = []
-        for job, memory_PD, captions in zip(jobs, memory_BPD, found, strict=True):
+        rest = iter(captions)
+        for job, memory_PD in zip(jobs, memory_BPD, strict=True):
+            found = [next(rest) for _ in job.options]
             try:
-                answers.append(answer(self.captioner, job, memory_PD, captions, self.model))
-                tokens.append(sum(len(caption.tokens) for caption in captions))
+                answers.append(answer(self.captioner, job, memory_PD, found, self.model))
+                tokens.append(sum(len(caption.tokens) for best in found for caption in best))
             except Exception as error:
                 answers.append(failure(error))
         self.metrics.add("captioner_photos_total", len(tokens))

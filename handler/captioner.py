@@ -4,17 +4,25 @@ Evaluation, the TorchServe handler and library users all come through `Captioner
 decoder in it are either the eager ones of a checkpoint or the TorchScript ones of an export.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from handler.beam_search import DecodeOptions, Hypothesis, InvalidParameter, search
-from handler.caption_tokenizer import CaptionTokenizer
+from handler.beam_search import (
+    OPTIONS,
+    DecodeOptions,
+    Hypothesis,
+    InvalidParameter,
+    most_prompt_tokens,
+    search,
+)
+from handler.caption_tokenizer import CaptionTokenizer, Task
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
 from handler.files import FORMAT, read_object
@@ -23,23 +31,30 @@ from handler.image_preprocess import PreprocessConfig, preprocess
 Photo = bytes | bytearray | memoryview | Image.Image
 # Photos encoded and searched at once when a caller hands over a long list.
 BATCH = 16
+# Prompts of one photo.
+MAX_PROMPTS = 16
 # The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
 # allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
 ENCODED_BYTES = 10_000_000
 # An export is a folder of these.
 EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # What the search asks of a scripted decoder.
-DECODER_METHODS = ("begin", "new_cache", "step", "attention", "vocab_size", "max_positions")
+DECODER_METHODS = (
+    *("begin", "new_cache", "prefill", "step", "attention"),
+    *("vocab_size", "max_positions"),
+)
 
 
 @dataclass(frozen=True)
 class Caption:
     """One caption of one photo.
 
-    `tokens` are its pieces of text, without begin and end token; `token_log_probs` the model's own
-    natural-log probabilities, one a token and one more when the end token was reached; `log_prob`
-    their sum; `score` what the search ranks by (length penalty and processors included); `ids` the
-    token ids behind `tokens`.
+    `text` contains the prompt, as the tokenizer writes it, unless the model reads it beside the
+    photo; the others are of what was generated behind it. `tokens` are its pieces of text, without
+    begin and end token; `token_log_probs` the model's own natural-log probabilities, one a token
+    and one more when the end token was reached; `log_prob` their sum; `score` what the search ranks
+    by (length penalty and processors included); `ids` the token ids of `tokens`, and `prompt_ids`
+    those of the prompt.
     """
 
     text: str
@@ -48,6 +63,7 @@ class Caption:
     log_prob: float
     score: float
     ids: list[int]
+    prompt_ids: list[int] = field(default_factory=list)
 
 
 class Captioner:
@@ -62,8 +78,8 @@ class Captioner:
         device: str | torch.device = "cpu",
     ) -> None:
         """`encoder(images (B, 3, S, S)) -> memory (B, P, D)`; `decoder` has the `begin`,
-        `new_cache`, `step` and `attention` of `training.model.Decoder`; `config` is the parsed
-        `config.json` of the checkpoint or export that both come from."""
+        `new_cache`, `prefill`, `step` and `attention` of `training.model.Decoder`; `config` is the
+        parsed `config.json` of the checkpoint or export that both come from."""
         self.encoder, self.decoder, self.tokenizer = encoder, decoder, tokenizer
         self.config = config
         self.preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
@@ -108,32 +124,46 @@ class Captioner:
 
     def options(self, **given: Any) -> DecodeOptions:
         """Decoding options: the checkpoint's own defaults, overridden by `given`. Raises
-        InvalidParameter for an unknown name or a value out of its range."""
-        known = {field.name for field in fields(DecodeOptions)}
-        for name in given:
-            if name not in known:
-                raise InvalidParameter(
-                    name, f"{name} is unknown; the options are {', '.join(sorted(known))}"
-                )
-        defaults = dict(self.decoding)
-        if given.get("do_sample") is True:
-            # Sampling means one beam; a default of several is not the caller's contradiction.
-            defaults.pop("num_beams", None)
-        return DecodeOptions(**{**defaults, **given})
+        InvalidParameter for an unknown name or a value out of this model's range."""
+        sizes = self.decoder.vocab_size, self.decoder.max_positions
+        return choose_options(given, self.decoding, self.tokenizer, *sizes)
 
-    def caption(self, photos: Sequence[Photo], **options: Any) -> list[list[Caption]]:
-        """Captions each photo: a list (photos) of lists (best first) of `Caption`.
+    @overload
+    def caption(
+        self, photos: Sequence[Photo], prompts: None = None, **options: Any
+    ) -> list[list[Caption]]: ...
+    @overload
+    def caption(
+        self, photos: Sequence[Photo], prompts: Sequence[str], **options: Any
+    ) -> list[list[list[Caption]]]: ...
+    def caption(
+        self, photos: Sequence[Photo], prompts: Sequence[str] | None = None, **options: Any
+    ) -> list[list[Caption]] | list[list[list[Caption]]]:
+        """Captions each photo: a list (photos) of lists (best first) of `Caption`; with `prompts` a
+        list (photos) of lists (prompts) of such lists, each photo encoded once.
 
         Raises InvalidImage for a photo that cannot be read, InvalidParameter for a bad option and
         TypeError where `photos` is not a sequence of photos.
         """
         check_photos(photos)
-        return self.caption_each(photos, [self.options(**options)] * len(photos))
+        if prompts is None:
+            return self.caption_each(photos, [self.options(**options)] * len(photos))
+        each = [self.options(**given) for given in prompted(options, prompts)]
+        found = []
+        for start in range(0, len(photos), BATCH):
+            part = photos[start : start + BATCH]
+            memory_BPD = self.encode(torch.stack([self.preprocess(photo) for photo in part]))
+            memory_NPD = memory_BPD.repeat_interleave(len(each), dim=0)
+            found += self.caption_memory(memory_NPD, each * len(part))
+        return [found[first : first + len(each)] for first in range(0, len(found), len(each))]
 
     def caption_each(
         self, photos: Sequence[Photo], options: Sequence[DecodeOptions]
     ) -> list[list[Caption]]:
-        """As `caption`, with options of its own for each photo."""
+        """As `caption`, with options of its own for each photo. Raises InvalidParameter where these
+        are not as many DecodeOptions."""
+        check_photos(photos)
+        check_options(options, len(photos))
         captions: list[list[Caption]] = []
         for start in range(0, len(photos), BATCH):
             images = torch.stack([self.preprocess(p) for p in photos[start : start + BATCH]])
@@ -161,7 +191,9 @@ class Captioner:
         images_B3SS = images_B3SS.to(self.device)
         shape = self.config["model"]["encoder"]
         patches = (shape["image_size"] // shape["patch_size"]) ** 2
-        photos = max(1, ENCODED_BYTES // (4 * patches * shape["mlp_width"]))
+        photos = 1  # of a DaViT, whose first stage has a token for each 4 x 4 pixels
+        if "kind" not in shape:
+            photos = max(1, ENCODED_BYTES // (4 * patches * shape["mlp_width"]))
         if self.device.type != "cpu" or len(images_B3SS) <= photos:
             return self.encoder(images_B3SS)
         return torch.cat([self.encoder(part) for part in images_B3SS.split(photos)])
@@ -174,58 +206,183 @@ class Captioner:
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[Caption]]:
         """Captions photos that are encoded already."""
+        prompts = [encode_prompt(self.tokenizer, photo.prompt) for photo in options]
+        written = [written_prompt(self.tokenizer, prompt) for prompt in prompts]
         found = search(
             self.decoder,
             memory_BPD,
             options,
-            begin_id=self.tokenizer.begin_id,
-            end_id=self.tokenizer.end_id,
-            suppress=self.tokenizer.suppressed_ids,
-            on_token=on_token,
+            self.tokenizer.special,
+            on_token,
+            written,
+            prompts if self.tokenizer.tasks else None,
         )
-        return [[self._caption(hypothesis) for hypothesis in photo] for photo in found]
+        return [
+            [self._caption(hypothesis, prompt) for hypothesis in photo]
+            for photo, prompt in zip(found, prompts, strict=True)
+        ]
 
-    def _caption(self, hypothesis: Hypothesis) -> Caption:
+    def _caption(self, hypothesis: Hypothesis, prompt_ids: list[int]) -> Caption:
+        written = written_prompt(self.tokenizer, prompt_ids)
         return Caption(
-            text=self.tokenizer.decode(hypothesis.ids),
-            tokens=self.tokenizer.pieces(hypothesis.ids),
+            text=self.tokenizer.decode([*written, *hypothesis.ids]),
+            tokens=self.tokenizer.pieces(hypothesis.ids, written),
             token_log_probs=hypothesis.token_log_probs,
             log_prob=sum(hypothesis.token_log_probs),
             score=hypothesis.score,
             ids=hypothesis.ids,
+            prompt_ids=prompt_ids,
         )
 
     @torch.inference_mode()
-    def attention(self, image_3SS: Tensor, ids: Sequence[int]) -> Tensor:
-        """Where the model looked for each token: (T, grid, grid), each map summing to 1.
+    def attention(
+        self, image_3SS: Tensor, ids: Sequence[int], prompt_ids: Sequence[int] = ()
+    ) -> Tensor:
+        """Where the model looked for each of the T tokens `ids` of a caption behind its prompt:
+        (T, grid, grid), each map summing to 1. A prompt's own tokens were given, and have none.
 
         One parallel pass over the finished caption; the mean over layers and heads of the
         cross-attention, over the image patches alone (class and other prefix tokens left out). Of
         the ways that training.scores.grounding compares, this one points best.
         """
         memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
-        return self.attention_memory(memory_1PD, [ids])[0]
+        return self.attention_memory(memory_1PD, [ids], [prompt_ids])[0]
 
     @torch.inference_mode()
-    def attention_memory(self, memory_BPD: Tensor, ids: Sequence[Sequence[int]]) -> list[Tensor]:
-        """As `attention`, for one caption of each of B photos that are encoded already."""
+    def attention_memory(
+        self,
+        memory_BPD: Tensor,
+        ids: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> list[Tensor]:
+        """As `attention`, for one caption of each of B photos that are encoded already; `prompts`
+        holds the ids of its prompt."""
         encoder = self.config["model"]["encoder"]
         grid = encoder["image_size"] // encoder["patch_size"]
-        longest = max(len(caption) for caption in ids)
-        if not longest:
+        if not any(ids):
             return [torch.zeros(0, grid, grid) for _ in ids]
+        prompts = [()] * len(ids) if prompts is None else prompts
+        written = [written_prompt(self.tokenizer, prompt) for prompt in prompts]
+        # What is given of each text: the token at its end is the first that is generated.
+        given = [
+            [self.tokenizer.begin_id, *prompt] if prompt else self.tokenizer.opening
+            for prompt in written
+        ]
+        texts = [[*start, *caption[:-1]] for start, caption in zip(given, ids, strict=True)]
+        longest = max(map(len, texts))
         # Shorter captions are filled up behind their end, where their own tokens do not look.
-        filled = [[self.tokenizer.begin_id, *caption] for caption in ids]
-        filled = [(row + [self.tokenizer.end_id] * longest)[:longest] for row in filled]
+        filled = [text + [self.tokenizer.end_id] * (longest - len(text)) for text in texts]
         tokens_BQ = torch.tensor(filled, device=self.device)
         positions_BQ = torch.arange(longest, device=self.device).expand(len(ids), -1)
         mask_QQ = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         mask_BQQ = mask_QQ.expand(len(ids), -1, -1)
-        weights_LBHQP = self.decoder.attention(tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
-        maps_BQP = weights_LBHQP[..., encoder["prefix_tokens"] :].mean(dim=(0, 2))
+        inputs = (tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
+        maps_BQP = self._attention(inputs, prompts)[:, :, encoder["prefix_tokens"] :]
         maps_BQP = maps_BQP / maps_BQP.sum(-1, keepdim=True)
         maps_BQgg = maps_BQP.unflatten(2, (grid, grid)).cpu()
-        return [maps_Qgg[: len(caption)] for maps_Qgg, caption in zip(maps_BQgg, ids, strict=True)]
+        return [
+            maps_Qgg[len(start) - 1 : len(start) - 1 + len(caption)]
+            for maps_Qgg, start, caption in zip(maps_BQgg, given, ids, strict=True)
+        ]
+
+    def _attention(self, inputs: Sequence[Tensor], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The mean of the decoder's attention over layers and heads, (B, Q, P)."""
+        if not self.tokenizer.tasks:
+            return self.decoder.attention(*inputs).mean(dim=(0, 2))
+        # Prompts of one length at a time, as the search reads them.
+        parts = []
+        rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        for _, group in itertools.groupby(rows, key=lambda row: len(prompts[row])):
+            part = list(group)
+            prompt_BT = torch.tensor([list(prompts[row]) for row in part], device=self.device)
+            weights_LBHQP = self.decoder.attention(*(x[part] for x in inputs), prompt_BT)
+            parts.append(weights_LBHQP.mean(dim=(0, 2)))
+        order = torch.tensor(rows, device=self.device).argsort()
+        return torch.cat(parts)[order]
+
+
+def choose_options(
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    tokenizer: CaptionTokenizer,
+    vocab_size: int,
+    max_positions: int,
+) -> DecodeOptions:
+    """The options `given`, or else a model's `defaults`; a default length that the model has no
+    positions for behind the prompt is shortened. Raises InvalidParameter for an unknown name or a
+    value out of the model's range."""
+    for name in given:
+        if name not in OPTIONS:
+            raise InvalidParameter(
+                name, f"{name} is unknown; the options are {', '.join(sorted(OPTIONS))}"
+            )
+    defaults = dict(defaults)
+    if given.get("do_sample") is True:
+        # Sampling means one beam; a default of several is not the caller's contradiction.
+        defaults.pop("num_beams", None)
+    options = DecodeOptions(**{**defaults, **given})
+    prompt = written_prompt(tokenizer, encode_prompt(tokenizer, options.prompt))
+    if prompt and len(prompt) <= most_prompt_tokens(max_positions):
+        longest = max_positions - 1 - len(prompt)
+        lengths: dict[str, Any] = {
+            name: min(getattr(options, name) or longest, longest)
+            for name in ("max_new_tokens", "min_new_tokens")
+            if name not in given and getattr(options, name) != 0
+        }
+        options = replace(options, **lengths)
+    options.limits(vocab_size, max_positions, len(prompt))
+    return options
+
+
+def prompted(given: Mapping[str, Any], prompts: object) -> list[dict[str, Any]]:
+    """The options `given`, once with each of the prompts. Raises InvalidParameter for anything but
+    a list of one to MAX_PROMPTS strings, and for a prompt beside it."""
+    if "prompt" in given:
+        raise InvalidParameter("prompts", "prompts and prompt exclude each other; give one of them")
+    listed = prompts if isinstance(prompts, list | tuple) else []
+    if not 1 <= len(listed) <= MAX_PROMPTS or not all(isinstance(one, str) for one in listed):
+        raise InvalidParameter(
+            "prompts", f"prompts must be a list of 1 to {MAX_PROMPTS} strings, one for each answer"
+        )
+    return [{**given, "prompt": prompt} for prompt in listed]
+
+
+def encode_prompt(tokenizer: CaptionTokenizer, prompt: str | None) -> list[int]:
+    """The token ids of a prompt, of a model with tasks those of the prompt's task, or of its first.
+    Raises InvalidParameter naming a word that the vocabulary lacks, or a prompt that is no task."""
+    if tokenizer.tasks:
+        return _encode_task(tokenizer.tasks, prompt)
+    if prompt is None:
+        return []
+    if unknown := tokenizer.unknown_words(prompt):
+        word = "".join(c if c.isprintable() else "?" for c in unknown[0][:50])
+        raise InvalidParameter(
+            "prompt", f"prompt: the model's vocabulary has no word {word!r}; use another one"
+        )
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise InvalidParameter("prompt", "prompt has no word in it; give one or leave it out")
+    return ids
+
+
+def _encode_task(tasks: Mapping[str, Task], prompt: str | None) -> list[int]:
+    by_words = {task["words"]: task for task in tasks.values()}
+    if prompt is None:
+        return next(iter(tasks.values()))["ids"]
+    task = tasks.get(prompt.strip()) or by_words.get(prompt.strip())
+    if task is None:
+        given = "".join(c if c.isprintable() else "?" for c in prompt[:50])
+        raise InvalidParameter(
+            "prompt",
+            f"prompt {given!r} is no task of this model that describes the photo; give "
+            f"{' or '.join(tasks)}, or its words",
+        )
+    return task["ids"]
+
+
+def written_prompt(tokenizer: CaptionTokenizer, prompt_ids: Sequence[int]) -> list[int]:
+    """The ids of a prompt that its caption begins with: none where it is read beside the photo."""
+    return [] if tokenizer.tasks else list(prompt_ids)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -237,9 +394,9 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory}: no config.json there; give the folder of a checkpoint or an export"
         )
     config = read_object(path)
-    for field in ("model", "preprocessing", "tokenizer"):
-        if not isinstance(config.get(field), dict):
-            raise UserError(f"{path}: field {field!r} is missing; write the folder again")
+    for section in ("model", "preprocessing", "tokenizer"):
+        if not isinstance(config.get(section), dict):
+            raise UserError(f"{path}: field {section!r} is missing; write the folder again")
     # Checkpoints of version 1.0 have no number and are as today's; its exports are not.
     number = config.get("format", 0 if "precision" in config else FORMAT)
     if number != FORMAT:
@@ -257,7 +414,7 @@ def check_config(directory: Path, config: dict[str, Any]) -> None:
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: field 'model' must hold 'encoder' and 'decoder'") from None
     sizes = {
-        "encoder": ("image_size", "patch_size", "mlp_width"),
+        "encoder": ("image_size", "patch_size", *([] if "kind" in encoder else ["mlp_width"])),
         "decoder": ("vocab_size", "max_positions"),
     }
     for part, section in (("encoder", encoder), ("decoder", decoder)):
@@ -294,6 +451,9 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
     if suppressed is not None and not isinstance(suppressed, list):
         raise UserError(f"{path}: field 'tokenizer.suppressed_ids' must be a list")
     ids |= {f"suppressed_ids[{n}]": token for n, token in enumerate(suppressed or [])}
+    if fields_of.get("first_id") is not None:
+        ids["first_id"] = fields_of["first_id"]
+    ids |= _task_ids(path, fields_of.get("tasks") or {})
     for name, token in ids.items():
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(
@@ -310,7 +470,24 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
             f"{directory / 'tokenizer.json'}: an entry has the id {largest}, but config.json's "
             f"'model.decoder.vocab_size' is {vocab_size}; give the tokenizer of this model"
         )
+    try:
+        encode_prompt(tokenizer, config.get("decoding", {}).get("prompt"))
+    except InvalidParameter as error:
+        raise UserError(f"{path}: field 'decoding': {error}") from error
     return tokenizer
+
+
+def _task_ids(path: Path, tasks: Any) -> dict[str, Any]:
+    """Every id of the tasks, by its place."""
+    ids: dict[str, Any] = {}
+    try:
+        for name, task in tasks.items():
+            if set(task) != {"words", "ids"} or not isinstance(task["words"], str):
+                raise TypeError(name)
+            ids |= {f"tasks.{name}.ids[{n}]": token for n, token in enumerate(list(task["ids"]))}
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{path}: field 'tokenizer.tasks' must hold words and ids") from error
+    return ids
 
 
 def _short(value: object) -> str:
@@ -325,7 +502,10 @@ def _check_scripts(directory: Path, config: dict[str, Any], encoder: Any, decode
     path = directory / "config.json"
     shape = config["model"]["encoder"]
     if missing := [name for name in DECODER_METHODS if not hasattr(decoder, name)]:
-        raise UserError(f"{directory / 'decoder.pt'}: no decoder, {missing[0]!r} is missing")
+        raise UserError(
+            f"{directory / 'decoder.pt'}: no decoder, {missing[0]!r} is missing; export the "
+            "checkpoint again"
+        )
     for name in ("vocab_size", "max_positions"):
         given, own = config["model"]["decoder"][name], getattr(decoder, name)
         if given != own:
@@ -373,6 +553,23 @@ def check_photos(photos: object) -> None:
             f"photos is of type {type(photos).__name__}; give a list of photos, each the bytes of a"
             " file or a PIL image, as in caption([Path('photo.jpg').read_bytes()])"
         )
+
+
+def check_options(options: object, photos: int) -> None:
+    """Raises InvalidParameter for anything but a list of DecodeOptions for so many photos."""
+    if not isinstance(options, Sequence):
+        given = f"of type {type(options).__name__}"
+    elif wrong := [one for one in options if not isinstance(one, DecodeOptions)]:
+        given = f"a list with a {type(wrong[0]).__name__}"
+    elif len(options) != photos:
+        given = f"a list of {len(options)}"
+    else:
+        return
+    raise InvalidParameter(
+        "options",
+        f"options is {given}; give a list of DecodeOptions, one for each of {photos} photos, as "
+        "Captioner.options makes them",
+    )
 
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:

@@ -54,11 +54,11 @@ class GraphedDecoder:
         self._logits: dict[tuple[int, ...], Tensor] = {}
         self._steps: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
 
-    def begin(self, memory_BPD: Tensor) -> KeysValues:
+    def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
         """As `Decoder.begin`, in the buffers kept for as many photos."""
-        photos, *shape = memory_BPD.shape
         with torch.jit.optimized_execution(False):
-            made = self._decoder.begin(memory_BPD)
+            made = self._decoder.begin(memory_BPD, prompt_BT)
+        photos, *shape = made.keys[0].shape
         if photos > MOST_PHOTOS:
             return made
         room = _power_of_two(photos)
@@ -87,11 +87,30 @@ class GraphedDecoder:
         return first_photos(self._caches[room], photos)
 
     def attention(
-        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        memory_BPD: Tensor,
+        prompt_BT: Tensor | None = None,
     ) -> Tensor:
         """As `Decoder.attention`."""
+        inputs = (tokens_BQ, positions_BQ, mask_BQS)
         with torch.jit.optimized_execution(False):
-            return self._decoder.attention(tokens_BQ, positions_BQ, mask_BQS, memory_BPD)
+            return self._decoder.attention(*inputs, memory_BPD, prompt_BT)
+
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """As `Decoder.prefill`; never a graph, since prompts have all lengths."""
+        with torch.jit.optimized_execution(False):
+            return self._decoder.prefill(tokens_BQ, positions_BQ, mask_BQQ, real_BQ, cache, memory)
 
     def step(
         self,

@@ -1,5 +1,5 @@
-"""Photos that are not known to be ordinary are decoded in a process of their own, which is ended
-when it takes more processor time or memory than a photo of that size may take.
+"""Decodes photos that are not known to be cheap in a separate process, which the system ends if it
+takes more processor time or memory than is allowed for the size of the photo.
 
 The process is an interpreter without torch. It is started when the first such photo comes, takes
 one photo after the other, and ends when the process that started it does. Its limits are the
@@ -37,7 +37,7 @@ SECONDS, PIXELS_A_SECOND = 1.0, 18e6
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 # An ordinary photo is decoded faster than this; what takes longer is slow for its size.
 ORDINARY_PIXELS_A_SECOND = 9e6
-# A process that waits for a processor is not slow; one that waits for ever is.
+# Limits on elapsed time, with room for a process that has to wait for a processor.
 WALL_FACTOR, WALL_SECONDS = 8, 5
 REQUEST = struct.Struct("<qd4s")  # min_side, patience, kind
 # One arena, which keeps the pages of one photo for the next (the system takes 1 us to give a page),
@@ -58,19 +58,19 @@ START = (
 
 
 def seconds_for(size: tuple[int, int]) -> float:
-    """Processor seconds that decoding a photo of this size may take."""
+    """The processor seconds that decoding a photo of this size may take."""
     return SECONDS + size[0] * size[1] / PIXELS_A_SECOND
 
 
 @dataclass
 class Patience:
-    """The share of its time that a photo may take, among others that wait for it. However many of
-    them are slow, together they take 1.4 times as long as one may."""
+    """The share of its time that a photo may take while others wait for it. However many of them
+    are slow, together they take 1.4 times as long as one may."""
 
     share: float = 1.0
 
     def spend(self, seconds: float) -> None:
-        """After a photo that was so many seconds slower than ordinary ones of its size."""
+        """After a photo that was `seconds` slower than ordinary ones of its size."""
         least = min(self.share, 0.4) / 2
         self.share = max(self.share - max(0.0, seconds) / SECONDS, least)
 
@@ -78,8 +78,8 @@ class Patience:
 def decode_elsewhere(
     data: bytes, kind: str, min_side: int | None, patience: Patience
 ) -> Image.Image:
-    """The photo in RGB, as `handler.image_decode.decode_photo` gives it. Raises InvalidImage, and
-    ImageTooComplex where the process took too long or too much."""
+    """The photo in RGB, as `handler.image_decode.decode_photo` returns it. Raises InvalidImage, and
+    ImageTooComplex if the process needs too much time or memory."""
     process = _idle.take()
     try:
         image = process.decode(data, kind, min_side, patience)
@@ -99,7 +99,7 @@ def memory_file() -> BinaryIO:
 
 
 class DecodeProcess:
-    """One process that decodes, from the side of the one that asks."""
+    """A decoding process, as seen by the process that uses it."""
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
@@ -153,8 +153,8 @@ class DecodeProcess:
             )
 
     def _answer(self, seconds: float) -> dict[str, Any]:
-        """The next line of the process, which may take so many seconds of processor time for it:
-        `size`, and at the end `seconds` that the photo took; or `error` and `message`."""
+        """The next line from the process, for which it may use `seconds` of processor time: `size`
+        and, at the end, the `seconds` that the photo took; or `error` and `message`."""
         wall = WALL_SECONDS + WALL_FACTOR * seconds
         line = b""
         while not line.endswith(b"\n"):
@@ -182,7 +182,7 @@ class DecodeProcess:
 
 
 class _Idle:
-    """Processes that wait for a photo, of this process and not of one that it was forked from."""
+    """The idle decoding processes of this process. A fork does not inherit those of its parent."""
 
     def __init__(self) -> None:
         self.clear()

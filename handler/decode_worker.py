@@ -1,5 +1,5 @@
-"""The process that `handler.decode_process` starts: decodes one photo after the other within the
-system's limits on processor time and address space."""
+"""The process that `handler.decode_process` starts: decodes photos one by one within limits of the
+system on processor time and address space."""
 
 import contextlib
 import json
@@ -114,7 +114,7 @@ def _decode(
     rgb = decode_photo(image, data, None if side < 0 else side)
     del image
     if side > 0:
-        # As JPEG's draft does: pixels that the resize would average take long to hand over.
+        # As JPEG's draft mode does: it would take long to transfer pixels that are then averaged.
         rgb = rgb.reduce(max(1, min(rgb.size) // (GAP * side)))
     with memory_file() as file:
         rgb.save(file, "PPM")  # a line of text, then the pixels, without a copy of them
@@ -123,7 +123,7 @@ def _decode(
 
 
 def _limit_memory(limit: int | None) -> None:
-    """Lets the address space grow to so many bytes; None: without a limit of ours."""
+    """Limits the address space to `limit` bytes; None removes the limit."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if limit is None or 0 <= hard < limit:
         limit = hard

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -157,7 +158,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields the path of an empty file beside `path`; when the block ends without an exception,
-    that file takes the place of `path`. Otherwise it is removed and `path` stays as it was."""
+    that file takes the place of `path`, with its permissions. Otherwise it is removed and `path`
+    stays as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -167,10 +169,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # mkstemp makes files private; the umask is only readable by setting it.
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        usual = 0o666 & ~umask
+        temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else usual)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk has no name
         raise
 
 

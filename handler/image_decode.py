@@ -1,8 +1,8 @@
-"""A photograph's bytes -> RGB picture, in this process. Without torch, so that the process that
-decodes what may take long (see `handler.decode_process`) starts quickly.
+"""Decodes the bytes of a photo to an RGB picture, in this process. This module does not import
+torch, so that the separate process for slow photos (see `handler.decode_process`) starts quickly.
 
-Formats are detected from the content. Colour profiles are ignored, as torchvision and Hugging Face
-ignore them.
+Formats are detected from the content. Colour profiles are ignored, as by torchvision and Hugging
+Face.
 """
 
 import io
@@ -13,29 +13,29 @@ from typing import Any
 
 import numpy as np
 
-# Pillow registers these only with all of its other plugins, none of which is wanted here.
+# Imported to register them: Pillow itself would register them only with all other plugins.
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
 from handler.errors import ImageTooLarge, InvalidImage
 
 MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 64_000_000
-# JPEG's own limit. Pillow pays 8 bytes a row beside the pixels: 1 x 64,000,000 takes a gigabyte.
+# The limit of JPEG. Pillow needs 8 bytes per row besides the pixels.
 MAX_SIDE = 65_535
-# Pixels converted to RGB at a time. Pillow holds 4 bytes a pixel: at 64 megapixels, the picture and
-# its RGB are 490 MiB, and each whole intermediate (float64, an alpha mask) would be as much again.
+# Pixels converted to RGB at a time. Pillow stores 4 bytes per pixel: with 64 megapixels, the
+# picture and its RGB have 490 MiB. A full-size intermediate (float64, an alpha mask) adds as much.
 BAND_PIXELS = 2**20
 
 FORMATS = "JPEG, PNG, WebP, AVIF, HEIC, BMP, GIF and TIFF"
-# By the names that cameras and programs give them.
+# The suffixes that cameras and programs use for these formats.
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif"),
     *(".bmp", ".gif", ".tif", ".tiff"),
 )
-# Sizes of the BMP headers in use: "BM" alone also begins many a text.
+# Sizes of the BMP headers in use: "BM" alone is also the beginning of texts.
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
-# EXIF's orientations 2 to 8, undone.
+# The transpositions that undo EXIF's orientations 2 to 8.
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,13 +50,13 @@ TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1
 
 
-# Big-endian 32-bit unsigned integers, which Pillow only knows in the other order: the bits are the
-# same as those of signed ones.
+# Big-endian 32-bit unsigned integers, which Pillow supports only in little-endian order. They are
+# read as signed ones, which have the same bits.
 TiffImagePlugin.OPEN_INFO[TiffImagePlugin.MM, 1, (1,), 1, (32,), ()] = ("I", "I;32BS")
 
 
 def open_photo(data: bytes, kind: str) -> Image.Image:
-    """The photo's header, read and checked; no pixel is decoded yet."""
+    """Reads and checks the header of a photo; no pixel is decoded yet."""
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -72,7 +72,7 @@ def open_photo(data: bytes, kind: str) -> Image.Image:
 
 
 def is_unknown_tiff(data: bytes) -> bool:
-    """Whether a TIFF that cannot be opened is sound, but of numbers that Pillow has no mode for."""
+    """Whether a TIFF is valid, but has a pixel format for which Pillow has no mode."""
     try:
         TiffImagePlugin.TiffImageFile(io.BytesIO(data))
     except SyntaxError as error:
@@ -83,10 +83,10 @@ def is_unknown_tiff(data: bytes) -> bool:
 
 
 def decode_photo(image: Image.Image, data: bytes = b"", min_side: int | None = None) -> Image.Image:
-    """An opened photo in RGB, upright, its alpha laid over white; the first frame or page. `data`
-    are the bytes that it was opened from, none where a picture was given.
+    """Converts an opened photo to RGB, upright and with alpha over white; of several frames or
+    pages the first. `data` are the bytes from which it was opened; empty for a PIL image.
 
-    Raises InvalidImage, and MemoryError where the process may take no more.
+    Raises InvalidImage, and MemoryError if the memory limit of the process is reached.
     """
     try:
         if data and min_side is not None:
@@ -107,8 +107,8 @@ def decode_photo(image: Image.Image, data: bytes = b"", min_side: int | None = N
     except MemoryError:
         raise
     except Exception as error:
-        # Pillow meets damage with a dozen kinds of exception (OSError, SyntaxError, struct.error,
-        # TypeError, ...): whatever it cannot decode is not a photo.
+        # Pillow raises a dozen types of exceptions for damaged files (OSError, SyntaxError,
+        # struct.error, TypeError, ...).
         raise InvalidImage("the image is damaged or truncated: it cannot be decoded") from error
 
 
@@ -127,8 +127,8 @@ class OneFrame:
 
 
 def in_native_order(image: Image.Image) -> None:
-    """Corrects what Pillow expects of libtiff, which gives values of 32 bits in the order of this
-    machine whatever the file's."""
+    """Corrects the byte order that Pillow assumes: libtiff returns 32-bit values in the order of
+    the machine, independent of the file's."""
     if sys.byteorder == "little":
         image.tile = [  # type: ignore[attr-defined]
             tile._replace(args=(re.sub("^(F;32|I;32)B", r"\1", tile.args[0]), *tile.args[1:]))
@@ -139,7 +139,7 @@ def in_native_order(image: Image.Image) -> None:
 
 
 def sniff(data: bytes) -> str | None:
-    """Pillow's name of the format that `data` starts like, None for any other content."""
+    """Detects the format from the first bytes: Pillow's name, or None for any other content."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -159,7 +159,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def sniff_brands(data: bytes) -> str | None:
-    """AVIF or HEIF by the brands of an ISO base media file; None for films."""
+    """AVIF or HEIF, by the brands of an ISO base media file; None for videos."""
     size = min(int.from_bytes(data[:4], "big"), 256)
     brands = {data[start : start + 4] for start in (8, *range(16, size - 3, 4))}
     if brands & {b"avif", b"avis"}:
@@ -170,7 +170,7 @@ def sniff_brands(data: bytes) -> str | None:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Refuses pictures of no pixel or of too many."""
+    """Refuses pictures without pixels or with too many."""
     width, height = size
     if width < 1 or height < 1:
         raise InvalidImage("the image has no pixels")
@@ -185,11 +185,12 @@ def too_many_pixels() -> ImageTooLarge:
 
 
 def to_rgb(image: Image.Image, data: bytes = b"") -> Image.Image:
-    """Any mode that Pillow decodes to, as 8-bit RGB."""
+    """Converts any mode of Pillow to 8-bit RGB."""
     if image.format == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getextrema()[1]:
-        # An alpha channel that nobody filled: browsers show such a picture opaque.
+        # An alpha channel of zeros was never filled: browsers show such a picture as opaque.
         return image.convert("RGB")
-    if image.format == "PNG" and "transparency" in image.info and image.mode in ("1", "L", "RGB"):
+    keyed = "transparency" in image.info and image.mode in ("1", "L", "RGB")
+    if data and image.format == "PNG" and keyed:
         return over_white_by_key(image, data)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -206,9 +207,9 @@ def over_white_by_key(image: Image.Image, data: bytes) -> Image.Image:
     bits, key = data[24], image.info.pop("transparency")
     low = None
     if image.mode == "RGB" and bits == 16:
-        # A second time, for the low byte of each channel.
+        # Decoded a second time for the low byte of each channel.
         low = Image.open(io.BytesIO(data), formats=["PNG"])
-        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # type: ignore
+        low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
         low.load()
     elif image.mode != "RGB":
         key = key * 255 // (2**bits - 1)
@@ -235,16 +236,16 @@ def is_colour(image: Image.Image, colour: int | Sequence[int]) -> np.ndarray:
 
 
 def bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The picture in horizontal bands of about BAND_PIXELS: (top row, band)."""
+    """Yields the picture in horizontal bands of about BAND_PIXELS: (top row, band)."""
     rows = max(1, BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def white_level(image: Image.Image) -> float:
-    """The value that is white where a pixel is a number of more than 8 bits: integers have 16 bits,
-    or 12 or 32 in some TIFFs; floats hold fractions (nothing above 1) or 8-bit levels. Negative
-    where 0 is white."""
+    """The value of white in a picture with more than 8 bits per pixel. Integers have 16 bits, or 12
+    or 32 in some TIFFs; floats are fractions (if none is above 1) or 8-bit levels. Negative if 0 is
+    white."""
     tags = getattr(image, "tag_v2", {})
     sign = -1 if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else 1
     if image.mode == "F":
@@ -273,11 +274,11 @@ def band_to_rgb(image: Image.Image, white_level: float) -> Image.Image:
 
 
 def from_integers(image: Image.Image, highest: int, inverted: bool) -> Image.Image:
-    """16 bits a pixel as grey levels, value / 257 rounded (Pillow itself would clip at 255).
+    """Converts 16 bits per pixel to grey levels, value / 257 rounded (Pillow clips at 255).
 
-    12-bit TIFF arrives in the low bits, 32-bit TIFF as the signed number of the same bits. Colour
-    of 16 bits never arrives here: Pillow reads it as 8 bits by dropping the low byte, at most one
-    level off.
+    A 12-bit TIFF has its values in the low bits, a 32-bit TIFF as signed integers with the same
+    bits. 16-bit colour is not handled here: Pillow reads it as 8 bits by dropping the low byte,
+    which is wrong by one level at most.
     """
     values = np.asarray(image)
     if highest > 65535:
@@ -291,13 +292,13 @@ def from_integers(image: Image.Image, highest: int, inverted: bool) -> Image.Ima
 
 
 def finite(image: Image.Image) -> np.ndarray:
-    """The values of a float picture; what is no number is black."""
+    """The values of a float picture; values that are not finite become black."""
     return np.nan_to_num(np.asarray(image), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:
-    """What undoes the camera's rotation, as the EXIF of a loaded picture tells it (a TIFF is
-    turned by Pillow as it loads, and then tells nothing)."""
+    """The transposition that undoes the camera's rotation, by the EXIF of a loaded picture. (Pillow
+    rotates a TIFF when it loads it, and removes the EXIF tag.)"""
     try:
         return ORIENTATIONS.get(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:

@@ -1,7 +1,7 @@
-"""A photograph's bytes -> RGB picture -> normalised tensor.
+"""The bytes of a photo to an RGB picture to a normalized tensor.
 
-The only preprocessing there is: training, evaluation and serving all come through here, so that a
-model never sees two versions of one photo.
+Training, evaluation and serving all use this preprocessing, so that a model never gets two versions
+of a photo.
 """
 
 from collections.abc import Mapping
@@ -44,10 +44,14 @@ __all__ = [
     "decode",
     "preprocess",
     "resize",
+    "seen_region",
     "sniff",
     "to_tensor",
 ]
 
+Interpolation = Literal["bicubic", "bilinear"]
+# Left, top, right, bottom.
+Box = tuple[float, float, float, float]
 # Larger pictures take more than 0.3 s in the worst case; a JPEG is reduced as it is decoded.
 CHEAP_PIXELS = 8_000_000
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -55,17 +59,18 @@ RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How a photo becomes a tensor: side in pixels, normalisation of the 0-1 channels, fitting.
+    """How a photo becomes a tensor: side in pixels, mean and standard deviation of the channels
+    (0-1), and `resize`: squash the whole photo to the square, or crop its middle.
 
-    `resize_to` is the side that the photo is resized to before its middle is cut out, where that is
-    more than `image_size` (as for DeiT: 256, then 224).
+    `resize_to` is the side to which the photo is resized before its middle is cropped, if it is
+    more than `image_size` (DeiT: 256, then 224).
     """
 
     image_size: int = 224
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Literal["squash", "crop"] = "squash"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     resize_to: int | None = None
 
     def __post_init__(self) -> None:
@@ -95,12 +100,12 @@ class PreprocessConfig:
 
     @property
     def side(self) -> int:
-        """Pixels that a photo's side is resized to; under `crop`, its short side."""
+        """The length in pixels that a photo's sides are resized to; with `crop`, its short side."""
         return self.resize_to or self.image_size
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PreprocessConfig":
-        """From a config file's section. Raises UserError naming an unknown or wrong field."""
+        """From a section of a config file. Raises UserError naming an unknown or wrong field."""
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -110,14 +115,14 @@ class PreprocessConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, as JSON types."""
+        """The input of `from_dict`, as JSON types."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def preprocess(
     photo: bytes | bytearray | memoryview | Image.Image, config: PreprocessConfig
 ) -> Tensor:
-    """A photo as the encoder takes it: float32 (3, S, S), normalised. Raises InvalidImage."""
+    """A photo as input of the encoder: float32 (3, S, S), normalized. Raises InvalidImage."""
     return to_tensor(resize(decode(photo, min_side=config.side), config), config)
 
 
@@ -126,21 +131,29 @@ def decode(
     min_side: int | None = None,
     patience: Patience | None = None,
 ) -> Image.Image:
-    """A photo in RGB, upright, its alpha laid over white; the first frame or page.
+    """Decodes a photo to RGB, upright and with alpha over white; of several frames or pages the
+    first.
 
-    With `min_side` (the side it will be resized to), a large JPEG is decoded at 1/2, 1/4 or 1/8 of
-    its size, in the frequency domain, as long as both sides stay at least twice `min_side`: several
-    times faster. tests/test_image_preprocess.py bounds what that changes after the resize.
+    With `min_side` (the side to which it will be resized), a large JPEG is decoded at 1/2, 1/4 or
+    1/8 of its size, in the frequency domain, as long as both sides are at least twice `min_side`.
+    This is several times faster; tests/test_image_preprocess.py limits the difference after the
+    resize.
 
     Decoding takes at most 2 s of processor time, one more for every 16 megapixels of its header,
-    and 512 MiB, or 12 bytes a pixel where that is more. Photos that are decoded one after the other
-    while someone waits for all of them share a `patience`: after slow ones, others may take less.
+    and 512 MiB, or 12 bytes per pixel if that is more. Photos that are decoded one after the other
+    while a client waits for all of them share a `patience`: after slow ones, others may take less.
 
-    Raises InvalidImage, or its kinds UnsupportedMediaType, ImageTooLarge and ImageTooComplex.
+    Raises InvalidImage or one of its subclasses UnsupportedMediaType, ImageTooLarge and
+    ImageTooComplex.
     """
     if isinstance(photo, Image.Image):
         check_size(photo.size)
         return decode_photo(photo)
+    if not isinstance(photo, (bytes, bytearray, memoryview)):
+        raise InvalidImage(
+            f"a photo is of type {type(photo).__name__}; give the bytes of its file, as from "
+            "Path('photo.jpg').read_bytes(), or a PIL image"
+        )
     data = bytes(photo)
     if len(data) > MAX_BYTES:
         raise ImageTooLarge(f"the image has more than {MAX_BYTES // 2**20} MiB")
@@ -161,23 +174,35 @@ def decode(
 
 
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
-    """RGB of (S, S): the middle of the photo once it is resized (squashed to a square, or by its
-    short side). The same geometry as resizing first and cutting then, as Hugging Face does it."""
-    size, side = config.image_size, config.side
-    # Cutting before the resize keeps a strip of 1 x 60,000 from growing to S x 60,000 S.
-    box = []
-    for length in image.size:
-        resized = side * length // min(image.size) if config.resize == "crop" else side
-        start = (resized - size) // 2
-        box.append((start * length / resized, (start + size) * length / resized))
-    (left, right), (top, bottom) = box
-    return image.resize(
-        (size, size), RESAMPLING[config.interpolation], box=(left, top, right, bottom)
-    )
+    """Resizes a photo (to a square, or by its short side) and crops its middle: RGB (S, S). The
+    geometry is that of Hugging Face, which resizes first and crops then."""
+    # Cropped before the resize, since a strip of 1 x 60,000 would grow to S x 60,000 S.
+    size = (config.image_size, config.image_size)
+    return image.resize(size, RESAMPLING[config.interpolation], box=_seen_box(image.size, config))
+
+
+def _seen_box(size: tuple[int, int], config: PreprocessConfig) -> Box:
+    """The region of a photo of this size that is the model's input, in pixels of the photo."""
+    sides = []
+    for length in size:
+        resized = config.side * length // min(size) if config.resize == "crop" else config.side
+        start = (resized - config.image_size) // 2
+        end = start + config.image_size
+        sides.append((start * length / resized, end * length / resized))
+    (left, right), (top, bottom) = sides
+    return left, top, right, bottom
+
+
+def seen_region(size: tuple[int, int], config: PreprocessConfig) -> Box:
+    """The region of an upright photo of this size (width, height) that is the model's input, and
+    that word maps cover: (x0, y0, x1, y1) as shares of the photo's width and height."""
+    left, top, right, bottom = _seen_box(size, config)
+    width, height = size
+    return left / width, top / height, right / width, bottom / height
 
 
 def to_tensor(image: Image.Image, config: PreprocessConfig) -> Tensor:
-    """An RGB picture as float32 (3, height, width), 0-1, then less `mean`, over `std`."""
+    """An RGB picture as float32 (3, height, width), scaled to 0-1 and normalized."""
     pixels_HWC = torch.from_numpy(np.array(image, dtype=np.uint8))
     pixels_CHW = pixels_HWC.permute(2, 0, 1).contiguous().float().div_(255)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))

@@ -1,10 +1,10 @@
-"""A photo's bytes -> the bytes that are decoded, and whether decoding them is cheap.
+"""Determines whether decoding a photo is certain to be cheap, and which of its bytes to decode.
 
-Pillow loops in Python over what its formats repeat: segments, chunks, extensions, directory
-entries. A file of 16 MiB may hold millions of them. The walks here are linear, decode nothing, and
-prove of an ordinary photo that decoding it takes no longer than its pixels do; PNG loses on the way
-what is no part of the picture. What they cannot prove is decoded in a process that is ended when it
-takes too long (see `handler.decode_process`).
+Pillow loops in Python over the repeated parts of its formats: segments, chunks, extensions,
+directory entries. A file of 16 MiB may contain millions of them. The functions of this module scan
+a file in linear time without decoding it. For ordinary photos they show that decoding takes no
+longer than the number of pixels requires; from a PNG they also remove what is not part of the
+picture. Other photos are decoded in a process with a time limit (see `handler.decode_process`).
 """
 
 import re
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# The most of each that an ordinary photo has. Google's cameras write a depth map as hundreds of
-# JPEG segments, Photoshop a large PNG as thousands of chunks.
+# Limits for ordinary photos. Google's cameras write a depth map as hundreds of JPEG segments, and
+# Photoshop writes a large PNG as thousands of chunks.
 MAX_SEGMENTS, MAX_BLOCKS, MAX_ENTRIES, MAX_IMAGE_CHUNKS = 1000, 2000, 300, 2000
 MAX_CHUNKS = 200_000
 # Bytes of a PNG or WebP whose decoding is known to be cheap whatever they are: blocks of a deflate
@@ -111,7 +111,7 @@ def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
 
 
 def gif_is_cheap(data: bytes) -> bool:
-    """Few blocks and sub-blocks before the first picture's end of header."""
+    """Whether there are few blocks and sub-blocks before the first picture."""
     flags = data[10] if len(data) > 10 else 0
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     blocks = 0
@@ -141,7 +141,7 @@ def webp_is_cheap(data: bytes) -> bool:
 
 
 def bmp_is_cheap(data: bytes) -> bool:
-    """Not run-length coded: Pillow decodes that in Python."""
+    """Whether it is not run-length encoded, which Pillow decodes in Python."""
     header = int.from_bytes(data[14:18], "little")
     return header == 12 or data[30:34] in (bytes(4), b"\x03\0\0\0", b"\x06\0\0\0")
 
@@ -183,8 +183,8 @@ WALKS = {
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of every chunk up to IEND; the length and the name come before `start`.
-    Raises ValueError for more chunks than a picture has."""
+    """Yields (name, start, end) of the content of every chunk up to IEND. Raises ValueError for too
+    many chunks."""
     position, chunks = 8, 0
     while position + 12 <= len(data):
         length, name = PNG_CHUNK.unpack_from(data, position)
@@ -198,8 +198,8 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def png_image(data: bytes) -> bytes:
-    """A PNG without its colour profile, its further frames, what is there twice and long texts. The
-    bytes themselves where nothing is left out and the picture lies in few pieces."""
+    """A PNG without its colour profile, further frames, duplicate chunks and long texts, and with
+    its picture in one chunk if it had many. Unchanged if there is nothing to remove or join."""
     kept: list[tuple[int, int]] = []
     once: set[bytes] = set()
     dropped = pieces = texts = 0
@@ -222,7 +222,7 @@ def png_image(data: bytes) -> bytes:
 
 
 def one_piece(data: bytes, kept: list[tuple[int, int]]) -> bytes:
-    """The chunks with all pieces of the picture joined in the place of the first."""
+    """The chunks, with all pieces of the picture joined at the position of the first."""
     is_piece = [data[start + 4 : start + 8] == b"IDAT" for start, _ in kept]
     spans = list(zip(kept, is_piece, strict=True))
     picture = b"".join(data[start + 8 : end - 4] for (start, end), piece in spans if piece)
@@ -235,7 +235,7 @@ def one_piece(data: bytes, kept: list[tuple[int, int]]) -> bytes:
 
 
 def is_short_text(data: bytes, name: bytes, start: int, end: int) -> bool:
-    """Whether a text stays below `MAX_PNG_TEXT`, uncompressed, and is sound."""
+    """Whether a text is valid and has less than `MAX_PNG_TEXT` bytes uncompressed."""
     if end - start > 2**16:
         return False
     content = data[start:end]

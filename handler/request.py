@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter
 from handler.errors import (
     ImageTooComplex,
     ImageTooLarge,
@@ -20,7 +20,12 @@ from handler.image_decode import sniff
 
 IMAGE_FIELDS = ("image", "data")
 FLAGS = ("attention", "stream")
-OPTION_TYPES = {field.name: str(field.type) for field in fields(DecodeOptions)}
+# What the ranges of options call a model's sizes, where no model is there.
+SIZES = {
+    "positions": "the model's positions less one",
+    "half": "half of the model's positions in",
+    "vocabulary": "the vocabulary",
+}
 # ASCII on purpose: Python's int() and float() take other scripts' digits, "1_000", "nan" and more.
 INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 # No text matches in two ways: a client's megabytes of digits would take days to refuse otherwise.
@@ -46,10 +51,12 @@ ERRORS: tuple[tuple[type[Exception], str, int], ...] = (
 
 @dataclass
 class Request:
-    """What one client asks for: the photo's bytes, its decoding options as given, and the flags."""
+    """What one client asks for: the photo's bytes, its decoding options as given, the prompts where
+    there are several, and the flags."""
 
     photo: bytes
     options: dict[str, Any] = field(default_factory=dict)
+    prompts: Any = None
     attention: bool = False
     stream: bool = False
 
@@ -85,8 +92,9 @@ class HandlerSettings:
 def within(
     options: DecodeOptions, positions: int, max_beam_tokens: int, asked: bool
 ) -> DecodeOptions:
-    """The options of a request within the server's limit on beams (or samples) times tokens. What
-    the client `asked` for is refused above it, a default length is shortened."""
+    """The options of a request within the server's limit on beams (or samples) times tokens, or its
+    share for each of several prompts. What the client `asked` for is refused above it, a default
+    length is shortened."""
     longest = options.max_new_tokens or positions
     if options.rows * longest <= max_beam_tokens:
         return options
@@ -162,6 +170,8 @@ def parse_fields(given: dict[str, Any], read_photo: Any) -> Request:
     for name, value in given.items():
         if name in FLAGS:
             setattr(request, name, parse_truth(name, plain(value)))
+        elif name == "prompts":
+            request.prompts = [] if value is None else value
         elif name not in IMAGE_FIELDS:
             request.options[name] = parse_option(name, plain(value))
     return request
@@ -170,23 +180,28 @@ def parse_fields(given: dict[str, Any], read_photo: Any) -> Request:
 def plain(value: Any) -> Any:
     """Form fields and gRPC values are bytes: their text is what counts. JSON values stay."""
     if isinstance(value, bytes | bytearray):
-        value = bytes(value).decode("utf-8", "replace")
-    return value.strip() if isinstance(value, str) else value
+        return bytes(value).decode("utf-8", "replace")
+    return value
 
 
 def parse_option(name: str, value: Any) -> Any:
     """A decoding option from a JSON value or its text. Its range is for DecodeOptions to check."""
-    if name not in OPTION_TYPES:
-        known = ", ".join((*IMAGE_FIELDS, *FLAGS, *OPTION_TYPES))
+    if name not in OPTIONS:
+        known = ", ".join((*IMAGE_FIELDS, *FLAGS, "prompts", *OPTIONS))
         raise InvalidParameter(name[:50], f"{printable(name)} is unknown; the fields are {known}")
-    if value == "":
+    text = value.strip() if isinstance(value, str) else None
+    if text == "":
         raise InvalidParameter(name, f"{name} is empty; give a value or leave it out")
-    if name == "early_stopping" and isinstance(value, str) and value.lower() == "never":
-        return "never"
-    kind = OPTION_TYPES[name]
-    if "bool" in kind:
-        return parse_truth(name, value)
-    return parse_number(name, value, "float" not in kind)
+    option = OPTIONS[name]
+    if option.kind == "string":
+        if text is None:
+            raise InvalidParameter(name, f"{name} must be a string")
+        return value  # as it is: a tokenizer may read a space at its end
+    value = value if text is None else text
+    if option.kind != "boolean":
+        return parse_number(name, value, option.kind == "integer")
+    word = "" if text is None else text.lower()
+    return word if word in option.values[2:] else parse_truth(name, value, option.choices)
 
 
 def parse_number(name: str, value: Any, integer: bool) -> int | float:
@@ -202,15 +217,14 @@ def parse_number(name: str, value: Any, integer: bool) -> int | float:
     raise InvalidParameter(name, f"{name} must be {what}")
 
 
-def parse_truth(name: str, value: Any) -> bool:
+def parse_truth(name: str, value: Any, choices: str = "true or false") -> bool:
     """true and false, as JSON or as text, also 1 and 0."""
-    text = str(value).lower() if isinstance(value, str | int) else ""
+    text = str(value).strip().lower() if isinstance(value, str | int) else ""
     if text in ("true", "1"):
         return True
     if text in ("false", "0"):
         return False
-    never = " or never" if name == "early_stopping" else ""
-    raise InvalidParameter(name, f"{name} must be true or false{never}")
+    raise InvalidParameter(name, f"{name} must be {choices}")
 
 
 def from_form(value: Any) -> bytes:
@@ -244,15 +258,35 @@ def printable(name: str) -> str:
 def add_decoding_options(parser: argparse.ArgumentParser, defaults: str = "checkpoint") -> None:
     """Every decoding option as a flag; `defaults` names whose defaults apply without it."""
     group = parser.add_argument_group(f"decoding options (the {defaults}'s defaults otherwise)")
-    for name in OPTION_TYPES:
+    for name, option in OPTIONS.items():
         # A bare flag is true (`--do-sample`).
-        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+        bare: dict[str, Any] = {} if option.kind == "string" else {"nargs": "?", "const": "true"}
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="TEXT" if option.kind == "string" else "VALUE",
+            help=f"{option.help} ({option.range(SIZES)})",
+            **bare,
+        )
 
 
 def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The decoding options that were given, as `Captioner.options` takes them."""
-    given = {name: getattr(arguments, name) for name in OPTION_TYPES}
-    return {k: parse_option(k, v) for k, v in given.items() if v is not None}
+    return {name: parse_option(name, text) for name, text in given_options(arguments).items()}
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, str]:
+    """The decoding options that were given, as they were typed."""
+    given = {name: getattr(arguments, name) for name in OPTIONS}
+    return {name: text for name, text in given.items() if text is not None}
+
+
+def options_table() -> str:
+    """The decoding options as the table of docs/serving.md."""
+    rows = ["| option | range | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, option in OPTIONS.items():
+        default = option.unset or str(getattr(DecodeOptions, name)).lower()
+        rows.append(f"| `{name}` | {option.range(SIZES)} | {default} | {option.help} |")
+    return "\n".join(rows) + "\n"
 
 
 def to_json(answer: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from handler import decode_process
 from handler.errors import InvalidImage
-from handler.image_preprocess import decode
+from handler.image_preprocess import Patience, decode
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -25,7 +25,7 @@ class Cost:
     mib: float
 
 
-def cost_of(data: bytes) -> Cost:
+def cost_of(data: bytes, patience: Patience | None = None) -> Cost:
     """What a photo takes that is decoded now, the start of a process included where none waits.
     Must run in the main thread."""
     own = os.getpid()
@@ -48,7 +48,7 @@ def cost_of(data: bytes) -> Cost:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        assert decode(data).mode == "RGB"
+        assert decode(data, patience=patience).mode == "RGB"
     except InvalidImage:
         pass
     finally:

@@ -1,16 +1,37 @@
 """Tiny random captioners of Hugging Face, with opinions, and what lies beside their weights."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 transformers = pytest.importorskip("transformers")
 
 WIDTH, LAYERS, HEADS, POSITIONS, SIDE = 16, 2, 2, 26, 16
 SHARPNESS = 0.35
+FLORENCE_SIDE, FLORENCE_SEED, FLORENCE_LIKING, FLORENCE_LOOKING = 24, 4, 16.0, 1.5
+# From transformers' names to the original ones.
+ORIGINAL_NAMES = (
+    (r"^lm_head", "language_model.lm_head"),
+    (r"^model\.multi_modal_projector\.image_projection\.weight", "image_projection"),
+    (r"^model\.multi_modal_projector\.image_position_embed", "image_pos_embed"),
+    (r"^model\.multi_modal_projector\.visual_temporal_embed", "visual_temporal_embed"),
+    (r"^model\.multi_modal_projector", ""),
+    (r"^\.image_proj_norm", "image_proj_norm"),
+    (r"^model\.language_model", "language_model.model"),
+    (r"^model\.", ""),
+    (r"(convs\.\d+)\.conv\.", r"\1.proj."),
+    (r"\.(conv[12])\.(weight|bias)$", r".\1.fn.dw.\2"),
+    (r"spatial_block\.norm1", "spatial_block.window_attn.norm"),
+    (r"channel_block\.norm1", "channel_block.channel_attn.norm"),
+    (r"_block\.norm2", "_block.ffn.norm"),
+    (r"_attn\.(qkv|proj)\.", r"_attn.fn.\1."),
+    (r"ffn\.(fc[12])", r"ffn.fn.net.\1"),
+)
 LIKING, SEED, POSITIONS_GAIN = 3.0, 2, 4.0
 # Sentences that a tokenizer is fitted on; with them come 256 bytes.
 SENTENCES = ["a brown dog runs across the grass .", "two dogs play with a ball .", "a café"]
@@ -190,6 +211,81 @@ def tiny_family(name: str):
             head.bias[end] += LIKING
             head.bias[pad] -= 50  # no caption has padding in it: RoBERTa gives it no position
     return model.eval(), tokenizer, processor
+
+
+def tiny_florence():
+    """(model, processor) of a Florence-2 with opinions: two stages, windows of 4 x 4 of which the
+    last are not full, prompt and text of one vocabulary."""
+    torch.manual_seed(FLORENCE_SEED)
+    tokenizer = tiny_roberta_tokenizer()
+    tokenizer.add_tokens(["<loc_0>", "<loc_1>"], special_tokens=True)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.image_token, image = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    tokenizer.image_token_id = image
+    square = {"height": FLORENCE_SIDE, "width": FLORENCE_SIDE}
+    mean_std = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    photos = transformers.CLIPImageProcessorPil(size=square, do_center_crop=False, **mean_std)
+    photos.image_seq_length = 1 + (FLORENCE_SIDE // 8) ** 2
+    vision = {
+        "depths": (1, 2), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1),
+        "patch_prenorm": (False, True), "embed_dim": (8, 16), "num_heads": (2, 4),
+        "num_groups": (2, 4), "window_size": 4, "projection_dim": WIDTH,
+    }  # fmt: skip
+    text = {
+        "vocab_size": len(tokenizer), "d_model": WIDTH, "max_position_embeddings": 300,
+        "encoder_layers": 2, "encoder_ffn_dim": 32, "encoder_attention_heads": 4,
+        "decoder_layers": LAYERS, "decoder_ffn_dim": 24, "decoder_attention_heads": HEADS,
+    }  # fmt: skip
+    config = transformers.Florence2Config(
+        vision_config=vision, text_config=text, image_token_id=image
+    )
+    model = transformers.Florence2ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        model.tie_weights()
+        bart = model.model.language_model
+        for part in (bart.encoder, bart.decoder):
+            part.embed_positions.weight.mul_(POSITIONS_GAIN)
+        for layer in bart.decoder.layers:  # so that captions differ from photo to photo
+            layer.encoder_attn.out_proj.weight.mul_(FLORENCE_LOOKING)
+        # The head has no bias: the last norm's is what every word is liked by.
+        last = bart.decoder.layers[-1].final_layer_norm
+        likes = FLORENCE_LIKING * last.bias / last.bias.norm() ** 2
+        bart.shared.weight[tokenizer.eos_token_id] += likes
+    settings = {"num_beams": 3, "no_repeat_ngram_size": 3, "early_stopping": True}
+    settings |= {"forced_bos_token_id": 0, "forced_eos_token_id": 2}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    return model, transformers.Florence2Processor(photos, tokenizer)
+
+
+def save_florence(folder: Path):
+    """A Florence-2 as people save it: (model, processor)."""
+    model, processor = tiny_florence()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def original_layout(folder: Path, model) -> None:
+    """Turns what `save_pretrained` wrote into the layout that Florence-2 came out in."""
+    config = json.loads((folder / "config.json").read_text())
+    vision, text = config["vision_config"], config["text_config"]
+    vision |= {"model_type": "davit", "dim_embed": vision.pop("embed_dim")}
+    vision["image_pos_embed"] = {"type": "learned_abs_2d", "max_pos_embeddings": 50}
+    vision["visual_temporal_embedding"] = {"type": "COSINE", "max_temporal_embeddings": 100}
+    vision["image_feature_source"] = ["spatial_avg_pool", "temporal_avg_pool"]
+    text |= {"model_type": "florence2_language", "normalize_before": False}
+    del config["image_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for pattern, theirs in ORIGINAL_NAMES:
+            name = re.sub(pattern, theirs, name)
+        state[name] = tensor.T.contiguous() if name == "image_projection" else tensor.clone()
+    state["language_model.final_logits_bias"] = torch.zeros(1, text["vocab_size"])
+    save_file(state, folder / "model.safetensors")
 
 
 def save_family(folder: Path, name: str):

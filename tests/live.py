@@ -66,6 +66,23 @@ def key(client) -> str:
     return json.loads(client.key_file.read_text())["inference"]["key"]
 
 
+def serve_instead(server: serve.Server, folder: Path, archive: str) -> None:
+    """Unregisters the captioner and registers an archive of the model store in its place; returns
+    once its worker is ready. The server needs `enable_model_api=true`."""
+    held = json.loads((folder / "key_file.json").read_text())["management"]["key"]
+    headers, url = {"Authorization": f"Bearer {held}"}, f"{server.management}/models"
+    gone = requests.delete(f"{url}/captioner", headers=headers, timeout=60)
+    assert gone.status_code == 200, gone.text
+    chosen = {
+        "url": archive,
+        "model_name": "captioner",
+        "initial_workers": 1,
+        "synchronous": "true",
+    }
+    made = requests.post(url, headers=headers, params=chosen, timeout=120)
+    assert made.status_code == 200, made.text
+
+
 def post(client, path="predictions/captioner", headers=None, **content):
     headers = {"Authorization": f"Bearer {key(client)}", **(headers or {})}
     return requests.post(f"{client.url}/{path}", headers=headers, timeout=60, **content)

@@ -25,6 +25,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_beams": 3, "num_return_sequences": 2},
     {"num_beams": 8, "length_penalty": -0.5, "early_stopping": True},
     {"do_sample": True, "seed": 7, "temperature": 0.8, "top_p": 0.9},
+    {"num_beams": 4, "prompt": "the square"},
     {"num_beams": 2, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "min_new_tokens": 2},
 )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_models import tiny_model
 
-from handler.beam_search import DecodeOptions, greatest, search
+from handler.beam_search import DecodeOptions, SpecialIds, greatest, search
 from training.weights.families import import_model
 
 # The vocabulary holds twice the most beams, as every real one does.
@@ -91,7 +91,7 @@ def test_sequences_and_scores_are_those_of_generate(models, options):
     torch.manual_seed(zlib.crc32(repr(options).encode()))
     pixels = torch.randn(3, 3, 16, 16)
     memory = theirs.encoder(pixels).last_hidden_state
-    found = search(ours, memory, [options] * 3, begin_id=END, end_id=END)
+    found = search(ours, memory, [options] * 3, SpecialIds(END, END))
     texts, scores = theirs_generate(theirs, pixels, options, options.max_new_tokens)
     flat = [hypothesis for photo in found for hypothesis in photo]
     assert [h.ids for h in flat] == texts
@@ -106,9 +106,9 @@ def test_a_photo_never_depends_on_its_neighbours(models):
     options = combinations(2)
     torch.manual_seed(0)
     memory = theirs.encoder(torch.randn(len(options), 3, 16, 16)).last_hidden_state
-    together = search(ours, memory, options, begin_id=END, end_id=END)
+    together = search(ours, memory, options, SpecialIds(END, END))
     for photo, (one, found) in enumerate(zip(options, together, strict=True)):
-        alone = search(ours, memory[photo : photo + 1], [one], begin_id=END, end_id=END)[0]
+        alone = search(ours, memory[photo : photo + 1], [one], SpecialIds(END, END))[0]
         assert [h.ids for h in alone] == [h.ids for h in found]
         assert [h.score for h in alone] == pytest.approx([h.score for h in found], abs=1e-4)
 
@@ -119,7 +119,7 @@ def test_log_probs_are_the_models_own(models):
     theirs, ours = models
     memory = theirs.encoder(torch.randn(1, 3, 16, 16)).last_hidden_state
     options = DecodeOptions(num_beams=3, repetition_penalty=1.5, max_new_tokens=9)
-    best = search(ours, memory, [options], begin_id=END, end_id=END)[0][0]
+    best = search(ours, memory, [options], SpecialIds(END, END))[0][0]
     target = [*best.ids, END] if best.finished else best.ids
     tokens = torch.tensor([[END, *target[:-1]]])
     n = len(target)
@@ -135,8 +135,8 @@ def test_a_seed_gives_the_same_captions_in_any_company(models):
     memory = theirs.encoder(torch.randn(4, 3, 16, 16)).last_hidden_state
     sample = DecodeOptions(do_sample=True, seed=5, num_return_sequences=3, top_k=9, top_p=0.9)
     others = [DecodeOptions(num_beams=5), DecodeOptions(do_sample=True), DecodeOptions(num_beams=1)]
-    company = search(ours, memory, [*others, sample], begin_id=END, end_id=END)[3]
-    alone = search(ours, memory[3:], [sample], begin_id=END, end_id=END)[0]
+    company = search(ours, memory, [*others, sample], SpecialIds(END, END))[3]
+    alone = search(ours, memory[3:], [sample], SpecialIds(END, END))[0]
     assert [h.ids for h in company] == [h.ids for h in alone]
     assert len(company) == 3
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from handler.beam_search import DecodeOptions, KeysValues, search
+from handler.beam_search import DecodeOptions, InvalidParameter, KeysValues, SpecialIds, search
 
 BEGIN, END = 0, 1
+SPECIAL = SpecialIds(BEGIN, END, [BEGIN])
 
 
 class Table:
@@ -39,6 +40,21 @@ class Table:
         slots_B1S1 = torch.zeros(photos, 1, slots, 1)
         return KeysValues([slots_B1S1], [slots_B1S1])
 
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        cross: KeysValues,
+    ) -> Tensor:
+        assert real_BQ[:, -1].all()
+        assert (mask_BQQ & real_BQ.unsqueeze(1))[real_BQ].sum() == (positions_BQ + 1)[real_BQ].sum()
+        cache.keys[0][:, 0, : tokens_BQ.size(1) - 1, 0] = tokens_BQ[:, :-1]
+        last = (tokens_BQ[:, -1:], positions_BQ[:, -1:], mask_BQQ[:, -1:])
+        return self.step(*last, cache, tokens_BQ.size(1) - 1, cross)
+
     def step(
         self,
         tokens_BQ: Tensor,
@@ -62,11 +78,12 @@ def memory(*tables: int) -> Tensor:
     return torch.tensor(tables, dtype=torch.float).view(-1, 1, 1)
 
 
-def repeats(text: tuple[int, ...], size: int) -> bool:
-    """Whether some n-gram is said twice; the begin token is part of the text."""
-    whole = (BEGIN, *text)
+def repeats(prompt: tuple[int, ...], text: tuple[int, ...], size: int) -> bool:
+    """Whether the text ends an n-gram that was there before; begin token and prompt count."""
+    whole = (BEGIN, *prompt, *text)
     grams = [whole[i : i + size] for i in range(len(whole) - size + 1)]
-    return len(set(grams)) < len(grams)
+    new = range(max(0, len(grams) - len(text)), len(grams))
+    return any(grams[i] in grams[:i] for i in new)
 
 
 def penalised(logs: Tensor, text: tuple[int, ...], penalty: float) -> Tensor:
@@ -78,7 +95,11 @@ def penalised(logs: Tensor, text: tuple[int, ...], penalty: float) -> Tensor:
 
 
 def every_caption(
-    table: dict[tuple[int, ...], Tensor], options: DecodeOptions, vocabulary: int, longest: int
+    table: dict[tuple[int, ...], Tensor],
+    options: DecodeOptions,
+    vocabulary: int,
+    longest: int,
+    prompt: tuple[int, ...] = (),
 ) -> Iterator[tuple[float, tuple[int, ...]]]:
     """(score, ids with the end where there is one) of every caption that the options allow."""
     size = options.no_repeat_ngram_size
@@ -89,11 +110,11 @@ def every_caption(
             whole = text if length == longest else (*text, END)
             if length < options.min_new_tokens and whole[-1:] == (END,):
                 continue
-            if size and repeats(whole, size):
+            if size and repeats(prompt, whole, size):
                 continue
             total = 0.0
             for position, token in enumerate(whole):
-                before = whole[:position]
+                before = (*prompt, *whole[:position])
                 scores = penalised(table[before], before, options.repetition_penalty)
                 total += float(scores[token])
             yield total / len(whole) ** options.length_penalty, whole
@@ -120,7 +141,7 @@ def test_a_wide_beam_finds_the_best_captions(fields, seed):
     vocabulary, longest = 4, 3
     table = Table(vocabulary, longest, seed)
     options = DecodeOptions(num_beams=16, num_return_sequences=3, max_new_tokens=longest, **fields)
-    found = search(table, memory(0), [options], BEGIN, END, suppress=[BEGIN])[0]
+    found = search(table, memory(0), [options], SPECIAL)[0]
     exact = sorted(every_caption(table.logs[0], options, vocabulary, longest), reverse=True)
     for hypothesis, (score, ids) in zip(found, exact, strict=False):
         ended = (*hypothesis.ids, END) if hypothesis.finished else tuple(hypothesis.ids)
@@ -134,9 +155,7 @@ def test_a_wide_beam_finds_the_best_captions(fields, seed):
 @pytest.mark.parametrize("seed", range(6))
 def test_one_beam_is_greedy(seed):
     table = Table(5, 4, seed)
-    [found] = search(
-        table, memory(0), [DecodeOptions(num_beams=1, max_new_tokens=4)], BEGIN, END, [BEGIN]
-    )[0]
+    [found] = search(table, memory(0), [DecodeOptions(num_beams=1, max_new_tokens=4)], SPECIAL)[0]
     text: tuple[int, ...] = ()
     while len(text) < 4 and END not in text:
         logs = table.logs[0][text].clone()
@@ -145,12 +164,55 @@ def test_one_beam_is_greedy(seed):
     assert tuple(found.ids) == tuple(token for token in text if token != END)
 
 
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_prompts_of_all_lengths_in_one_batch(fields):
+    """The best captions behind each prompt: its tokens count for n-grams and penalties, and for no
+    length and no score."""
+    vocabulary, longest = 4, 3
+    prompts = [(), (2,), (3, 3), (2, 3, 2)]
+    table = Table(vocabulary, longest + 3, 7)
+    options = DecodeOptions(num_beams=16, num_return_sequences=3, max_new_tokens=longest, **fields)
+    batch = [options] * len(prompts)
+    found = search(table, memory(0, 0, 0, 0), batch, SPECIAL, prompts=prompts)
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        every = every_caption(table.logs[0], options, vocabulary, longest, prompt)
+        exact = sorted(every, reverse=True)
+        for hypothesis, (score, ids) in zip(hypotheses, exact, strict=False):
+            assert (*hypothesis.ids, *[END] * hypothesis.finished) == ids
+            assert hypothesis.score == pytest.approx(score, abs=1e-5)
+            own = [float(table.logs[0][(*prompt, *ids[:i])][token]) for i, token in enumerate(ids)]
+            assert hypothesis.token_log_probs == pytest.approx(own, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "prompt", "longest", "message"),
+    [
+        (9, 4, 4, None),
+        (9, 5, 1, "prompt has 5 tokens; the most are 4"),
+        (9, 4, 5, "max_new_tokens must be an integer from 1 to 4, the model's limit behind a"),
+        (9, 0, 8, None),
+        (2, 1, 1, "prompt has 1 tokens; the most are 0"),
+        (3, 1, 1, None),
+    ],
+)
+def test_positions_bound_prompts_and_what_follows(positions, prompt, longest, message):
+    table = Table(3, positions - 1, 0)
+    arguments = (table, memory(0), [DecodeOptions(max_new_tokens=longest)], SPECIAL)
+    if message is None:
+        [[found]] = search(*arguments, prompts=[[2] * prompt])
+        assert len(found.token_log_probs) <= longest
+        return
+    with pytest.raises(InvalidParameter, match=message) as refused:
+        search(*arguments, prompts=[[2] * prompt])
+    assert refused.value.field == message.split()[0]
+
+
 def test_a_batch_is_as_one_at_a_time():
-    """Rows of one batch with options of their own: every kind beside every other."""
+    """Rows of one batch with options and prompts of their own: every kind beside every other."""
     photos = 12
-    table = Table(4, 4, 99, photos)
+    table = Table(4, 6, 99, photos)
     chance = random.Random(0)
-    options = []
+    options, prompts = [], []
     for _ in range(photos):
         fields = dict(chance.choice(CASES))
         beams = chance.choice([1, 2, 3, 5])
@@ -162,9 +224,12 @@ def test_a_batch_is_as_one_at_a_time():
         options.append(DecodeOptions(max_new_tokens=chance.choice([1, 3, 4]), **fields))
         if options[-1].min_new_tokens > (options[-1].max_new_tokens or 0):
             options[-1] = DecodeOptions(num_beams=2, max_new_tokens=4)
-    together = search(table, memory(*range(photos)), options, BEGIN, END, [BEGIN])
+        prompts.append(chance.choices([2, 3], k=chance.choice([0, 1, 2])))
+    batch = memory(*range(photos))
+    together = search(table, batch, options, SPECIAL, prompts=prompts)
     for number, (own, found) in enumerate(zip(options, together, strict=True)):
-        [alone] = search(table, memory(number), [own], BEGIN, END, [BEGIN])
+        prompt = [prompts[number]]
+        [alone] = search(table, memory(number), [own], SPECIAL, prompts=prompt)
         assert [h.ids for h in alone] == [h.ids for h in found]
         assert [h.score for h in alone] == pytest.approx([h.score for h in found], abs=1e-6)
 
@@ -176,7 +241,7 @@ def test_a_dead_end_has_the_score_of_what_was_said(beams):
     fields = {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "max_new_tokens": 4}
     [[found]] = search(
         table, memory(0), [DecodeOptions(num_beams=beams, length_penalty=1.5, **fields)],
-        BEGIN, END, [BEGIN],
+        SPECIAL,
     )  # fmt: skip
     log = float(table.logs[0][()][2])
     assert found.ids == [2] and not found.finished
@@ -197,5 +262,5 @@ def test_a_model_whose_output_is_no_number_is_an_error(options, position):
     with pytest.raises(RuntimeError, match="not a number|no number|NaN"):
         search(
             table, memory(0), [DecodeOptions(max_new_tokens=3, min_new_tokens=3, **options)],
-            BEGIN, END, [BEGIN],
+            SPECIAL,
         )  # fmt: skip

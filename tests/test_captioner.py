@@ -1,12 +1,36 @@
 """What Captioner.caption takes as its photos."""
 
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, check_photos
+from handler.errors import InvalidImage
+from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+
+
+@pytest.fixture(scope="module")
+def captioner() -> Captioner:
+    """One of random weights."""
+    encoder = EncoderConfig(image_size=8, patch_size=4, width=8, layers=1, heads=1, mlp_width=8)
+    tokenizer = CaptionTokenizer.train(["a dog", "a cat runs"], "word", 100, 1)
+    model = CaptioningModel(
+        encoder,
+        DecoderConfig(
+            tokenizer.vocab_size, 6, width=8, layers=1, heads=1, mlp_width=8, memory_width=8
+        ),
+    ).eval()
+    config = {
+        "model": {"encoder": asdict(encoder)},
+        "preprocessing": {"image_size": 8},
+        "decoding": {"num_beams": 2},
+    }
+    return Captioner(model.encoder, model.decoder, tokenizer, config)
 
 
 @pytest.mark.parametrize(
@@ -18,6 +42,63 @@ def test_one_thing_in_place_of_a_list_is_refused_by_name(photos):
     captioner = object.__new__(Captioner)
     with pytest.raises(TypeError, match=f"type {type(photos).__name__}; give a list of photos"):
         captioner.caption(photos)
+
+
+NOT_PHOTOS = ["a.jpg", Path("a.jpg"), None, 5, True, [1, 2], np.zeros((2, 2, 3), np.uint8)]
+
+
+@pytest.mark.parametrize("photo", NOT_PHOTOS, ids=lambda photo: type(photo).__name__)
+def test_what_is_no_photo_is_refused_by_its_type(captioner, photo):
+    """A number was a file of so many zero bytes, a path a TypeError of Python's."""
+    said = f"^a photo is of type {type(photo).__name__}; give the bytes of its file.*PIL image$"
+    options = captioner.options()
+    picture = Image.new("RGB", (8, 8))
+    for call in (
+        lambda: captioner.caption([picture, photo]),
+        lambda: captioner.caption_each([picture, photo], [options] * 2),
+        lambda: captioner.preprocess(photo),
+    ):
+        with pytest.raises(InvalidImage, match=said):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (lambda _: [{"num_beams": 2}], "a list with a dict"),
+        (lambda _: [None], "a list with a NoneType"),
+        (lambda _: None, "of type NoneType"),
+        (lambda one: one, "of type DecodeOptions"),
+        (lambda one: [one, one], "a list of 2"),
+        (lambda _: [], "a list of 0"),
+    ],
+)
+def test_options_of_another_type_are_refused(captioner, options, says):
+    with pytest.raises(
+        InvalidParameter, match=f"^options is {says}; give a list of Dec.* 1 photos"
+    ):
+        captioner.caption_each([Image.new("RGB", (8, 8))], options(captioner.options()))
+
+
+WRONG = ["3", None, 2.0, True, [2], np.int64(2), b"2", object()]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("field", [field.name for field in fields(DecodeOptions)])
+def test_an_option_of_another_type_is_refused_by_name(captioner, field, value):
+    """Whatever is not refused gives a caption."""
+    try:
+        [[_, *_]] = captioner.caption([Image.new("RGB", (8, 8))], **{field: value})
+    except InvalidParameter as error:
+        assert error.field == field and field in str(error) and "\n" not in str(error)
+    else:
+        assert value is None or type(value) in (bool, float), (field, value)
+
+
+def test_an_array_of_choices_is_no_choice(captioner):
+    """Its comparison has many answers."""
+    with pytest.raises(InvalidParameter, match="early_stopping"):
+        captioner.options(early_stopping=np.array(["never", "never"]))
 
 
 @pytest.mark.parametrize("photos", [[], [b"x"], (b"x",), [Image.new("RGB", (2, 2))]])

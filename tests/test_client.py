@@ -1,11 +1,9 @@
 """The client and its command line, against servers of a few lines that misbehave on demand."""
 
 import json
-import os
 import threading
 from concurrent import futures
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import grpc
 import pytest
@@ -15,15 +13,7 @@ from PIL import Image
 from handler.beam_search import DecodeOptions
 from handler.client import connection as client_module
 from handler.client.__main__ import main
-from handler.client.connection import (
-    Client,
-    ServerError,
-    caption_folder,
-    captioned,
-    find_photos,
-    in_order,
-    write_alt_texts,
-)
+from handler.client.connection import Client, ServerError
 from handler.client.stubs import load
 from handler.errors import UserError, run_command
 from handler.files import locked
@@ -269,7 +259,7 @@ def test_grpc_errors_are_those_of_rest(grpc_server, key_file, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-# --- folders
+# --- the command line
 
 
 @pytest.fixture
@@ -282,136 +272,6 @@ def folder(tmp_path):
     (folder / "notes.txt").write_text("no photo")
     (folder / ".hidden.jpg").write_bytes(b"")
     return folder
-
-
-def ask(photo: bytes, **_: object) -> dict:
-    return ANSWER
-
-
-def test_photos_are_told_by_content_or_name(folder):
-    (folder / "broken.jpg").write_text("no photo")
-    names = [path.name for path in find_photos(folder)]
-    assert names == ["a.jpg", "broken.jpg", "b.PNG", "no_suffix"]
-
-
-def test_a_folder_becomes_json_lines(folder, tmp_path):
-    out = tmp_path / "out" / "captions.jsonl"
-    assert caption_folder(ask, folder, out, {}) == []
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [row["image"] for row in rows] == ["a.jpg", "deeper/b.PNG", "no_suffix"]
-    assert {row["caption"] for row in rows} == {"a größe 猫"}
-
-
-def test_a_killed_run_goes_on_where_it_was(folder, tmp_path):
-    out = tmp_path / "captions.jsonl"
-    caption_folder(ask, folder, out, {})
-    whole = out.read_text(encoding="utf-8")
-    lines = whole.splitlines(keepends=True)
-    out.write_text(lines[0] + lines[1][:7], encoding="utf-8")
-    asked = []
-
-    def count(photo: bytes, **_: object) -> dict:
-        asked.append(photo)
-        return ANSWER
-
-    caption_folder(count, folder, out, {})
-    assert len(asked) == 2
-    assert out.read_text(encoding="utf-8") == whole
-
-
-def test_refused_photos_are_reported_and_the_rest_captioned(folder, tmp_path, capsys):
-    def picky(photo: bytes, **_: object) -> dict:
-        if photo.startswith(b"\x89PNG"):
-            raise ServerError("InvalidImage", 400, "cut off")
-        return ANSWER
-
-    out = tmp_path / "captions.jsonl"
-    [(name, error)] = caption_folder(picky, folder, out, {})
-    assert (name, error.kind) == ("deeper/b.PNG", "InvalidImage")
-    assert len(out.read_text().splitlines()) == 2
-    assert "deeper/b.PNG: InvalidImage" in capsys.readouterr().err
-
-
-def test_a_photo_that_cannot_be_read_is_reported_and_the_rest_captioned(
-    folder, tmp_path, capsys, monkeypatch
-):
-    """A photo without permission ended the whole folder; so did a name that is no UTF-8."""
-    read = Path.read_bytes
-
-    def forbidden(path: Path) -> bytes:
-        if path.name == "a.jpg":
-            raise PermissionError(13, "Permission denied")
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_bytes", forbidden)
-    strange = folder / os.fsdecode(b"\xff.jpg")
-    strange.write_bytes(b"\xff\xd8\xff")
-    out = tmp_path / "captions.jsonl"
-    refused = dict(caption_folder(ask, folder, out, {}))
-    assert refused.keys() == {"a.jpg", strange.name}
-    assert len(out.read_text(encoding="utf-8").splitlines()) == 2
-    said = capsys.readouterr().err
-    assert "a.jpg: not readable (Permission denied)" in said and "not UTF-8" in said
-
-
-def test_captions_become_alternative_texts(tmp_path, capsys):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in ("a.jpg", "b.png", "c.gif", "d.webp"):
-        Image.new("RGB", (9, 7), "red").save(photos / name)
-    outside = tmp_path / "outside.jpg"
-    Image.new("RGB", (9, 7)).save(outside)
-    out = tmp_path / "captions.jsonl"
-    names = ["a.jpg", "b.png", "c.gif", "d.webp", "gone.jpg", "../outside.jpg"]
-    out.write_text("".join(json.dumps({"image": n, "caption": f"is {n}"}) + "\n" for n in names))
-    before = outside.read_bytes()
-    [(name, error)] = write_alt_texts(photos, out)
-    assert name == "c.gif" and "JPEG, PNG and WebP" in str(error)
-    for name in ("a.jpg", "b.png", "d.webp"):
-        assert f"is {name}</rdf:li>".encode() in (photos / name).read_bytes()
-    assert outside.read_bytes() == before
-    assert "written into 3 of 4 photos" in capsys.readouterr().out
-    write_alt_texts(photos, out)
-    assert "written into 0 of 4 photos" in capsys.readouterr().out
-
-
-def test_a_wrong_option_ends_the_folder_at_once(folder, tmp_path):
-    def refuse(photo: bytes, **_: object) -> dict:
-        raise ServerError("InvalidParameter", 400, "num_beams")
-
-    with pytest.raises(ServerError, match="num_beams"):
-        caption_folder(refuse, folder, tmp_path / "captions.jsonl", {})
-
-
-def test_another_file_is_not_overwritten(tmp_path):
-    out = tmp_path / "notes.jsonl"
-    out.write_text('{"image": "a.jpg"}\nmy notes\n')
-    with pytest.raises(UserError, match=r"notes.jsonl: line 2"):
-        captioned(out)
-
-
-def test_answers_come_in_order_and_few_at_a_time():
-    running, most, lock = 0, 0, threading.Lock()
-    release = threading.Event()
-
-    def call(item: int) -> int:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        if item == 0:
-            release.wait(5)
-        elif item == client_module.IN_FLIGHT:
-            release.set()
-        with lock:
-            running -= 1
-        return item
-
-    assert list(in_order(call, list(range(40)))) == list(range(40))
-    assert 1 < most <= client_module.IN_FLIGHT
-
-
-# --- the command line
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import REPOSITORY, TINY, run_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +63,7 @@ def stage(**fields: object) -> dict[str, object]:
         (stage(weight_decay=-1), "weight_decay must be 0"),
         (stage(clip=0), "clip must be above 0"),
         (stage(ema=1.0), "ema must be 0 to below 1"),
-        (stage(warmup=2), "warmup must be a share"),
+        (stage(warmup=2), "warmup must be 0 to 1"),
         (stage(encoder="half"), "stage 'a': encoder must be frozen or trained, not 'half'"),
         (stage(label_smoothing=float("nan")), "label_smoothing"),
         (stage(name=" "), "name is empty"),
@@ -202,3 +202,9 @@ def test_a_mutated_preset_is_refused_or_trains(config, tmp_path_factory, tiny_da
 @given(config=mutated())
 def test_hundreds_of_mutated_presets(config, tmp_path_factory, tiny_data):
     trains_or_is_refused(config, tmp_path_factory.mktemp("mutated"), tiny_data)
+
+
+def test_the_page_of_config_fields_is_up_to_date():
+    done = run_program("training.describe_config", cwd=REPOSITORY)
+    written = (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8")
+    assert done.stdout == written, "run python -m training.describe_config > docs/config.md"

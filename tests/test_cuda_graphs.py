@@ -8,7 +8,7 @@ from export.export import export_checkpoint
 from export.precision import WAYS
 from export.torchscript import script_decoder
 from handler import cuda_graphs
-from handler.beam_search import DecodeOptions, search
+from handler.beam_search import DecodeOptions, SpecialIds, search
 from handler.captioner import Captioner, prepare_script
 from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from training.model import Decoder, DecoderConfig, Encoder, EncoderConfig
@@ -16,7 +16,8 @@ from training.model import Decoder, DecoderConfig, Encoder, EncoderConfig
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 END = 1
-# Photos that finish at different times, so that the batch shrinks; three kinds of search.
+# Photos that finish at different times, so that the batch shrinks; three kinds of search, with
+# prompts and without.
 MIXED = [
     DecodeOptions(num_beams=5),
     DecodeOptions(num_beams=3, max_new_tokens=4),
@@ -24,6 +25,7 @@ MIXED = [
     DecodeOptions(num_beams=5, max_new_tokens=9, num_return_sequences=4),
     DecodeOptions(do_sample=True, num_return_sequences=3, seed=5),
 ]
+PROMPTS = [[7], [8, 9, 10], [], [], [11, 12]]
 
 
 class StandIn:
@@ -59,10 +61,12 @@ def decoder(device):
     return made
 
 
-def found(decoder, memory, options):
+def found(decoder, memory, options, prompts=None):
     return [
         [(h.ids, h.finished) for h in hypotheses]
-        for hypotheses in search(decoder, memory, options, begin_id=0, end_id=END, suppress=(0,))
+        for hypotheses in search(
+            decoder, memory, options, SpecialIds(0, END, (0,)), prompts=prompts
+        )
     ]
 
 
@@ -73,10 +77,11 @@ def test_captions_are_the_same_whatever_was_searched_before(decoder, device, kin
     for seed in range(4):
         torch.manual_seed(seed)
         memory = torch.randn(len(MIXED), 7, 24, device=device)
-        chosen = MIXED[seed:] + MIXED[:seed]
+        chosen, prompts = MIXED[seed:] + MIXED[:seed], PROMPTS[seed:] + PROMPTS[:seed]
         for photos in (len(chosen), 1, 3):
-            expected = found(decoder, memory[:photos], chosen[:photos])
-            assert found(graphed, memory[:photos], chosen[:photos]) == expected
+            for before in (None, prompts[:photos]):
+                expected = found(decoder, memory[:photos], chosen[:photos], before)
+                assert found(graphed, memory[:photos], chosen[:photos], before) == expected
     assert graphed._steps
 
 

@@ -172,7 +172,7 @@ def test_hashed_splits_stay_when_photos_are_added() -> None:
 @pytest.mark.parametrize(
     ("read", "files", "said"),
     [
-        (read_flickr8k, {}, "no captions there"),
+        (read_flickr8k, {}, "no captions found"),
         (read_flickr8k, {"Flickr8k__token__txt": "a.jpg A dog ."}, "token.txt, line 1"),
         (read_flickr8k, {"Flickr8k__token__txt": "../a.jpg#0\tA dog ."}, "inside the image folder"),
         (read_flickr8k, {"captions__txt": 'image,caption\na.jpg,"A dog'}, "captions.txt, line 2"),

@@ -3,6 +3,7 @@ before anything is lost, and what teachers write becomes a dataset."""
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from conftest import TINY, run_program
 from safetensors.torch import load_file
 from tiny_training import config_of
 
-from handler.beam_search import DecodeOptions, search
+from handler.beam_search import DecodeOptions, SpecialIds, search
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner, load_model, save_checkpoint
@@ -191,7 +192,7 @@ def test_an_ensemble_searches_by_its_mean_distribution():
         memory = ensemble.encode_flat(photos)
         for beams in (1, 3):
             options = [DecodeOptions(num_beams=beams, max_new_tokens=n) for n in (2, 5, 3, 1, 4)]
-            found = search(ensemble, memory, options, begin, end)
+            found = search(ensemble, memory, options, SpecialIds(begin, end))
             for photo, [best] in enumerate(found):
                 ids = best.ids + [end] * best.finished
                 logs = log_probs(photo, ids[:-1])
@@ -211,11 +212,12 @@ def test_members_share_an_encoder_that_they_have_in_common():
 def test_an_ensemble_of_one_is_its_captioner(tiny_run, tiny_data):
     folder = tiny_run / "build/checkpoints/tiny"
     photos = [path.read_bytes() for path in sorted((tiny_data / "images").iterdir())[:6]]
-    alone = load_captioner(folder).caption(photos, num_beams=3, num_return_sequences=2)
-    for folders in ([folder], [folder, folder]):
-        found = ensemble_captioner(folders).caption(photos, num_beams=3, num_return_sequences=2)
+    for folders, prompt in itertools.product(([folder], [folder, folder]), (None, "the square")):
+        options = {"num_beams": 3, "num_return_sequences": 2, "prompt": prompt}
+        alone = load_captioner(folder).caption(photos, **options)
+        found = ensemble_captioner(folders).caption(photos, **options)
         for mine, theirs in zip(sum(found, []), sum(alone, []), strict=True):
-            assert mine.text == theirs.text
+            assert mine.text == theirs.text and mine.text.startswith(prompt or "")
             assert mine.score == pytest.approx(theirs.score, abs=1e-5)
 
 

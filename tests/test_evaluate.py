@@ -115,6 +115,46 @@ def test_captions_outlive_scores_that_fail(tiny_run, tiny_data, tmp_path, monkey
     assert "out.unscored.json" in capsys.readouterr().out
 
 
+def test_a_model_that_has_learnt_little_is_said(tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
+    """Scores of captions of one word each were printed like any others."""
+    arguments = ["--checkpoint", tiny_run / "build/checkpoints/tiny", "--data", tiny_data]
+    arguments += ["--metrics", "bleu", "cider", "--out", tmp_path / "out"]
+    assert run(monkeypatch, *arguments, "--max-new-tokens", 1) == 0
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.startswith("warning: ") and last.endswith("train it longer")
+
+
+@pytest.mark.parametrize(
+    ("captions", "warning"),
+    [
+        (["A dog.", "a dog", "a dog", "a dog ."], "the same caption for all 4 photos"),
+        (["so", "it", "goes", "on"], "CIDEr is 0 on 4 photos"),
+        (["a red square", "a green square", "a blue square", "a yellow square"], None),
+    ],
+)
+def test_predictions_of_little_worth_are_said(
+    tiny_data, tmp_path, monkeypatch, capsys, captions, warning
+):
+    rows = read_manifest(tiny_data).split("val")
+    path = tmp_path / "predictions.json"
+    write_predictions(path, {row.id: c for row, c in zip(rows, captions, strict=True)})
+    arguments = ["--predictions", path, "--data", tiny_data, "--metrics", "bleu", "cider"]
+    assert run(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "CIDEr" in printed
+    assert (f"warning: {warning}" in printed) if warning else ("warning" not in printed)
+
+
+def test_figures_without_java_are_said(tiny_data, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr("training.scores.metrics.find_java", lambda: None)
+    rows = read_manifest(tiny_data).split("val")
+    path = tmp_path / "predictions.json"
+    write_predictions(path, {row.id: row.captions[0] for row in rows})
+    assert run(monkeypatch, "--predictions", path, "--data", tiny_data) == 0
+    assert "no Java found (make setup installs one): METEOR and SPICE are left out" in caplog.text
+    assert re.search(r"tokenizer +python", capsys.readouterr().out)
+
+
 def test_an_export_has_a_size_too(tiny_export):
     parts = [tiny_export / name for name in ("encoder.pt", "decoder.pt")]
     size = model_size(Captioner.load(tiny_export), tiny_export)

@@ -12,12 +12,15 @@ from test_image_preprocess import natural
 
 from export.export import export_checkpoint
 from handler.captioner import Captioner
+from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
 from training.import_huggingface import import_huggingface
 
 PHOTOS = [natural(*size) for size in ((40, 30), (30, 40), (64, 20))]
 # Every decoder, and every way of a prefix before the patches.
 SEARCHED = ("blip", "git", "clip+bert", "dinov2_with_registers+roberta")
+# No prompt, and prompts of two lengths.
+PROMPTS = (None, "a brown", "two dogs play with a")
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +55,33 @@ def test_logits_are_theirs(name, families):
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
-def generate(model, processor, prompts=None, **options):
-    """(sequences, ids behind the begin token and without the end, scores) of the photos."""
+def prompted(model, tokenizer, prompt: str | None) -> tuple[dict, int]:
+    """What `generate` takes for a prompt of every photo, as each class wants it, and how many
+    tokens it has."""
+    if prompt is None:
+        return {}, 0
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    name, kind = "input_ids", type(model).__name__
+    text = [tokenizer.cls_token_id, *ids]
+    if kind.startswith("Blip"):
+        text.append(tokenizer.sep_token_id)  # it replaces the first and drops the last
+    if kind.startswith("Vision"):
+        name = "decoder_input_ids"
+        text[0] = model.generation_config.decoder_start_token_id
+    return {name: torch.tensor([text] * len(PHOTOS))}, len(ids)
+
+
+def generate(model, processor, tokenizer=None, prompt=None, **options):
+    """(sequences, ids behind the begin token and the prompt and without the end, scores) of the
+    photos."""
     pixels = processor(images=PHOTOS, return_tensors="pt")["pixel_values"]
+    inputs, before = prompted(model, tokenizer, prompt)
     found = model.generate(
-        pixel_values=pixels, output_scores=True, return_dict_in_generate=True, **options
+        pixel_values=pixels, output_scores=True, return_dict_in_generate=True, **inputs, **options
     )
     text = model.config.text_config if hasattr(model.config, "text_config") else None
     end = model.generation_config.eos_token_id if text is None else text.sep_token_id
-    rows = [row[1:] for row in found.sequences.tolist()]
+    rows = [row[1 + before :] for row in found.sequences.tolist()]
     rows = [row[: row.index(end)] if end in row else row for row in rows]
     scores = getattr(found, "sequences_scores", None)
     return found.sequences, rows, None if scores is None else scores.tolist()
@@ -76,7 +97,9 @@ def same(captions, theirs, tokenizer) -> None:
     texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
     assert [caption.text for caption in flat] == [text.strip() for text in texts]
     for caption in flat:
-        assert "".join(caption.tokens).strip() == caption.text
+        assert caption.text.endswith("".join(caption.tokens).strip())
+        if not caption.prompt_ids:
+            assert "".join(caption.tokens).strip() == caption.text
 
 
 def combinations() -> list[dict]:
@@ -111,13 +134,36 @@ def test_captions_are_those_of_generate(name, families):
     assert len(lengths) > 4  # captions end where they end
 
 
+def caption_prompted(captioner: Captioner, **options):
+    """Every photo behind every prompt, all in one batch: a list (prompts) of lists (photos)."""
+    chosen = [captioner.options(prompt=p, **options) for p in PROMPTS for _ in PHOTOS]
+    found = captioner.caption_each(PHOTOS * len(PROMPTS), chosen)
+    return [found[start : start + len(PHOTOS)] for start in range(0, len(found), len(PHOTOS))]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", (*SEARCHED, "vit+gpt2"))
+@pytest.mark.parametrize("every", (3, pytest.param(1, marks=pytest.mark.slow)))
+def test_prompted_captions_are_those_of_generate(name, every, families):
+    """A batch of prompts of all lengths, of which each is what `generate` gives it alone."""
+    checkpoint, model, tokenizer, processor = families(name)
+    ours = load_captioner(checkpoint)
+    for options in combinations()[::every]:
+        for prompt, found in zip(PROMPTS, caption_prompted(ours, **options), strict=True):
+            same(found, generate(model, processor, tokenizer, prompt, **options), tokenizer)
+            assert all(c.text.startswith(prompt or "") for photo in found for c in photo)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_options_it_captions_as_generate_does(name, families):
     """The model's own generation config; where that is silent, or (BLIP's) not read, generate's
     defaults."""
     checkpoint, model, tokenizer, processor = families(name)
-    same(load_captioner(checkpoint).caption(PHOTOS), generate(model, processor), tokenizer)
+    ours = load_captioner(checkpoint)
+    for prompt in PROMPTS[:2]:
+        found = ours.caption(PHOTOS, prompt=prompt)
+        same(found, generate(model, processor, tokenizer, prompt), tokenizer)
 
 
 @torch.inference_mode()
@@ -129,9 +175,15 @@ def test_an_export_says_the_same(name, families, tmp_path: Path):
     for options in combinations()[::3]:
         found = ours.caption(PHOTOS, **options)
         same(found, generate(model, processor, **options), tokenizer)
-    maps = [
-        captioner.attention(eager.preprocess(PHOTOS[0]), [3, 5, 7]) for captioner in (ours, eager)
-    ]
+        both = zip(
+            caption_prompted(ours, **options), caption_prompted(eager, **options), strict=True
+        )
+        for exported, expected in both:
+            assert [[c.ids for c in p] for p in exported] == [[c.ids for c in p] for p in expected]
+    pixels = eager.preprocess(PHOTOS[0])
+    maps = [captioner.attention(pixels, [3, 5, 7], [9, 8]) for captioner in (ours, eager)]
+    # The text in one piece: a prompt's own tokens have no maps, and the others see it.
+    torch.testing.assert_close(maps[0], ours.attention(pixels, [9, 8, 3, 5, 7])[2:])
     torch.testing.assert_close(*maps, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(maps[0].sum((1, 2)), torch.ones(3))
 
@@ -139,6 +191,76 @@ def test_an_export_says_the_same(name, families, tmp_path: Path):
 def test_the_begin_token_of_blip_is_beyond_its_tokenizer(families):
     checkpoint, _, tokenizer, _ = families("blip")
     assert load_captioner(checkpoint).tokenizer.begin_id == len(tokenizer)
+
+
+def pair(encoder: object, decoder: object) -> object:
+    made = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    made.architectures = ["VisionEncoderDecoderModel"]
+    return made
+
+
+def text(made: type, **fields: object) -> object:
+    return made(is_decoder=True, add_cross_attention=True, **fields)
+
+
+GPT2, BERT = transformers.GPT2Config, transformers.BertConfig
+REFUSED = {
+    "Swin": (lambda: pair(transformers.SwinConfig(), text(GPT2)), "encoder.model_type' is 'swin'"),
+    "Swin v2": (lambda: pair(transformers.Swinv2Config(), text(GPT2)), "is 'swinv2'"),
+    "BEiT": (lambda: pair(transformers.BeitConfig(), text(BERT)), "encoder.model_type' is 'beit'"),
+    "Donut's Swin": (lambda: pair(transformers.DonutSwinConfig(), text(BERT)), "'donut-swin'"),
+    "ViT-MAE that masks": (lambda: pair(transformers.ViTMAEConfig(), text(GPT2)), "mask_ratio"),
+    "SwiGLU": (
+        lambda: pair(transformers.Dinov2Config(use_swiglu_ffn=True), text(GPT2)),
+        "encoder.use_swiglu_ffn' is True",
+    ),
+    "SwiGLU with registers": (
+        lambda: pair(transformers.Dinov2WithRegistersConfig(use_swiglu_ffn=True), text(BERT)),
+        "encoder.use_swiglu_ffn' is True",
+    ),
+    "BART": (
+        lambda: pair(transformers.ViTConfig(), transformers.BartConfig()),
+        "decoder.model_type' is 'bart'",
+    ),
+    "a BERT of relative positions": (
+        lambda: pair(transformers.ViTConfig(), text(BERT, position_embedding_type="relative_key")),
+        "decoder.position_embedding_type' is 'relative_key'",
+    ),
+    "video GIT": (
+        lambda: transformers.GitConfig(
+            num_image_with_embedding=6, architectures=["GitForCausalLM"]
+        ),
+        "num_image_with_embedding' is 6: a GIT of videos",
+    ),
+    "GIT's bare model": (
+        lambda: transformers.GitConfig(architectures=["GitModel"]),
+        "architectures' is 'GitModel'",
+    ),
+    "BLIP for retrieval": (
+        lambda: transformers.BlipConfig(architectures=["BlipForImageTextRetrieval"]),
+        "architectures' is 'BlipForImageTextRetrieval'",
+    ),
+    "BLIP for questions": (
+        lambda: transformers.BlipConfig(architectures=["BlipForQuestionAnswering"]),
+        "architectures' is 'BlipForQuestionAnswering'",
+    ),
+    "BLIP-2": (lambda: transformers.Blip2Config(), "model_type' is 'blip-2'"),
+    "GPT-2 alone": (lambda: GPT2(), "model_type' is 'gpt2'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_its_name(name, tmp_path: Path):
+    """Before weights are read: there are none, nor any other file but the config."""
+    make, named = REFUSED[name]
+    make().save_pretrained(tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["config.json"]
+    with pytest.raises(UserError) as refused:
+        import_huggingface(str(tmp_path / "theirs"), tmp_path / "ours")
+    message = str(refused.value)
+    assert message.startswith(str(tmp_path / "theirs/config.json")) and "\n" not in message
+    assert named in message
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_git_without_a_generation_config(families, tmp_path: Path):

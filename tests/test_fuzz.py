@@ -27,7 +27,7 @@ from PIL import Image
 from worker import Answer, Worker, by_grpc, rest
 
 from export.archive import build_archive
-from handler.request import OPTION_TYPES
+from handler.beam_search import OPTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged tags
 
@@ -224,7 +224,7 @@ LIKELY_NUMBERS = [0, 1, 2, 5, 16, 17, -1, 0.5, 1e-9, 1e308, 2**63, 10**40, True,
 LIKELY_TEXTS = ["", " ", "3", "3.0", "true", "never", "NaN", "-inf", "1e5", "٣", "0x1", "1_0", "\0"]
 LIKELY_TEXTS += ["a\r\nSet-Cookie: x", "9" * 5000]
 likely = st.sampled_from(LIKELY_NUMBERS + LIKELY_TEXTS)
-names = st.sampled_from([*OPTION_TYPES, "attention", "stream"])
+names = st.sampled_from([*OPTIONS, "attention", "stream"])
 fields = st.dictionaries(names | st.text(max_size=12), anything | likely, max_size=4)
 headers = st.dictionaries(
     st.sampled_from(["accept", "explain", "describe", "content-type", "x"]),

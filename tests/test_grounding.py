@@ -1,18 +1,22 @@
 """Grounding: maps of known objects are judged as they should be, the ways differ as they should."""
 
 import dataclasses
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from conftest import run_program
 from tiny_training import config_of
 
+from handler.captioner import Caption
+from handler.image_preprocess import PreprocessConfig
 from handler.web.word_maps import peak
-from training.data.manifest import read_manifest, write_manifest
+from training.data.manifest import Row, read_manifest, write_manifest
 from training.data.scene_language import referents
 from training.loop.train import train
 from training.model import Encoder, EncoderConfig
-from training.scores.grounding import judge, overlap, rollout, ways
+from training.scores import grounding
+from training.scores.grounding import judge, measure, overlap, rollout, ways
 
 CIRCLE = {"shape": "circle", "colour": "red", "size": "large", "texture": "plain",
           "box": [0, 0, 48, 48]}  # fmt: skip
@@ -44,6 +48,35 @@ def test_a_map_is_judged_by_the_objects_it_may_mean():
     inside, share = judge(map_gg, [STAR, CIRCLE], [96, 96])
     assert inside and share > 0.6
     assert peak(map_gg) == pytest.approx((0.25, 0.25))
+
+
+def test_a_map_of_the_middle_is_judged_in_the_picture():
+    """The map of a model that sees the middle alone was taken for one of the whole picture."""
+    middle = (0.25, 0.25, 0.75, 0.75)
+    map_gg = torch.zeros(4, 4)
+    map_gg[3, 3] = 1.0  # at (0.69, 0.69) of the picture
+    near = {**CIRCLE, "box": [60, 60, 72, 72]}
+    far = {**STAR, "box": [73, 73, 96, 96]}
+    assert judge(map_gg, [near], [96, 96], middle)[0] and not judge(map_gg, [near], [96, 96])[0]
+    assert not judge(map_gg, [far], [96, 96], middle)[0] and judge(map_gg, [far], [96, 96])[0]
+    assert judge(map_gg, [near], [96, 96], middle)[1] > 0.5
+
+
+def test_measure_knows_what_the_model_saw(monkeypatch):
+    """A model that sees the middle of a picture, in which the object is at the edge."""
+    judged = []
+    monkeypatch.setattr(grounding, "judge", lambda *given: judged.append(given) or (True, 1.0))
+    monkeypatch.setattr(grounding, "read_photo", lambda *_: None)
+    monkeypatch.setattr(
+        grounding, "all_maps", lambda *_: iter([("way", torch.full((2, 2, 2), 0.25))])
+    )
+    caption = Caption("red circle", ["red", "circle"], [0.0, 0.0], 0.0, 0.0, [1, 2])
+    captioner = MagicMock(preprocessing=PreprocessConfig(image_size=24, resize_to=32))
+    captioner.preprocess.return_value = torch.zeros(3, 24, 24)
+    captioner.caption_tensors.return_value = [[caption]]
+    captioner.tokenizer.decode.return_value = ""
+    measure(captioner, MagicMock(), [Row("1", "1.png", ("x",), "val", scene=SCENE)])
+    assert [given[3] for given in judged] == [(0.125, 0.125, 0.875, 0.875)]
 
 
 def test_ways_keep_weights_that_sum_to_one():

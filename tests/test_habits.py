@@ -1,8 +1,15 @@
 """What BLEU and CIDEr hide, on captions counted by hand."""
 
+from pathlib import Path
+from unittest.mock import MagicMock
+
 import pytest
 
-from training.scores.habits import copied, describe, little_learnt
+from training.data.manifest import Manifest, Row
+from training.loop.validation import validate
+from training.pages.report import words_section
+from training.pages.system import System
+from training.scores.habits import copied, describe, distinct, little_learnt
 
 PREDICTIONS = {
     "1": "A dog runs on the grass.",
@@ -30,6 +37,27 @@ def test_habits_are_counted():
     assert result["ending_in_function_word"] == 1 / 5
     assert result["repeated_bigrams"] == 1 / 5
     assert result["copied_captions"] == 2 / 5
+
+
+def test_distinct_captions_are_counted_once_for_all(monkeypatch):
+    """Validation and report counted strings, evaluation counted captions word by word."""
+    captions = ["A dog runs.", "a dog runs", "a dog, runs", "a cat", "", "."]
+    assert distinct(captions) == 3
+    rows = [Row(str(n), f"{n}.png", ("a dog",), "val") for n in range(len(captions))]
+    predictions = {row.id: text for row, text in zip(rows, captions, strict=True)}
+    found = describe(predictions, {row.id: row.captions for row in rows})
+    assert found["distinct_captions"] == 3
+
+    validated = MagicMock(val_rows=rows, metric_tokenizer="python", epoch=0, stage=0)
+    monkeypatch.setattr("training.loop.validation.caption_and_loss", lambda *_: (predictions, 1.0))
+    validate(validated)
+    assert validated.consider.call_args.args[0]["distinct_captions"] == 3
+
+    texts = {photo: [MagicMock(text=text)] for photo, text in predictions.items()}
+    system = System("model", Path("model"), MagicMock(), captions=texts)
+    section = words_section([system], Manifest("data", tuple(rows), Path(), Path()), rows)
+    [_, cells] = section.table.rows[0]
+    assert cells[2].text == "50%"
 
 
 def test_recall_is_of_words_that_references_agree_on():

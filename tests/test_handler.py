@@ -127,6 +127,30 @@ def test_the_options_of_a_neighbour_change_nothing(worker, photos, neighbour):
         assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
+def test_prompts_by_every_way_share_a_batch(worker, captioner, photos):
+    """Prompts of all lengths, and none, beside each other."""
+    encoded = base64.b64encode(photos[0]).decode()
+    answers = worker.predict(
+        rest({"image": photos[0], "prompt": b"the square"}),
+        rest({"body": {"image": encoded, "prompt": "The SQUARE on"}}, "application/json"),
+        by_grpc({"image": photos[0], "prompt": b"a"}),
+        rest({"image": photos[0]}),
+        rest({"image": photos[0], "prompt": b"the square", "do_sample": b"1", "seed": b"3"}),
+    )
+    sampled = {"do_sample": True, "seed": 3}
+    options = [{"prompt": "the square"}, {"prompt": "the square on"}, {"prompt": "a"}, {}]
+    options.append({"prompt": "the square", **sampled})
+    for answer, given in zip(answers, options, strict=True):
+        assert answer.status == 200
+        [[expected, *_]] = captioner.caption([photos[0]], **given)
+        [said] = answer.json["captions"]
+        assert answer.json["caption"] == said["caption"] == expected.text
+        assert expected.text.startswith(given.get("prompt", ""))
+        assert said["tokens"] == expected.tokens
+        assert said["token_log_probs"] == pytest.approx(expected.token_log_probs, abs=1e-4)
+        assert said["score"] == pytest.approx(expected.score, abs=1e-4)
+
+
 def test_a_large_jpeg_is_read_as_the_library_reads_it(worker, captioner):
     """The handler decoded large JPEGs at another scale than the captioner did."""
     noise = Image.effect_noise((900, 700), 90).convert("RGB")
@@ -155,6 +179,12 @@ ERRORS = [
     (rest({"image": b"x", "num_beams": b"3", "do_sample": b"true"}), 400, "InvalidParameter"),
     (rest({"image": b"x", "max_new_tokens": b"99"}), 400, "InvalidParameter"),
     (rest({"image": b"x", "top_k": b"9999999"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "prompt": b"the purple square"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "prompt": b"a a a a a a"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "prompt": b"a", "max_new_tokens": b"9"}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "prompt": b" "}), 400, "InvalidParameter"),
+    (rest({"image": b"x", "prompt": b"\xff\xfe"}), 400, "InvalidParameter"),
+    (rest({"body": {"image": "eA==", "prompt": 3}}, "application/json"), 400, "InvalidParameter"),
 ]
 
 
@@ -266,10 +296,12 @@ def test_metrics_count_what_was_answered(worker, photos, caplog):
 
 
 def test_attention_has_one_map_a_token(worker, photos):
-    [answer] = worker.predict(
-        rest({"image": photos[0], "attention": b"true", "num_return_sequences": b"2"})
+    answers = worker.predict(
+        rest({"image": photos[0], "attention": b"true", "num_return_sequences": b"2"}),
+        rest({"image": photos[0], "attention": b"true", "prompt": b"the square"}),
     )
-    for caption in answer.json["captions"]:
+    for caption in (caption for answer in answers for caption in answer.json["captions"]):
+        assert caption["tokens"]
         attention = caption["attention"]
         assert attention["grid"] == [4, 4]
         assert len(attention["maps"]) == len(caption["tokens"])
@@ -301,6 +333,8 @@ def test_description_is_the_model_card(worker):
     assert card["model"]["precision"] == "fp32"
     assert card["options"]["num_beams"] == {"default": 5, "range": "1 to 16"}
     assert card["options"]["max_new_tokens"] == {"default": 9, "range": "1 to 9"}
+    prompt = {"default": None, "range": "a string of at most 5 tokens"}
+    assert card["options"]["prompt"] == prompt
     assert all(set(option) == {"default", "range"} for option in card["options"].values())
     assert "BLEU-4" in card["validation"]
     assert card["preprocessing"]["image_size"] == 32
@@ -342,6 +376,14 @@ def test_a_sampled_stream_is_the_sampled_caption(worker, photos):
     assert answer.json == plain.json
     tokens = [json.loads(chunk.body)["token"] for chunk in worker.sent]
     assert tokens == plain.json["captions"][0]["tokens"]
+
+
+def test_a_stream_begins_behind_the_prompt(worker, photos):
+    options = {"prompt": b"the square", "num_beams": b"1", "stream": b"true"}
+    [answer] = worker.predict(rest({"image": photos[0], **options}))
+    tokens = [json.loads(chunk.body)["token"] for chunk in worker.sent]
+    assert tokens == answer.json["captions"][0]["tokens"] != []
+    assert answer.json["caption"] == " ".join(["the square", *tokens])
 
 
 @pytest.mark.parametrize(
@@ -403,6 +445,25 @@ def test_request_over_checkpoint_over_model_config_over_table(folder, tmp_path, 
     assert sampled.status == 200
 
 
-def test_a_bad_default_fails_at_the_start(folder, tmp_path):
-    with pytest.raises(ValueError, match="num_beams"):
-        load_with(folder, tmp_path, {"num_beams": 99}, {})
+def test_a_prompt_by_default(folder, tmp_path, photos):
+    settings, checkpoint = {"prompt": "a"}, {"prompt": "the square", "max_new_tokens": 9}
+    worker = load_with(folder, tmp_path / "both", settings, checkpoint)
+    other = {"image": photos[0], "prompt": b"the"}
+    answers = worker.predict(rest({"image": photos[0]}), rest({"body": photos[0]}), rest(other))
+    texts = [answer.json["caption"] for answer in answers]
+    assert texts[0] == texts[1] and texts[0].startswith("the square ")
+    assert texts[2].startswith("the ")
+    [card] = worker.predict({"headers": rest({}, describe="True")["headers"], "parameters": []})
+    assert card.json["options"]["prompt"]["default"] == "the square"
+    assert card.json["options"]["max_new_tokens"]["default"] == 7
+    worker = load_with(folder, tmp_path / "settings", settings, {})
+    assert worker.predict(rest({"image": photos[0]}))[0].json["caption"].startswith("a ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"num_beams": 99}, "num_beams"), ({"prompt": "a purple"}, "'purple'")],
+)
+def test_a_bad_default_fails_at_the_start(folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_with(folder, tmp_path, settings, {})

@@ -15,6 +15,7 @@ ROOMS = (
     ("training.scores", "training.weights"),  # not each other
     "training.data",
     "training.checkpoint",
+    "training.davit",
     "training.model",
     "training.config",
     "training.folders",

@@ -271,10 +271,7 @@ def test_patience_is_spent_by_what_is_slow_for_its_size():
 
 
 def test_less_patience_ends_it_sooner():
-    started = time.monotonic()
-    with pytest.raises(ImageTooComplex):
-        decode(scans(4000, 5000), patience=Patience(0.1))
-    assert time.monotonic() - started < 2
+    assert cost_of(scans(4000, 5000), Patience(0.1)).seconds < 1.2
 
 
 def test_memory_is_limited():

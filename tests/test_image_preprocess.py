@@ -25,6 +25,7 @@ from handler.image_preprocess import (
     decode,
     preprocess,
     resize,
+    seen_region,
     to_tensor,
 )
 
@@ -141,6 +142,13 @@ def test_transparent_palette_entries_are_white():
     for kind in ("PNG", "GIF"):
         photo = decode(encoded(palette, kind, transparency=0))
         assert [photo.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (250, 0, 0)]
+
+
+@pytest.mark.parametrize(("mode", "key"), [("L", 7), ("RGB", (7, 7, 7)), ("1", 0)])
+def test_a_transparent_colour_of_a_png_that_python_opened_is_white(mode, key):
+    """It was refused as damaged."""
+    data = encoded(Image.new(mode, (4, 4), key), "PNG", transparency=key)
+    assert decode(Image.open(io.BytesIO(data))).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_transparent_level_of_a_16_bit_png_is_white():
@@ -344,6 +352,35 @@ def test_crop_takes_the_middle_square(size):
     inside = small.crop((1, 1, 29, 29))
     assert inside.tobytes() == Image.new("RGB", (28, 28), (255, 0, 0)).tobytes()
     assert small.getpixel((0, 0))[1] < 40
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "region"),
+    [
+        ((300, 100), {"image_size": 20}, (0, 0, 1, 1)),
+        ((300, 100), {"image_size": 20, "resize": "crop"}, (1 / 3, 0, 2 / 3, 1)),
+        ((100, 400), {"image_size": 20, "resize": "crop"}, (0, 3 / 8, 1, 5 / 8)),
+        ((640, 480), {"image_size": 224, "resize_to": 256}, (1 / 16, 1 / 16, 15 / 16, 15 / 16)),
+        (
+            (400, 200),
+            {"image_size": 24, "resize_to": 32, "resize": "crop"},
+            (0.3125, 0.125, 0.6875, 0.875),
+        ),
+    ],
+)
+def test_the_region_that_the_model_sees(size, fields, region):
+    """Word maps of a model that sees the middle were drawn over the whole photo."""
+    config = PreprocessConfig(**fields)
+    x0, y0, x1, y1 = seen_region(size, config)
+    assert (x0, y0, x1, y1) == pytest.approx(region)
+    # That part alone, squashed, is what the model gets; the filter reaches over its edge.
+    photo = smooth(*size)
+    box = [round(x0 * size[0]), round(y0 * size[1]), round(x1 * size[0]), round(y1 * size[1])]
+    whole = PreprocessConfig(image_size=config.image_size)
+    seen, alone = resize(photo, config), resize(photo.crop(box), whole)
+    assert difference(seen, alone).mean() < 2
+    if region != (0, 0, 1, 1):
+        assert difference(seen, resize(photo, whole)).mean() > 5
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

@@ -620,14 +620,15 @@ def test_what_lies_at_out_is_kept(saved, copy, tmp_path):
     config = json.loads((tmp_path / "ours/config.json").read_text())
     (tmp_path / "ours/config.json").write_text(json.dumps({**config, "training": {"step": 9}}))
     with pytest.raises(UserError, match="ours: a run that was trained is there"):
-        import_huggingface(str(copy), tmp_path / "ours")
+        import_huggingface("not/asked-for", tmp_path / "ours")  # refused before any download
 
 
 def test_the_command(copy, tmp_path):
-    done = run_program("training.import_huggingface", "theirs", cwd=tmp_path)
+    (tmp_path / "link").symlink_to("theirs")
+    done = run_program("training.import_huggingface", "./link/", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "build/checkpoints/theirs" in done.stdout
-    assert load_captioner(tmp_path / "build/checkpoints/theirs").caption(PHOTOS[:1])
+    assert "build/checkpoints/link" in done.stdout
+    assert load_captioner(tmp_path / "build/checkpoints/link").caption(PHOTOS[:1])
 
 
 @pytest.mark.parametrize("name", ["theirs", "theirs/config.json", "nobody/nothing", "no such/a/b"])

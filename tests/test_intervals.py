@@ -10,6 +10,7 @@ from training.scores.intervals import (
     bleu_counts,
     bootstrap_scores,
     interval,
+    interval_of_score,
     resampled,
     score_with_intervals,
 )
@@ -96,10 +97,25 @@ def test_corpus_bleu_is_scored_again_on_resampled_photos(monkeypatch):
         assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.3)
 
 
-def test_intervals_stay_within_what_a_metric_can_be():
-    """METEOR's interval on eight photos began at -0.007."""
+def eight_photos(meteor: float, cider: float) -> dict[str, np.ndarray]:
     tokens = Tokens("ptb", {str(n): ["a"] for n in range(8)}, {str(n): ["a"] for n in range(8)})
     each = {str(n): {"METEOR": 0.9 * (n == 0), "CIDEr": 10.0 * (n < 7)} for n in range(8)}
-    found = bootstrap_scores(tokens, {"METEOR": 0.02, "CIDEr": 9.9}, each)
-    assert found["METEOR"].min() == 0 and found["METEOR"].max() <= 1
-    assert found["CIDEr"].min() >= 0 and found["CIDEr"].max() == 10
+    return bootstrap_scores(tokens, {"METEOR": meteor, "CIDEr": cider}, each)
+
+
+def test_intervals_stay_within_what_a_metric_can_be():
+    """METEOR's interval on eight photos began at -0.007."""
+    found = eight_photos(meteor=0.02, cider=9.9)
+    assert interval(found["METEOR"])[0] < 0 and interval(found["CIDEr"])[1] > 10
+    low, high = interval_of_score("METEOR", found["METEOR"])
+    assert low == 0 and high == interval(found["METEOR"])[1]
+    low, high = interval_of_score("CIDEr", found["CIDEr"])
+    assert low == interval(found["CIDEr"])[0] and high == 10
+
+
+def test_differences_are_of_resamples_that_nothing_has_cut():
+    """Resamples were cut at 0 before they were subtracted, and the interval of a difference that is
+    the same on every resample had a width."""
+    first, second = eight_photos(0.02, 9.9), eight_photos(0.12, 9.95)
+    for name, difference in (("METEOR", 0.1), ("CIDEr", 0.05)):
+        assert interval(second[name] - first[name]) == pytest.approx((difference, difference))

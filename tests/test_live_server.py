@@ -66,6 +66,20 @@ def test_rest_and_grpc_give_the_eager_caption(client, eager, photo):
         assert answer["model"]["checkpoint"].startswith("sha256:")
 
 
+def test_a_prompt_by_form_json_and_grpc(client, eager, photo):
+    expected = eager.caption([photo], prompt="the square")[0][0]
+    assert expected.text.startswith("the square ")
+    encoded = base64.b64encode(photo).decode()
+    answers = [
+        client.caption(photo, prompt="the square"),
+        client.caption_grpc(photo, prompt="the square"),
+        post(client, json={"image": encoded, "prompt": "the square"}).json(),
+    ]
+    for answer in answers:
+        assert answer["caption"] == expected.text
+        assert answer["captions"][0]["tokens"] == expected.tokens
+
+
 def test_raw_form_and_json_bodies_say_the_same(client, eager, photo):
     expected = eager.caption([photo])[0][0].text
     encoded = base64.b64encode(photo).decode()
@@ -351,6 +365,24 @@ def test_killed_workers_are_back_by_themselves(client, eager, photo, server):
         assert answer.status_code >= 500
         time.sleep(0.3)
     assert answer.json()["caption"] == expected
+
+
+@pytest.mark.slow
+def test_tls_under_a_path_of_other_letters(folder, eager, photo, tmp_path, monkeypatch):
+    """Java reads a properties file as Latin-1, and file names in the letters of the locale."""
+    home = tmp_path / "büro 犬"
+    home.mkdir()
+    (home / "model_store").symlink_to(folder / "model_store")
+    for locale in ("C.UTF-8", "C"):
+        monkeypatch.setenv("LC_ALL", locale)
+        try:
+            server = serve.start(configure(home), tls=True, home=home)
+            client = client_of(server, home)
+            expected = eager.caption([photo])[0][0].text
+            assert client.caption(photo)["caption"] == expected
+            assert client.caption_grpc(photo)["caption"] == expected
+        finally:
+            serve.stop(home)
 
 
 def test_tls(folder, eager, photo, tmp_path):

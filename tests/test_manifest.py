@@ -86,7 +86,7 @@ def test_whatever_the_line_holds_it_is_a_row_or_a_user_error(tmp_path: Path, lin
         ({**GOOD, "id": "b", "image": "a.tar/b.jpg", "span": 3}, "field 'span'"),
         ({**GOOD, "id": "b", "colour": "red"}, "'colour' is unknown"),
         ({"id": "b"}, "is missing"),
-        (GOOD, "stands already in line 1"),
+        (GOOD, "occurs already in line 1"),
         ("[]", "must be a JSON object"),
     ],
 )

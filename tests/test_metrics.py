@@ -119,8 +119,8 @@ def test_without_java_the_rest_is_scored_and_says_so(monkeypatch, caplog):
         result = score(PREDICTIONS, REFERENCES)
     assert result["tokenizer"] == "python"
     assert "METEOR" not in result and result["BLEU-4"] > 0 and result["CIDEr"] > 0
-    assert "no Java is found (make setup brings one): METEOR and SPICE are left out" in caplog.text
-    with pytest.raises(UserError, match="meteor needs Java 11 or later; make setup brings one"):
+    assert "no Java found (make setup installs one): METEOR and SPICE are left out" in caplog.text
+    with pytest.raises(UserError, match="meteor needs Java 11 or later; make setup installs one"):
         score(PREDICTIONS, REFERENCES, ("meteor",))
 
 
@@ -128,6 +128,58 @@ def test_a_java_that_fails_is_one_clear_error(fake_java):
     fake_java("echo 'UnsupportedClassVersionError: too old' >&2; exit 1")
     with pytest.raises(UserError, match=r"PTB tokenizer failed \(UnsupportedClass.*Java 11"):
         score(PREDICTIONS, REFERENCES)
+
+
+def test_a_java_that_is_no_program_is_one_clear_error(tmp_path, monkeypatch):
+    """Its OSError was a traceback."""
+    java = tmp_path / "java"
+    java.write_bytes(b"\x7fELF of another machine")
+    java.chmod(0o755)
+    monkeypatch.setattr(metrics, "find_java", lambda: str(java))
+    for call in (
+        lambda: score(PREDICTIONS, REFERENCES),
+        lambda: metrics._meteor(str(java), [["a b"]], [["a b"]]),
+        metrics.choose_tokenizer,
+    ):
+        with pytest.raises(UserError, match=r"java: .* failed \(Exec format error\); Java 11"):
+            call()
+
+
+@pytest.fixture
+def only_java(tmp_path, monkeypatch):
+    """The one place where a `java` may be."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    return tmp_path / "java"
+
+
+def test_a_java_that_cannot_be_run_is_not_passed_over(only_java):
+    """Figures were of plain words, where make setup had linked a Java that was removed later."""
+    only_java.symlink_to("gone/bin/java")
+    with pytest.raises(UserError, match=r"java: a link to gone/bin/java, which is missing; make"):
+        score(PREDICTIONS, REFERENCES)
+    only_java.unlink()
+    only_java.write_text("#!/bin/sh\n")
+    only_java.chmod(0o644)
+    with pytest.raises(UserError, match=r"java: not executable; chmod \+x it"):
+        metrics.choose_tokenizer()
+    only_java.chmod(0o755)
+    assert metrics.find_java() == str(only_java)
+    only_java.unlink()
+    only_java.mkdir()  # a folder of that name is nobody's Java
+    assert metrics.find_java() is None and metrics.choose_tokenizer() == "python"
+
+
+def test_a_tokenizer_that_was_chosen_is_kept(monkeypatch, caplog):
+    """Java that came or went between two epochs changed what their figures meant."""
+    plain = score(PREDICTIONS, REFERENCES, tokenizer="python")
+    assert plain["tokenizer"] == "python" and "METEOR" not in plain
+    assert score(PREDICTIONS, REFERENCES, ("cider",))["tokenizer"] == "ptb"
+    monkeypatch.setattr(metrics, "find_java", lambda: None)
+    assert score(PREDICTIONS, REFERENCES, tokenizer="python") == plain
+    assert not caplog.records
+    with pytest.raises(UserError, match="java: not found, .* make setup installs one"):
+        score(PREDICTIONS, REFERENCES, tokenizer="ptb")
 
 
 def test_a_meteor_that_dies_is_an_error_and_not_a_hang(fake_java):
@@ -161,8 +213,8 @@ def test_spice_runs_only_where_it_is_installed(monkeypatch):
         ({}, {}, ("bleu",), "there are none to score"),
         ({"a": "x"}, {}, ("bleu",), "none for photo 'a'"),
         ({"a": "x"}, {"a": []}, ("bleu",), "none for photo 'a'"),
-        ({"a": "x"}, {"a": ["."]}, ("bleu",), "none of them holds a word"),
-        ({"a": "x"}, {"a": ["x"]}, ("blue",), "'blue' is unknown; there are bleu, meteor"),
+        ({"a": "x"}, {"a": ["."]}, ("bleu",), "none of them contains a word"),
+        ({"a": "x"}, {"a": ["x"]}, ("blue",), "'blue' is unknown; choose from bleu, meteor"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(predictions, references, metrics, message):

@@ -28,7 +28,9 @@ DECODER = DecoderConfig(
 )
 BERT = {"norm": "post", "embedding_norm": True, "head_bias": True, "head_transform": True}
 GIT = {"norm": "post", "embedding_norm": True, "head_bias": True, "tied_head": False}
-FAMILIES = {"gpt2": {}, "bert": BERT, "git": {**GIT, "memory": "prefix"}}
+BART = {"norm": "post", "embedding_norm": True, "prompt_ids": (7, 8, 9)}
+BART |= {"prompt_layers": 2, "prompt_heads": 4, "prompt_mlp_width": 48, "max_positions": 40}
+FAMILIES = {"gpt2": {}, "bert": BERT, "git": {**GIT, "memory": "prefix"}, "bart": BART}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

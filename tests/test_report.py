@@ -3,14 +3,24 @@
 import json
 import re
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from browser import Browser, needs_chromium
 from conftest import run_program
 
+from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_captioner
-from training.data.manifest import read_manifest
-from training.pages.system import N_BEST, caption_split, load_system, maps_of, read_log
+from training.data.manifest import Row, read_manifest
+from training.pages.report import Shown, card
+from training.pages.system import (
+    N_BEST,
+    System,
+    caption_split,
+    load_system,
+    maps_of,
+    read_log,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +64,30 @@ def test_captions_are_those_of_the_evaluation(report, tiny_run, tiny_data):
     photos = [manifest.path(row).read_bytes() for row in manifest.split("val")]
     captions = [found[0].text for found in captioner.caption(photos, num_beams=3)]
     assert [entry["caption"] for entry in predictions] == captions
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "seen"),
+    [
+        (PreprocessConfig(), (0, 0, 1, 1)),
+        (
+            PreprocessConfig(image_size=24, resize_to=32, resize="crop"),
+            (5 / 16, 1 / 8, 11 / 16, 7 / 8),
+        ),
+    ],
+)
+def test_maps_lie_where_each_model_saw(preprocessing, seen):
+    system = System(
+        "model",
+        Path("model"),
+        MagicMock(preprocessing=preprocessing),
+        captions={"1": [MagicMock(score=-0.5, text="a dog")]},
+        each={"1": {"CIDEr": 1.0}},
+    )
+    row = Row("1", "1.png", ("a dog",), "val")
+    size = (640, 320)
+    [entry] = card([system], row, Shown(MagicMock(), size, [[[]]])).entries
+    assert entry.seen == pytest.approx(seen)
 
 
 def test_maps_made_in_a_batch_are_those_made_alone(tiny_run, tiny_data):

@@ -1,5 +1,6 @@
 """One request's fields as TorchServe hands them over, to a photo and options or a typed error."""
 
+import argparse
 import base64
 import json
 import time
@@ -7,16 +8,19 @@ import tracemalloc
 from dataclasses import fields
 
 import pytest
+from conftest import REPOSITORY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter
 from handler.image_preprocess import ImageTooLarge, InvalidImage, UnsupportedMediaType
 from handler.request import (
-    OPTION_TYPES,
     MissingImage,
     Request,
+    add_decoding_options,
+    decoding_options,
     describe_error,
+    options_table,
     parse_option,
     parse_request,
     to_json,
@@ -175,6 +179,10 @@ def test_both_image_and_data():
         ("do_sample", "False", False),
         ("early_stopping", "never", "never"),
         ("early_stopping", "1", True),
+        ("prompt", "a photo of", "a photo of"),
+        ("prompt", " a photo of ", " a photo of "),  # a space may be a token
+        ("prompt", "true", "true"),
+        ("prompt", "3", "3"),
     ],
 )
 def test_text_and_json_values_are_the_same(name, text, value):
@@ -214,6 +222,10 @@ def parse_json(name: str, value: object) -> Request:
         ("do_sample", 2),
         ("do_sample", 1.0),
         ("early_stopping", "always"),
+        ("prompt", ""),
+        ("prompt", " \n"),
+        ("prompt", None),
+        ("prompt", ["a", "photo"]),
         ("attention", ""),
         ("attention", "maybe"),
         ("stream", "2"),
@@ -258,7 +270,52 @@ def test_flags():
 
 
 def test_every_option_of_the_search_is_a_field():
-    assert set(OPTION_TYPES) == {field.name for field in fields(DecodeOptions)}
+    assert set(OPTIONS) == {field.name for field in fields(DecodeOptions)}
+
+
+def test_the_table_in_the_docs_is_the_declared_one():
+    """After a change paste what `print(options_table())` gives."""
+    page = (REPOSITORY / "docs/serving.md").read_text(encoding="utf-8")
+    [section] = [part for part in page.split("\n## ") if part.startswith("Decoding options\n")]
+    assert section[section.index("| option") :].strip() == options_table().strip()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, option in OPTIONS.items() if option.kind in ("integer", "number")]
+)
+def test_the_declared_range_is_what_is_checked(name):
+    option = OPTIONS[name]
+    step = 1 if option.kind == "integer" else 1e-6
+    # Enough of what limits others.
+    wide = {"num_beams": 16} if name == "num_return_sequences" else {}
+    lowest = option.low + step if option.above else option.low
+    for value in (lowest, option.high):
+        assert getattr(DecodeOptions(**{**wide, name: value}), name) == value
+        assert parse_json(name, value).options == {name: value}
+    for value in (lowest - step, option.high + step):
+        with pytest.raises(InvalidParameter, match=rf"^{name} must be .*{option.high}") as refused:
+            DecodeOptions(**{**wide, name: value})
+        assert refused.value.field == name
+    assert str(option.high) in option.range({}) or option.limit in option.range({})
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", 3, True, ["a"], "a" * (2**14 + 1), "a \ud800"])
+def test_a_prompt_is_a_string(prompt):
+    with pytest.raises(InvalidParameter, match="^prompt must be a string") as refused:
+        DecodeOptions(prompt=prompt)
+    assert refused.value.field == "prompt"
+
+
+def test_arguments_of_commands_are_the_declared_options():
+    parser = argparse.ArgumentParser()
+    add_decoding_options(parser, "server")
+    usage = " ".join(parser.format_help().split())
+    for option in OPTIONS.values():
+        assert option.help in usage
+    typed = ["--num-beams", "3", "--do-sample", "--early-stopping", "Never"]
+    assert decoding_options(parser.parse_args(typed)) == {
+        "num_beams": 3, "do_sample": True, "early_stopping": "never",
+    }  # fmt: skip
 
 
 json_values = st.recursive(
@@ -269,7 +326,7 @@ json_values = st.recursive(
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.sampled_from([*OPTION_TYPES, "attention", "stream", "other"]), json_values | st.binary())
+@given(st.sampled_from([*OPTIONS, "attention", "stream", "other"]), json_values | st.binary())
 @example("length_penalty", 10**400)
 @example("length_penalty", -(10**400))
 @example("temperature", "1e9999")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from tiny_training import config_of
 
 import training.loop.train
 import training.loop.validation
+import training.scores.metrics
 from export.archive import build_archive
 from export.export import export_checkpoint
 from handler.captioner import Captioner
@@ -173,6 +175,54 @@ def test_an_epoch_is_saved_before_it_is_validated(config, tiny_data, tmp_path, m
     assert alone[WEIGHTS_FILE] == died[WEIGHTS_FILE]
 
 
+@pytest.mark.parametrize("java_at_first", [True, False])
+def test_the_tokenizer_of_the_figures_does_not_change_within_a_run(
+    config, tiny_data, monkeypatch, capsys, java_at_first
+):
+    """CIDEr on plain words was compared with that of earlier epochs, which had Java."""
+    find_java, score = training.scores.metrics.find_java, training.loop.validation.score
+    used = []
+
+    def java(there: bool) -> None:
+        found = find_java() if there else None
+        monkeypatch.setattr("training.scores.metrics.find_java", lambda: found)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def note(*arguments):
+        scores = score(*arguments)
+        used.append(scores["tokenizer"])
+        return scores
+
+    java(java_at_first)
+    monkeypatch.setattr("training.loop.validation.score", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, read_manifest(tiny_data), Path("run"))
+    said = "scores with the PTB tokenizer" if java_at_first else "scores on simply split words"
+    assert said in capsys.readouterr().out
+    monkeypatch.setattr("training.loop.validation.score", note)
+    java(not java_at_first)
+    if java_at_first:
+        with pytest.raises(UserError, match="run: its scores .* the PTB.*make setup"):
+            train(config, read_manifest(tiny_data), Path("run"), resume=True)
+        java(True)
+    train(config, read_manifest(tiny_data), Path("run"), resume=True)
+    assert said in capsys.readouterr().out
+    assert set(used) == {"ptb" if java_at_first else "python"}
+
+
+def test_a_run_that_learnt_little_says_so(config, tiny_data, tmp_path, capsys):
+    """A run whose captions are of one word each was exported, packed and served."""
+    config = config_of(
+        tmp_path / "short.yaml", data=str(tiny_data), stages=ONE_STAGE,
+        decoding={"max_new_tokens": 1},
+    )  # fmt: skip
+    train(config, read_manifest(tiny_data), Path("run"))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("warning: ") and last.endswith("train it longer")
+
+
 def test_a_second_start_of_a_run_is_refused(config, tiny_data, tmp_path):
     with (
         locked(tmp_path / "run"),
@@ -278,7 +328,7 @@ def test_captions_without_spaces_get_byte_pairs(share, tiny_data, tmp_path, monk
               "max_tokens": 40}}  # fmt: skip
     config = config_of(Path("ja.yaml"), **fields, tokenizer={"min_count": 1, "vocab_size": 400})
     train(config, read_manifest(data), Path("run"))
-    assert "written without spaces: the vocabulary is of byte pairs" in capsys.readouterr().out
+    assert "spaces: the vocabulary consists of byte pairs" in capsys.readouterr().out
     tokenizer = load_captioner("run").tokenizer
     assert tokenizer.decode(tokenizer.encode("左にある四角")) == "左にある四角"
     config = config_of(Path("ja.yaml"), **fields, tokenizer={"kind": "word", "min_count": 1})
@@ -386,7 +436,7 @@ def test_the_archive_of_another_checkpoint_is_kept(tiny_export, tmp_path, capsys
     for version in ("1.0", "2.0"):
         build_archive(tiny_export, out, version)
         assert checkpoint(out) == config["checkpoint"] and checkpoint(previous) == "sha256:0"
-    assert capsys.readouterr().out.count("captioner.previous.mar: the archive of another") == 1
+    assert capsys.readouterr().out.count("captioner.previous.mar: the previous captioner.mar") == 1
     assert sorted(os.listdir(tmp_path)) == ["captioner.mar", "captioner.previous.mar", "mine"]
 
 
@@ -591,11 +641,44 @@ def test_make_and_the_program_name_a_run_alike(
     assert trained == [run]
 
 
-def test_train_takes_no_checkpoint():
-    """`make train CHECKPOINT=good DATA=mine` trained a new toy into `good`."""
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        # It trained a new toy into `good`.
+        (["train", "CHECKPOINT=build/checkpoints/good", "DATA=mine"],
+         "make train takes no CHECKPOINT=; RUN=NAME names what it trains"),
+        (["import", "CHECKPOINT=build/checkpoints/good", "MODEL=a/b"],
+         "make import takes no CHECKPOINT=; RUN=NAME names what it writes"),
+        (["import"],
+         "make import needs MODEL=NAME_OR_DIR: a name on the Hugging Face Hub, or a folder"),
+    ],
+)  # fmt: skip
+def test_a_target_without_its_variable_or_with_anothers_is_refused(arguments, error):
     done = subprocess.run(
-        ["make", "-o", "setup", "train", "CHECKPOINT=build/checkpoints/good", "DATA=mine"],
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: make train takes no CHECKPOINT=; RUN=NAME names")
+        ["make", "-o", "setup", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert line == f"error: {error}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "run"),
+    [
+        (["MODEL=Salesforce/blip-image-captioning-base"], "blip-image-captioning-base"),
+        (["MODEL=../my models/git's/"], "git'\\''s"),
+        (["MODEL=a/b", "RUN=mine"], "mine"),
+        (["MODEL=a/b", "DATA=pets", "CONFIG=flickr8k"], "b"),
+    ],
+)
+def test_a_model_that_is_imported_names_the_run_of_the_whole_line(variables, run):
+    said = make_targets("import", "export", "mar", "evaluate", "serve", *variables)
+    model = variables[0].removeprefix("MODEL=").replace("'", "'\\''")
+    assert re.findall(r"python -m (\S+)", said) == [
+        *("training.import_huggingface", "export.export", "export.archive"),
+        *("training.evaluate", "handler.serve"),
+    ]
+    assert f"training.import_huggingface '{model}' --out 'build/checkpoints/{run}'" in said
+    assert f"--checkpoint 'build/checkpoints/{run}' --out 'build/export/{run}'" in said
+    assert f"--export 'build/export/{run}'" in said
+    assert re.search(f"evaluate +--checkpoint 'build/checkpoints/{re.escape(run)}'", said)

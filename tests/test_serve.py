@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import ssl
 import zipfile
@@ -97,6 +98,17 @@ def test_a_configuration_without_a_model(home, settings, says):
     assert not (home / "build").exists()
 
 
+def test_a_folder_in_which_java_cannot_start_is_named(home):
+    """It was "Error: A JNI error has occurred, please check your installation"."""
+    settings = {"model_store": "model_store", "load_models": "captioner.mar"}
+    dog = home / "🐕"
+    shutil.copytree(home, dog)
+    config_in(dog, **settings)
+    with pytest.raises(UserError, match="🐕: Java cannot start in a folder with '🐕' in its path"):
+        serve.start(dog / "config.properties", home=dog)
+    assert not (dog / "build").exists()
+
+
 def test_a_port_in_use_is_named(home):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -181,7 +193,7 @@ def test_tls_settings(tmp_path):
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
-        ("", "the log does not say why"),
+        ("", "the log contains no reason"),
         (
             "x [INFO ] MODEL_LOG - Traceback (most recent call last):\n"
             "x [INFO ] MODEL_LOG -   File a, line 1, in initialize\n"
@@ -243,3 +255,12 @@ def test_paths_in_a_properties_file_are_read_by_java(path):
     assert written.isascii()
     read = re.sub(r"\\u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), written)
     assert read.encode("utf-16", "surrogatepass").decode("utf-16") == path
+
+
+@pytest.mark.parametrize(
+    ("given", "served"), [("C", "C.UTF-8"), ("POSIX", "C.UTF-8"), ("fr", "fr")]
+)
+def test_java_finds_names_of_all_letters_in_any_locale(given, served, monkeypatch):
+    """Under LC_ALL=C TorchServe did not start in a folder whose name is not ASCII."""
+    monkeypatch.setenv("LC_ALL", given)
+    assert serve.environment("/tmp")["LC_ALL"] == served

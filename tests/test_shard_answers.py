@@ -82,28 +82,28 @@ LIES = {
         once(head(b"206 OK", RANGE, b"Content-Encoding: gzip\r\n") + PART), "Content-Encoding gzip",
     ),
     "another range": (
-        once(head(b"206 OK", b"Content-Range: bytes 5-104/1000\r\n") + PART), "with the range",
+        once(head(b"206 OK", b"Content-Range: bytes 5-104/1000\r\n") + PART), "has the range",
     ),
     "a range of no numbers": (
-        once(head(b"206 OK", b"Content-Range: bytes 0-99/\xb2\r\n") + PART), "with the range",
+        once(head(b"206 OK", b"Content-Range: bytes 0-99/\xb2\r\n") + PART), "has the range",
     ),
     "a size of 5,000 digits": (
         once(head(b"206 OK", b"Content-Range: bytes 0-99/" + b"9" * 5000 + b"\r\n") + PART),
-        "with the range",
+        "has the range",
     ),
-    "too short": (once(head(b"206 OK", RANGE) + PART[:7]), "an answer of 7 bytes for 100"),
+    "too short": (once(head(b"206 OK", RANGE) + PART[:7]), "has 7 bytes instead of 100"),
     "a circle": (once(head(b"302 Found", b"Location: /again\r\n")), "redirects more than 5 times"),
     "a redirect without end": (
         endlessly(head(b"302 Found", b"Location: /again\r\n"), b"x" * 65536), "redirects more than",
     ),
-    "a redirect to no URL": (once(head(b"302 Found", b"Location: http://[\r\n")), "no URL"),
+    "a redirect to no URL": (once(head(b"302 Found", b"Location: http://[\r\n")), "not a URL"),
     "headers without end": (
         endlessly(b"HTTP/1.1 206 OK\r\n", b"X-A: b\r\n", 0.001), "ConnectionError",
     ),
     "100 Continue without end": (
-        endlessly(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "no whole header of an answer",
+        endlessly(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "no complete header",
     ),
-    "dripping headers": (endlessly(b"HTTP/1.1 206 OK\r\nX: ", b"x", 0.2), "no whole header"),
+    "dripping headers": (endlessly(b"HTTP/1.1 206 OK\r\nX: ", b"x", 0.2), "no complete header"),
     "a dripping body": (endlessly(head(b"206 OK", RANGE), b"x", 0.2), "too slow"),
 }  # fmt: skip
 

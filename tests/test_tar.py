@@ -107,17 +107,17 @@ BAD = {
     "negative": (header("0.jpg", NEGATIVE), "the size of '0.jpg' is -512"),
     "minus": (header("0.jpg", b"-0000001000\0"), "the size of '0.jpg' is -512"),
     "absurd": (header("0.jpg", b"\x80" + b"\0" * 3 + b"\x7f" * 8), "cut off within 0.jpg"),
-    "no number": (header("0.jpg", b"what is it?\0"), "no header of a tar"),
+    "no number": (header("0.jpg", b"what is it?\0"), "not a tar header"),
     "pax size": (
         member("p", record("size", "many"), tarfile.XHDTYPE) + member("0.jpg", photo()),
-        "the pax size 'many' is no number",
+        "the pax size 'many' is not a number",
     ),
     "pax size, endless": (
         member("p", record("size", "9" * 5000), tarfile.XHDTYPE) + member("0.jpg", photo()),
-        "is no number",
+        "is not a number",
     ),
-    "pax, damaged": (member("p", b"99 path=x\n", tarfile.XHDTYPE), "a pax header that is damaged"),
-    "pax, no length": (member("p", b"path=x\n", tarfile.XHDTYPE), "a pax header that is damaged"),
+    "pax, damaged": (member("p", b"99 path=x\n", tarfile.XHDTYPE), "a damaged pax header"),
+    "pax, no length": (member("p", b"path=x\n", tarfile.XHDTYPE), "a damaged pax header"),
     "header of gigabytes": (
         header("p", 2**31, tarfile.XHDTYPE), "cut off within p",
     ),
@@ -133,7 +133,7 @@ BAD = {
     "cut in a member": (GOOD[:700], "cut off within 0.jpg"),
     "empty": (b"", "cut off"),
     "gzip": (gzip.compress(GOOD + END), "compressed with gzip"),
-    "joined": (GOOD + END + member("1.jpg", photo()) + END, "join no tars"),
+    "joined": (GOOD + END + member("1.jpg", photo()) + END, "do not concatenate tars"),
     "key twice": (GOOD + GOOD + END, "key '0' occurs a second time"),
     "photo twice": (
         member("0.jpg", photo()) + member("0.jpg", photo("blue")) + member("0.txt", b"x") + END,

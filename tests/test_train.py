@@ -11,20 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, TINY, run_program
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import config_of, train_killed
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError, run_command
-from handler.image_preprocess import PreprocessConfig
+from handler.image_preprocess import PreprocessConfig, resize, to_tensor
 from training.checkpoint import load_captioner, load_model
 from training.config import Stage, load_config
 from training.data.captions import mirrored, pack_captions
-from training.data.features import FeatureCache
+from training.data.features import FeatureCache, FrozenEncoder
 from training.data.manifest import read_manifest
 from training.data.photos import Augment, epoch_order
 from training.loop.distributed import Processes
@@ -214,10 +216,15 @@ def test_layers_further_down_learn_more_slowly():
     assert {name: learning_rate(name, stage, 12) for name in rates} == rates
 
 
-def test_checkpointing_keeps_less_and_gives_the_same_gradients():
+@pytest.mark.parametrize(
+    "family",
+    [{}, {"norm": "post", "embedding_norm": True}, {"norm": "post", "memory": "prefix"}],
+    ids=["GPT-2", "BERT", "GIT"],
+)
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(family):
     model = CaptioningModel(
         EncoderConfig(32, 3, 2, 64, image_size=32, patch_size=8),
-        DecoderConfig(50, 12, 32, 2, 2, 64, 32, dropout=0.2),
+        DecoderConfig(50, 12, 32, 2, 2, 64, 32, dropout=0.2, **family),
     )
     images, tokens = torch.randn(4, 3, 32, 32), torch.randint(50, (4, 10))
     positions, mask = torch.arange(10).expand(4, -1), torch.ones(4, 10, 10, dtype=torch.bool).tril()
@@ -323,14 +330,27 @@ def test_two_runs_make_the_same_features_once(tiny_data, tmp_path):
 
     def make(_):
         augment = Augment(preprocessing, augment=True, flip=True)
-        given = (tmp_path, "encoder", manifest, rows, encode, (1, 192), 2, augment)
-        return FeatureCache(*given, seed=0, workers=0)
+        encoder = FrozenEncoder("encoder", encode, (1, 192))
+        return FeatureCache(tmp_path, encoder, manifest, rows, 2, augment, seed=0, workers=0)
 
     with ThreadPoolExecutor() as runs:
         first, second = runs.map(make, range(2))
     assert sum(encoded) == 2 * len(rows)
     assert torch.equal(first.memory, second.memory) and first.memory.any()
     assert [path.suffix for path in tmp_path.iterdir()] == [".bf16"]
+
+
+def test_an_augmented_photo_is_cut_as_every_other():
+    """It was made as small as the cut, of which the middle was then blown up again."""
+    preprocessing = PreprocessConfig(image_size=8, resize_to=12)
+    augment = Augment(preprocessing, augment=True, flip=False)
+    whole = augment.transform.transforms[0]
+    whole.scale = whole.ratio = (1.0, 1.0)
+    augment.transform = whole
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise)
+    cut = to_tensor(resize(photo, preprocessing), preprocessing)
+    torch.testing.assert_close(augment(photo, seed=0)[0], cut)
 
 
 def test_mirrored_captions_swap_sides_and_nothing_else():

@@ -5,6 +5,7 @@ import http.client
 import io
 import re
 import threading
+from urllib.parse import quote
 
 import pytest
 from browser import Browser, needs_chromium
@@ -74,10 +75,11 @@ def photo_file(tmp_path_factory):
     return path
 
 
-def ask(page, method="POST", path="/caption", body=b"", key=None, **headers):
+def ask(page, method="POST", path="/caption", body=b"", key=None, prompt=None, **headers):
     """(status, headers, body) of a request as the page itself would send it, but for `headers`."""
     key = page.key if key is None else key
     path += f"?key={key}" if key else ""
+    path += "" if prompt is None else f"&prompt={quote(prompt)}"
     given = {"Host": f"127.0.0.1:{page.port}", "Origin": f"http://127.0.0.1:{page.port}"}
     given |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=30)
@@ -92,6 +94,12 @@ def ask(page, method="POST", path="/caption", body=b"", key=None, **headers):
     return answer.status, answer.headers, content
 
 
+def seen_in(html: str) -> list[float]:
+    """The part of the photo that the maps of a card lie over."""
+    [seen] = set(re.findall('data-seen="([^"]+)"', html))
+    return [float(share) for share in seen.split()]
+
+
 def test_a_photo_becomes_a_card(page, client, photo_file):
     status, headers, html = ask(page, body=photo_file.read_bytes())
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
@@ -99,7 +107,19 @@ def test_a_photo_becomes_a_card(page, client, photo_file):
     assert client.photos == [photo_file.read_bytes()]
     assert html.count('class="word"') == 6 and "score -0.90" in html
     assert "<b>" not in html and "&lt;b&gt;" in html
-    assert 'width="480" height="320"' in html and 'data-fit="squash"' in html
+    assert 'width="480" height="320"' in html and seen_in(html) == [0, 0, 1, 1]
+
+
+def test_a_prompt_stands_before_the_words(page, client, photo_file, monkeypatch):
+    """It is no button: what was given has no map."""
+    caption = {**CAPTION, "caption": "a <i> & a red <b>"}
+    monkeypatch.setitem(ANSWER, "captions", [caption])
+    _, _, html = ask(page, body=photo_file.read_bytes(), prompt="a <i> & é")
+    assert client.options["prompt"] == "a <i> & é"
+    assert html.count('class="word"') == 3
+    assert '<span class="quiet">a &lt;i&gt; &amp;</span>\n<button' in html
+    ask(page, body=photo_file.read_bytes(), prompt="")
+    assert "prompt" not in client.options
 
 
 @pytest.mark.parametrize("key", ["", "x", "é"])
@@ -122,14 +142,25 @@ def test_the_key_is_in_the_address_that_is_printed(client, monkeypatch, capsys):
         assert other.key != key
 
 
-def test_the_map_lies_where_the_model_saw(page, client, photo_file):
-    client.card = {"preprocessing": {"resize": "crop"}}
-    assert 'data-fit="crop"' in ask(page, body=photo_file.read_bytes())[2]
+@pytest.mark.parametrize(
+    ("preprocessing", "seen"),
+    [
+        ({"resize": "squash"}, [0, 0, 1, 1]),
+        ({"resize": "crop"}, [1 / 6, 0, 5 / 6, 1]),
+        ({"image_size": 224, "resize_to": 256}, [1 / 16, 1 / 16, 15 / 16, 15 / 16]),
+    ],
+)
+def test_the_map_lies_where_the_model_saw(page, client, photo_file, preprocessing, seen):
+    """Of a model that resizes to 256 and sees the middle 224, it lay over the whole photo."""
+    client.card = {"preprocessing": preprocessing}
+    html = ask(page, body=photo_file.read_bytes())[2]
+    # Cut to whole pixels of the resized photo, as Hugging Face does.
+    assert seen_in(html) == pytest.approx(seen, abs=1 / 224)
 
 
 def test_without_a_model_card_the_default_is_taken(page, client, photo_file):
     client.card = {}
-    assert 'data-fit="squash"' in ask(page, body=photo_file.read_bytes())[2]
+    assert seen_in(ask(page, body=photo_file.read_bytes())[2]) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "", None])
@@ -178,6 +209,8 @@ def test_what_else_is_refused(page, client, changes, status):
     [
         (ServerError("UnsupportedMediaType", 415, "the content is no photo"), 415,
          "This file cannot be captioned: the content is no photo."),
+        (ServerError("InvalidParameter", 400, "prompt: no word 'x'"), 400,
+         "These words cannot be used: prompt: no word 'x'."),
         (ServerError("InvalidKeyException", 400, "no"), 502, "make serve"),
         (ServerError("ServiceUnavailableException", 503, "x"), 503, "try again"),
         (ServerError("ModelNotFoundException", 404, "x"), 502, "make mar"),
@@ -213,7 +246,7 @@ def test_a_file_by_keyboard_alone(page, photo_file):
         browser.give_files("#file", photo_file)
         browser.wait("document.querySelector('#result .card')")
         assert browser.run("document.getElementById('status').textContent") == "Caption: a red <b>"
-        for _ in range(9):  # the camera's button, then the words
+        for _ in range(9):  # the camera's button, the prompt, then the words
             browser.press("Tab")
             if browser.run("document.activeElement.textContent") == "red":
                 break
@@ -224,6 +257,24 @@ def test_a_file_by_keyboard_alone(page, photo_file):
         browser.press("Enter", "\r")
         assert browser.run("document.activeElement.getAttribute('aria-pressed')") == "true"
         assert browser.problems == []
+
+
+@needs_chromium
+def test_the_map_is_drawn_where_the_model_saw(page, client, photo_file):
+    client.card = {"preprocessing": {"image_size": 16, "resize_to": 32, "resize": "crop"}}
+    with Browser() as browser:
+        browser.open(f"http://127.0.0.1:{page.port}/?key={page.key}")
+        browser.give_files("#file", photo_file)
+        browser.wait("document.querySelector('#result .card')")
+        browser.point(".captions .word")
+        browser.wait("document.querySelector('.map canvas')")
+        shares = browser.run(
+            "(() => { const [map, photo] = ['.map', '.card img'].map((name) => "
+            "document.querySelector(name).getBoundingClientRect()); "
+            "return [(map.left - photo.left) / photo.width, (map.top - photo.top) / photo.height, "
+            "map.width / photo.width, map.height / photo.height]; })()"
+        )
+        assert shares == pytest.approx([1 / 3, 1 / 4, 1 / 3, 1 / 2], abs=0.02)
 
 
 @needs_chromium
@@ -246,6 +297,22 @@ def test_camera_and_drop(page, client, width):
         browser.wait("document.getElementById('error').textContent")
         assert client.photos[1] == b"hello"
         assert browser.overflow() == 0
+
+
+@needs_chromium
+def test_another_prompt_captions_the_photo_again(page, client, photo_file):
+    with Browser() as browser:
+        browser.open(f"http://127.0.0.1:{page.port}/?key={page.key}")
+        browser.give_files("#file", photo_file)
+        browser.wait("document.querySelector('#result .card')")
+        browser.run(
+            "const prompt = document.getElementById('prompt'); prompt.value = ' a & b ';"
+            "document.querySelector('#result .card').remove();"
+            "prompt.dispatchEvent(new Event('change'));"
+        )
+        browser.wait("document.querySelector('#result .card')")
+        assert client.options["prompt"] == "a & b" and len(client.photos) == 2
+        assert browser.problems == []
 
 
 @needs_chromium

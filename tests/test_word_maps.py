@@ -5,7 +5,16 @@ import base64
 import pytest
 import torch
 
-from handler.web.word_maps import Word, box, centre, peak, place_name, word_as_dict, words_of
+from handler.web.word_maps import (
+    Word,
+    box,
+    centre,
+    on_photo,
+    peak,
+    place_name,
+    word_as_dict,
+    words_of,
+)
 
 
 def spot(rows, columns, side=8) -> torch.Tensor:
@@ -63,6 +72,19 @@ def test_a_flat_map_is_the_whole_picture():
     flat = torch.full((4, 4), 1 / 16)
     assert box(flat) == (0, 0, 1, 1)
     assert centre(flat) == pytest.approx((0.5, 0.5))
+
+
+def test_a_map_of_a_part_lies_in_the_photo():
+    """The middle third of a wide photo: its left edge is not the photo's."""
+    seen = (1 / 3, 0.0, 2 / 3, 1.0)
+    assert on_photo((0.0, 0.5), seen) == pytest.approx([1 / 3, 0.5])
+    assert on_photo((0.0, 0.25, 1.0, 0.5), seen) == pytest.approx([1 / 3, 0.25, 2 / 3, 0.5])
+    word = Word("dog", -0.5, spot(0, 0))
+    assert word_as_dict(word)["place"] == "upper left"
+    assert word_as_dict(word, seen)["place"] == "upper"
+    # Box and centre are drawn within the map.
+    for name in ("map", "box", "centre"):
+        assert word_as_dict(word, seen)[name] == word_as_dict(word)[name]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,15 @@ from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, check_config, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path, write_atomic
+from training.davit import DaViTConfig
 from training.folders import WEIGHTS_FILE
-from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.model import CaptioningModel, DecoderConfig, EncoderConfig, EncoderShape
 
+# The encoders by the `kind` in their config; a Vision Transformer has none.
+ENCODERS: dict[str | None, type[EncoderConfig] | type[DaViTConfig]] = {
+    None: EncoderConfig,
+    "davit": DaViTConfig,
+}
 # Where the output head is the token embedding (tied), only one of the two is stored.
 TIED = "decoder.head.weight"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -40,12 +46,7 @@ def save_checkpoint(
             "decoder": dataclasses.asdict(model.decoder_config),
         },
         "preprocessing": preprocessing,
-        "tokenizer": {
-            "begin_id": tokenizer.begin_id,
-            "end_id": tokenizer.end_id,
-            "pad_id": tokenizer.pad_id,
-            "suppressed_ids": tokenizer.suppressed_ids,
-        },
+        "tokenizer": tokenizer.settings,
         "decoding": decoding,
         "training": training,
     }
@@ -114,32 +115,42 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
     return shapes
 
 
+def encoder_config(section: dict[str, Any]) -> EncoderShape:
+    """The encoder's config from its section of a `config.json`. Raises UserError, or TypeError for
+    a field that it does not have."""
+    kind = section.get("kind")
+    if not isinstance(kind, str | None) or kind not in ENCODERS:
+        raise UserError(f"encoder.kind is {kind!r}; only 'davit' is known, or none for a ViT")
+    return ENCODERS[kind](**section)
+
+
 def _model_configs(
     directory: Path, config: dict[str, Any], tensors: int
-) -> tuple[EncoderConfig, DecoderConfig]:
+) -> tuple[EncoderShape, DecoderConfig]:
     """The shapes in the config, none of more layers than the weights have tensors: even empty
     layers take time and memory."""
     path = directory / "config.json"
     for part in ("encoder", "decoder"):
         section = config["model"][part]
         for name, value in section.items():
-            if isinstance(value, int | float) and not 0 <= value <= LARGEST:
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(n, int | float) and not 0 <= n <= LARGEST for n in numbers):
                 raise UserError(f"{path}: field 'model.{part}.{name}' is out of range")
-        layers = section.get("layers")
-        if not isinstance(layers, int) or layers > tensors:
-            raise UserError(
-                f"{path}: field 'model.{part}.layers' is {layers!r}, but {WEIGHTS_FILE} holds "
-                f"{tensors} tensors"
-            )
     try:
-        return EncoderConfig(**config["model"]["encoder"]), DecoderConfig(
-            **config["model"]["decoder"]
-        )
+        encoder = encoder_config(config["model"]["encoder"])
+        decoder = DecoderConfig(**config["model"]["decoder"])
+        layers = encoder.layers + decoder.layers + decoder.prompt_layers
     except (ArithmeticError, TypeError, UserError) as error:
         raise UserError(f"{path}: field 'model': {error}") from error
+    if layers > tensors:
+        raise UserError(
+            f"{path}: field 'model' gives {layers} layers, but {WEIGHTS_FILE} holds {tensors} "
+            "tensors"
+        )
+    return encoder, decoder
 
 
-def _build(directory: Path, encoder: EncoderConfig, decoder: DecoderConfig) -> CaptioningModel:
+def _build(directory: Path, encoder: EncoderShape, decoder: DecoderConfig) -> CaptioningModel:
     try:
         return CaptioningModel(encoder, decoder)
     # Sizes of other types, or whose product is beyond what torch can count.

@@ -6,16 +6,18 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from handler.beam_search import MAX_BEAMS, DecodeOptions
-from handler.errors import UserError
+from handler.beam_search import MAX_BEAMS, OPTIONS, DecodeOptions
+from handler.errors import UserError, naming
 
 CONFIGS = Path(__file__).parent / "configs"
+UNIONS = (types.UnionType, typing.Union)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -23,58 +25,86 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_fields(section: Any, where: str, **ranges: tuple[float, float, str]) -> None:
-    """Refuses a value that is none of its field's `Literal`, and a number outside its range
-    (lowest, highest, how it is said); None stays for the default."""
-    for name, kind in typing.get_type_hints(type(section)).items():
-        kinds = typing.get_args(kind) if typing.get_origin(kind) is typing.Union else (kind,)
-        choices = [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
-        value = getattr(section, name)
-        _require(
-            not choices or value in choices or (value is None and type(None) in kinds),
-            f"{where}{name} must be {' or '.join(choices)}, not {value!r}",
-        )
-    for name, (low, high, said) in ranges.items():
-        value = getattr(section, name)
-        # Not the opposite comparison: nan is in no range.
-        _require(
-            value is None or low <= value <= high, f"{where}{name} must be {said}, not {value!r}"
-        )
+class Range(NamedTuple):
+    """Values that a number may take, and how that is said."""
+
+    low: float
+    high: float
+    text: str
 
 
 # Just above 0 and just below 1, for ranges that leave these out.
 SOME, NEARLY_ONE = 1e-12, 1 - 1e-6
 MOST = 10**9
-COUNT = (1, MOST, "1 or more")
-RATE = (SOME, 10.0, "above 0, to 10")
-DROPOUT = (0.0, NEARLY_ONE, "0 to below 1")
+COUNT = Range(1, MOST, "1 or more")
+SIDE = Range(1, 4096, "1 to 4096")
+WIDTH = Range(1, 65536, "1 to 65536")
+LAYERS = Range(1, 1000, "1 to 1000")
+RATE = Range(SOME, 10, "above 0, to 10")
+DROPOUT = Range(0, NEARLY_ONE, "0 to below 1")
+
+
+def about(text: str, allowed: Range | None = None, default: str = "") -> dict[str, Any]:
+    """The metadata of a field: its meaning, the values that it may take, and its default in words
+    where the dataclass has none or None; `docs/config.md` shows them."""
+    return {"about": text, "range": allowed, "default": default}
+
+
+def _check_fields(section: Any, where: str) -> None:
+    """Refuses a value that is none of its field's `Literal`, and a number outside its range; None
+    stays for the default."""
+    kinds_of = typing.get_type_hints(type(section))
+    for name, item in ((item.name, item) for item in dataclasses.fields(section)):
+        value = getattr(section, name)
+        choices = choices_of(kinds_of[name])
+        _require(
+            not choices or value in choices or (value is None and item.default is None),
+            f"{where}{name} must be {' or '.join(choices)}, not {value!r}",
+        )
+        allowed = item.metadata.get("range")
+        # Not the opposite comparison: nan is in no range.
+        _require(
+            allowed is None or value is None or allowed.low <= value <= allowed.high,
+            f"{where}{name} must be {allowed and allowed.text}, not {value!r}",
+        )
+
+
+def choices_of(kind: Any) -> list[str]:
+    """The strings of a field's `Literal`, alone or beside None; none for any other kind."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
+    return [c for k in kinds if typing.get_origin(k) is Literal for c in typing.get_args(k)]
 
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """Where the encoder comes from: `pretrained` (see `training.weights.encoders`), or the shape of
-    one that is trained from scratch. `image_size` applies to both; left out, it is the pretrained
-    one's own, or 224."""
+    """Where the encoder comes from: `pretrained`, or the shape of one that is trained from
+    scratch."""
 
-    pretrained: str | None = None
-    image_size: int | None = None
-    patch_size: int = 16
-    width: int = 192
-    layers: int = 12
-    heads: int = 3
-    dropout: float = 0.0
+    pretrained: str | None = field(
+        default=None,
+        metadata=about(
+            "Pretrained encoder: timm/NAME, torchvision/NAME or checkpoint/DIR. The other fields, "
+            "except image_size, must then be left out"
+        ),
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata=about(
+            "Side of the square input in pixels",
+            SIDE,
+            "that of the pretrained encoder, or 224",
+        ),
+    )
+    patch_size: int = field(
+        default=16, metadata=about("Side of a patch in pixels; must divide image_size", SIDE)
+    )
+    width: int = field(default=192, metadata=about("Width of a token; a multiple of heads", WIDTH))
+    layers: int = field(default=12, metadata=about("Transformer blocks", LAYERS))
+    heads: int = field(default=3, metadata=about("Attention heads per block", LAYERS))
+    dropout: float = field(default=0.0, metadata=about("Dropout rate", DROPOUT))
 
     def __post_init__(self) -> None:
-        _check_fields(
-            self,
-            "encoder.",
-            image_size=(1, 4096, "1 to 4096"),
-            patch_size=(1, 4096, "1 to 4096"),
-            width=(1, 65536, "1 to 65536"),
-            layers=(1, 1000, "1 to 1000"),
-            heads=(1, 1000, "1 to 1000"),
-            dropout=DROPOUT,
-        )
+        _check_fields(self, "encoder.")
         size = 224 if self.image_size is None else self.image_size
         if self.pretrained is None:
             _require(
@@ -96,24 +126,23 @@ class EncoderSource:
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """`max_tokens` is the longest caption learnt or written, in tokens, end token included."""
+    """The decoder, which is trained from scratch."""
 
-    width: int = 384
-    layers: int = 4
-    heads: int = 6
-    dropout: float = 0.1
-    max_tokens: int = 32
+    width: int = field(default=384, metadata=about("Width of a token; a multiple of heads", WIDTH))
+    layers: int = field(default=4, metadata=about("Transformer blocks", LAYERS))
+    heads: int = field(default=6, metadata=about("Attention heads per block", LAYERS))
+    dropout: float = field(default=0.1, metadata=about("Dropout rate", DROPOUT))
+    max_tokens: int = field(
+        default=32,
+        metadata=about(
+            "Length of the longest caption in training and generation, in tokens, including the "
+            "end token",
+            Range(2, 65536, "2 to 65536"),
+        ),
+    )
 
     def __post_init__(self) -> None:
-        _check_fields(
-            self,
-            "decoder.",
-            width=(1, 65536, "1 to 65536"),
-            layers=(1, 1000, "1 to 1000"),
-            heads=(1, 1000, "1 to 1000"),
-            dropout=DROPOUT,
-            max_tokens=(2, 65536, "2 to 65536"),
-        )
+        _check_fields(self, "decoder.")
         _require(
             self.width % self.heads == 0,
             f"decoder.width {self.width} is no multiple of decoder.heads {self.heads}",
@@ -122,36 +151,72 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """A vocabulary fitted on the training captions, or the one of `checkpoint` (a folder), as a
-    student needs it whose captions are not those that its teacher was fitted on. Without a `kind`
-    the vocabulary is of words, or of byte pairs for captions in scripts without spaces."""
+    """A vocabulary fitted on the training captions, or the one of a checkpoint, as a student needs
+    it whose captions are not those that its teacher was fitted on."""
 
-    kind: Literal["word", "bpe"] | None = None
-    vocab_size: int = 10_000
-    min_count: int = 2
-    checkpoint: str | None = None
+    kind: Literal["word", "bpe"] | None = field(
+        default=None,
+        metadata=about(
+            "Whether the vocabulary consists of words or of byte pairs",
+            default="`word`, or `bpe` if the captions are written without spaces",
+        ),
+    )
+    vocab_size: int = field(
+        default=10_000, metadata=about("Largest number of tokens", Range(5, 10**7, "5 to 10000000"))
+    )
+    min_count: int = field(
+        default=2, metadata=about("How often a word must occur to be in the vocabulary", COUNT)
+    )
+    lowercase: bool | None = field(
+        default=None,
+        metadata=about(
+            "Whether captions are learnt and written in small letters; left out: words are, byte "
+            "pairs keep the case"
+        ),
+    )
+    add_words: int = field(
+        default=0,
+        metadata=about(
+            "With `FROM=` and a vocabulary of words: those that it lacks are added where training "
+            "captions have them at least so often; 0: none",
+            Range(0, MOST, "0 (none) or more"),
+        ),
+    )
+    checkpoint: str | None = field(
+        default=None,
+        metadata=about("Folder of a checkpoint whose tokenizer is used instead of a new one"),
+    )
 
     def __post_init__(self) -> None:
-        _check_fields(self, "tokenizer.", vocab_size=(5, 10**7, "5 to 10000000"), min_count=COUNT)
-        for other in dataclasses.fields(self)[:3]:
+        _check_fields(self, "tokenizer.")
+        for other in dataclasses.fields(self):
             _require(
-                self.checkpoint is None or getattr(self, other.name) == other.default,
+                self.checkpoint is None
+                or other.name in ("checkpoint", "add_words")
+                or getattr(self, other.name) == other.default,
                 f"tokenizer.{other.name} is the one of tokenizer.checkpoint; leave one of them out",
             )
 
 
 @dataclass(frozen=True)
 class SelfCritical:
-    """Self-critical training on CIDEr-D (see `training.objectives.self_critical`): `samples`
-    captions a photo at a `temperature`, against a `baseline`, the `greedy` caption's reward or the
-    `mean` of the other samples'."""
+    """Self-critical training on CIDEr-D (see `training.objectives.self_critical`)."""
 
-    samples: int = 5
-    temperature: float = 0.5
-    baseline: Literal["greedy", "mean"] = "mean"
+    samples: int = field(default=5, metadata=about("Number of captions that are sampled per photo"))
+    temperature: float = field(
+        default=0.5,
+        metadata=about("Sampling temperature", RATE),
+    )
+    baseline: Literal["greedy", "mean"] = field(
+        default="mean",
+        metadata=about(
+            "Reward that is subtracted from a sample's: that of the greedy caption, or the mean of "
+            "the other samples of the photo"
+        ),
+    )
 
     def __post_init__(self) -> None:
-        _check_fields(self, "self_critical: ", temperature=(SOME, 10, "above 0, to 10"))
+        _check_fields(self, "self_critical: ")
         least = 2 if self.baseline == "mean" else 1
         _require(
             least <= self.samples <= MAX_BEAMS,
@@ -161,13 +226,24 @@ class SelfCritical:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Word-level distillation (see `training.objectives.distillation`) from the checkpoints in the
-    folders `teachers`: `weight` is the share of their term in the loss, the rest is cross-entropy;
-    `temperature` softens their distributions and the student's."""
+    """Word-level distillation (see `training.objectives.distillation`)."""
 
-    teachers: tuple[str, ...]
-    weight: float = 0.5
-    temperature: float = 1.0
+    teachers: tuple[str, ...] = field(
+        metadata=about(
+            "Folders of the teachers' checkpoints; the target is the mean of their distributions"
+        )
+    )
+    weight: float = field(
+        default=0.5,
+        metadata=about("Weight of the teachers' term in the loss; cross-entropy has 1 - weight"),
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata=about(
+            "Temperature that softens the distributions of the teachers and of the student",
+            Range(SOME, 1000, "above 0, to 1000"),
+        ),
+    )
 
     def __post_init__(self) -> None:
         _require(len(self.teachers) > 0, "distillation: teachers must name at least one checkpoint")
@@ -176,61 +252,95 @@ class Distillation:
             all(isinstance(folder, str) and folder.strip() for folder in self.teachers),
             "distillation: teachers must be names of folders",
         )
-        _check_fields(self, "distillation: ", temperature=(SOME, 1000, "above 0, to 1000"))
+        _check_fields(self, "distillation: ")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training with a schedule of its own (warm-up, then cosine to zero).
+    """One stretch of training with a schedule of its own (warm-up, then cosine to zero). Its
+    objective is cross-entropy, mixed with what teachers say where the stage has `distillation`, or,
+    where it has `self_critical`, the expected CIDEr-D."""
 
-    `encoder: frozen` computes the features of every photo once and trains the decoder on them;
-    `views` is how many differently augmented versions of each photo are cached (the first is the
-    photo itself). `encoder: trained` runs and trains the encoder too, at `encoder_lr`,
-    which each layer further down multiplies by `encoder_layer_decay`.
-
-    The objective is cross-entropy with `label_smoothing` (0.1 unless given), mixed with what
-    teachers say where the stage has `distillation`, or, where the stage has `self_critical` (`{}`
-    for its defaults), the expected CIDEr-D.
-    `gradient_checkpointing` computes each block twice to keep less of it in memory.
-    """
-
-    name: str
-    epochs: int
-    encoder: Literal["frozen", "trained"] = "trained"
-    views: int = 1
-    batch_photos: int = 32
-    accumulate: int = 1
-    decoder_lr: float = 3e-4
-    encoder_lr: float = 3e-5
-    encoder_layer_decay: float = 1.0
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    label_smoothing: float | None = None
-    distillation: Distillation | None = None
-    self_critical: SelfCritical | None = None
-    clip: float = 1.0
-    ema: float = 0.999
-    augment: bool = False
-    flip: bool = False
-    gradient_checkpointing: bool = False
+    name: str = field(metadata=about("Name of the stage in logs and messages"))
+    epochs: int = field(metadata=about("Passes over the training photos", COUNT))
+    encoder: Literal["frozen", "trained"] = field(
+        default="trained",
+        metadata=about(
+            "`frozen`: compute the features of every photo once and train only the decoder; "
+            "`trained`: train the encoder as well"
+        ),
+    )
+    views: int = field(
+        default=1,
+        metadata=about(
+            "Number of versions of each photo whose features are cached with a frozen encoder; "
+            "the first is the photo itself, the others are augmented",
+            LAYERS,
+        ),
+    )
+    batch_photos: int = field(default=32, metadata=about("Photos per batch", COUNT))
+    accumulate: int = field(default=1, metadata=about("Batches per optimizer step", COUNT))
+    decoder_lr: float = field(
+        default=3e-4, metadata=about("Peak learning rate of the decoder", RATE)
+    )
+    encoder_lr: float = field(
+        default=3e-5, metadata=about("Peak learning rate of the encoder's last block", RATE)
+    )
+    encoder_layer_decay: float = field(
+        default=1.0,
+        metadata=about(
+            "Factor on encoder_lr for each block further from the output; above 0, to 1"
+        ),
+    )
+    warmup: float = field(
+        default=0.05,
+        metadata=about(
+            "Share of the steps in which the learning rate rises", Range(0, 1, "0 to 1")
+        ),
+    )
+    weight_decay: float = field(
+        default=0.01, metadata=about("Weight decay of AdamW", Range(0, 100, "0 to 100"))
+    )
+    label_smoothing: float | None = field(
+        default=None,
+        metadata=about("Label smoothing of cross-entropy, 0 to below 1", default="`0.1`"),
+    )
+    distillation: Distillation | None = field(
+        default=None, metadata=about("Distillation from teachers (table below)")
+    )
+    self_critical: SelfCritical | None = field(
+        default=None,
+        metadata=about(
+            "Self-critical training instead of cross-entropy (table below); `{}` for its defaults"
+        ),
+    )
+    clip: float = field(
+        default=1.0,
+        metadata=about("Gradients are clipped to this norm", Range(SOME, MOST, "above 0")),
+    )
+    ema: float = field(
+        default=0.999,
+        metadata=about(
+            "Decay of the exponential moving average of the weights; the average is what is saved. "
+            "0 turns it off",
+            DROPOUT,
+        ),
+    )
+    augment: bool = field(
+        default=False, metadata=about("Random crops and colour changes of the training photos")
+    )
+    flip: bool = field(
+        default=False,
+        metadata=about("Mirror photos at random and swap left and right in their captions"),
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=about("Recompute each block in the backward pass to save memory")
+    )
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}:"
         _require(bool(self.name.strip()), "stages: a stage's name is empty")
-        _check_fields(
-            self,
-            f"{where} ",
-            epochs=COUNT,
-            batch_photos=COUNT,
-            accumulate=COUNT,
-            views=(1, 1000, "1 to 1000"),
-            decoder_lr=RATE,
-            encoder_lr=RATE,
-            warmup=(0, 1, "a share, 0 to 1"),
-            weight_decay=(0, 100, "0 to 100"),
-            clip=(SOME, MOST, "above 0"),
-            ema=DROPOUT,
-        )
+        _check_fields(self, f"{where} ")
         _require(
             self.label_smoothing is None or 0 <= self.label_smoothing < 1,
             f"{where} label_smoothing is 0 to below 1",
@@ -269,61 +379,106 @@ class Stage:
 
 @dataclass(frozen=True)
 class Validation:
-    """After each `every` epochs, captions of `photos` validation photos (0: all) are scored;
-    training stops early after `patience` validations without a better CIDEr (0: never)."""
+    """Captions of validation photos are scored while a run trains."""
 
-    photos: int = 0
-    num_beams: int = 3
-    every: int = 1
-    patience: int = 0
+    photos: int = field(
+        default=0,
+        metadata=about("Number of validation photos; 0 for all", Range(0, MOST, "0 (all) or more")),
+    )
+    num_beams: int = field(
+        default=3, metadata=about("Number of beams", Range(1, MAX_BEAMS, f"1 to {MAX_BEAMS}"))
+    )
+    every: int = field(default=1, metadata=about("Epochs between two validations", COUNT))
+    patience: int = field(
+        default=0,
+        metadata=about(
+            "Training stops after this many validations without a better CIDEr; 0: never",
+            Range(0, MOST, "0 (never) or more"),
+        ),
+    )
 
     def __post_init__(self) -> None:
-        _check_fields(
-            self,
-            "validation.",
-            photos=(0, MOST, "0 (all) or more"),
-            num_beams=(1, MAX_BEAMS, f"1 to {MAX_BEAMS}"),
-            every=COUNT,
-            patience=(0, MOST, "0 (never) or more"),
-        )
+        _check_fields(self, "validation.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`workers` is how many processes load photos; left out, 1 beside a model that trains on the
-    same processor, or up to 8 for one on a GPU, which would wait for fewer."""
+    """A whole run."""
 
-    name: str
-    data: str
-    stages: tuple[Stage, ...]
-    seed: int = 0
-    encoder: EncoderSource = field(default_factory=EncoderSource)
-    decoder: DecoderShape = field(default_factory=DecoderShape)
-    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
-    validation: Validation = field(default_factory=Validation)
-    resize: Literal["squash", "crop"] = "squash"
-    decoding: dict[str, Any] = field(default_factory=dict)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    device: str = "auto"
-    workers: int | None = None
+    name: str = field(metadata=about("Name of the run", default="the name of the file"))
+    data: str | None = field(
+        metadata=about(
+            "Name of a dataset under build/data, or its folder; without it, `DATA=` is needed"
+        )
+    )
+    stages: tuple[Stage, ...] = field(metadata=about("The stages, in order"))
+    start: str | None = field(
+        default=None,
+        metadata=about("Checkpoint that is fine-tuned; only given on the command line, `FROM=`"),
+    )
+    seed: int = field(
+        default=0,
+        metadata=about("Seed of all random numbers", Range(0, 2**63 - 1, "0 to 2^63 - 1")),
+    )
+    encoder: EncoderSource = field(
+        default_factory=EncoderSource, metadata=about("The encoder (table below)")
+    )
+    decoder: DecoderShape = field(
+        default_factory=DecoderShape, metadata=about("The decoder (table below)")
+    )
+    tokenizer: TokenizerChoice = field(
+        default_factory=TokenizerChoice, metadata=about("The tokenizer (table below)")
+    )
+    validation: Validation = field(
+        default_factory=Validation, metadata=about("Validation during training (table below)")
+    )
+    resize: Literal["squash", "crop"] = field(
+        default="squash",
+        metadata=about(
+            "How a photo becomes a square: `squash` resizes the whole photo, `crop` cuts out its "
+            "middle"
+        ),
+    )
+    decoding: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=about("Default decoding options of the checkpoint (see [serving.md](serving.md))"),
+    )
+    precision: Literal["auto", "fp32", "bf16"] = field(
+        default="auto",
+        metadata=about("Data type of matrix products; `auto`: bf16 if the processor supports it"),
+    )
+    device: str = field(default="auto", metadata=about("`auto`, `cpu`, `cuda` or `cuda:NUMBER`"))
+    workers: int | None = field(
+        default=None,
+        metadata=about(
+            "Number of processes that load photos",
+            Range(0, 1000, "0 to 1000"),
+            "1 on a CPU, up to 8 on a GPU",
+        ),
+    )
 
     def __post_init__(self) -> None:
         _require(len(self.stages) > 0, "stages: at least one stage is needed")
         _require(
-            self.stages[0].self_critical is None,
+            self.stages[0].self_critical is None or self.start is not None,
             f"stage {self.stages[0].name!r}: self_critical needs a stage of cross-entropy before "
-            "it: an untrained model's samples earn nothing",
+            "it, or a captioner to start from (--from): an untrained model's samples earn nothing",
         )
-        for name in ("name", "data"):
+        _require(
+            not self.tokenizer.add_words or self.start is not None,
+            "tokenizer.add_words needs a captioner to start from (--from)",
+        )
+        for name in ("name", "data", "start"):
             value = getattr(self, name)
-            _require(bool(value.strip()) and "\0" not in value, f"{name} is empty; give a name")
+            _require(
+                value is None or (bool(value.strip()) and "\0" not in value),
+                f"{name} is empty; give a name",
+            )
         _require(
             not set(self.name) & {"/", "\\"} and self.name not in (".", ".."),
             f"name must be the name of a folder, not {self.name!r}",
         )
-        _check_fields(
-            self, "", seed=(0, 2**63 - 1, "0 to 2^63 - 1"), workers=(0, 1000, "0 to 1000")
-        )
+        _check_fields(self, "")
         _require(
             re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device) is not None,
             f"device must be auto, cpu, cuda or cuda:NUMBER, not {self.device!r}",
@@ -333,13 +488,7 @@ class TrainConfig:
         self._check_decoding()
 
     def _check_decoding(self) -> None:
-        known = [option.name for option in dataclasses.fields(DecodeOptions)]
-        for name in self.decoding:
-            _require(
-                name in known,
-                f"decoding.{name}: unknown option; known are {', '.join(sorted(known))}",
-            )
-        options = DecodeOptions(**self.decoding)
+        options = decode_options(self.decoding)
         longest = self.decoder.max_tokens - 1
         for name in ("max_new_tokens", "min_new_tokens"):
             value = getattr(options, name) or 0
@@ -347,6 +496,16 @@ class TrainConfig:
                 value <= longest,
                 f"decoding.{name} is {value}, but decoder.max_tokens allows {longest}; raise it",
             )
+
+
+def decode_options(decoding: Mapping[str, Any]) -> DecodeOptions:
+    """The options of a config's section `decoding`. Raises UserError naming the option."""
+    for name in decoding:
+        _require(
+            name in OPTIONS,
+            f"decoding.{name}: unknown option; known are {', '.join(sorted(OPTIONS))}",
+        )
+    return DecodeOptions(**decoding)
 
 
 class _Loader(yaml.SafeLoader):
@@ -363,6 +522,14 @@ class _Loader(yaml.SafeLoader):
 def load_config(name_or_path: str, **overrides: Any) -> TrainConfig:
     """Reads a preset by name (`training/configs/NAME.yaml`) or path. `overrides` replace top-level
     fields; `epochs` replaces the epochs of every stage. Raises UserError naming file and field."""
+    path, fields = read_fields(name_or_path, **overrides)
+    with naming(path):
+        return build_config(fields)
+
+
+def read_fields(name_or_path: str, **overrides: Any) -> tuple[Path, dict[str, Any]]:
+    """The file of a preset and its fields with `overrides`, as for `load_config`, not checked
+    yet."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = CONFIGS / f"{name_or_path}.yaml"
@@ -378,17 +545,22 @@ def load_config(name_or_path: str, **overrides: Any) -> TrainConfig:
         raise UserError(f"{path}: not readable as YAML ({reason})") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a config is a mapping of fields")
+    if "start" in raw:
+        raise UserError(f"{path}: start: give the checkpoint with --from (make: FROM=DIR)")
     epochs = overrides.pop("epochs", None)
-    raw = {"name": path.stem, **raw, **{k: v for k, v in overrides.items() if v is not None}}
-    try:
-        if epochs is not None and isinstance(raw.get("stages"), list):
-            raw["stages"] = [
-                {**stage, "epochs": epochs} if isinstance(stage, dict) else stage
-                for stage in raw["stages"]
-            ]
-        config = _build(TrainConfig, raw, "")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    given = {k: v for k, v in overrides.items() if v is not None}
+    fields = {"name": path.stem, "data": None, **raw, **given}
+    if epochs is not None and isinstance(raw.get("stages"), list):
+        fields["stages"] = [
+            {**stage, "epochs": epochs} if isinstance(stage, dict) else stage
+            for stage in raw["stages"]
+        ]
+    return path, fields
+
+
+def build_config(fields: Mapping[str, Any]) -> TrainConfig:
+    """A config from its fields as in YAML. Raises UserError naming the field."""
+    config = _build(TrainConfig, fields, "")
     assert isinstance(config, TrainConfig)
     return config
 
@@ -414,7 +586,7 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     if origin is tuple:
         _require(isinstance(raw, list), f"{where[:-1]}: must be a list")
         return tuple(_build(typing.get_args(kind)[0], v, f"{where}{i}.") for i, v in enumerate(raw))
-    if origin in (types.UnionType, typing.Union):
+    if origin in UNIONS:
         return None if raw is None else _build(typing.get_args(kind)[0], raw, where)
     if origin is dict:
         _require(isinstance(raw, dict), f"{where[:-1]}: must be a mapping")

@@ -2,8 +2,9 @@
 
 Encoder after Dosovitskiy et al. 2021 (ViT, arXiv:2010.11929), decoder after Radford et al. 2019
 (GPT-2) with the cross-attention of Vaswani et al. 2017 between self-attention and MLP, or after
-Devlin et al. 2019 (BERT), or Wang et al. 2022 (GIT, arXiv:2205.14100): see `DecoderConfig`.
-Read from top to bottom: attention, block, encoder, decoder, whole.
+Devlin et al. 2019 (BERT), Wang et al. 2022 (GIT, arXiv:2205.14100) or Lewis et al. 2020 (BART,
+arXiv:1910.13461): see `DecoderConfig`. Read from top to bottom: attention, block, encoder, decoder,
+whole. Another encoder is `training.davit`.
 
 Dimension key, used as suffixes:
     B photos        Q queries: the tokens of one photo that are run at once, whatever they belong
@@ -14,9 +15,9 @@ Dimension key, used as suffixes:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,34 @@ from handler.beam_search import KeysValues
 from handler.errors import UserError
 
 
-def _refuse_unless(condition: bool, message: str) -> None:
+def refuse_unless(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+class ImageEncoder(nn.Module):
+    """What every encoder is: images (B, 3, S, S), normalised, to memory (B, P, D), which is
+    `prefix_tokens` tokens and then the patches row by row; `blocks` are its layers."""
+
+    config: "EncoderShape"
+    blocks: nn.ModuleList
+
+
+class EncoderShape(Protocol):
+    """What the rest asks of an encoder's config, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def memory_tokens(self) -> int: ...
+    @property
+    def memory_width(self) -> int: ...
+    def build(self) -> ImageEncoder:
+        """The encoder with new weights."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +86,13 @@ class EncoderConfig:
     projection_width: int | None = None
 
     def __post_init__(self) -> None:
-        _refuse_unless(
+        refuse_unless(
             self.image_size % self.patch_size == 0,
             f"encoder.image_size {self.image_size} is no multiple of "
             f"encoder.patch_size {self.patch_size}",
         )
         _check_transformer("encoder", self.width, self.heads, self.layers, self.activation)
-        _refuse_unless(self.prefix_tokens >= 0, "encoder.prefix_tokens must be 0 or more")
+        refuse_unless(self.prefix_tokens >= 0, "encoder.prefix_tokens must be 0 or more")
 
     @property
     def grid(self) -> int:
@@ -81,6 +107,9 @@ class EncoderConfig:
     def memory_width(self) -> int:
         return self.projection_width or self.width
 
+    def build(self) -> "Encoder":
+        return Encoder(self)
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -94,10 +123,15 @@ class DecoderConfig:
         GPT-2          pre    cross    no               yes         no          no
         BERT, RoBERTa  post   cross    yes              yes         yes         yes
         GIT            post   prefix   yes              no          yes         no
+        BART           post   cross    yes              yes         no          no
 
     `norm` stands before each branch, or after its sum with the residual stream. The photo's
     `memory` is read by cross-attention, or stands before the text as a prefix of tokens, which see
     each other and no text. `head_transform` is a dense layer, the activation and a norm.
+
+    With `prompt_layers` the photo's tokens and those of a prompt first read each other in a
+    `PromptEncoder` (BART's encoder), whose output is the memory; `prompt_ids` is the prompt where
+    none is given, special tokens included.
     """
 
     vocab_size: int
@@ -116,26 +150,50 @@ class DecoderConfig:
     tied_head: bool = True
     head_bias: bool = False
     head_transform: bool = False
+    prompt_layers: int = 0
+    prompt_heads: int = 1
+    prompt_mlp_width: int = 1
+    prompt_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", tuple(self.prompt_ids))  # in JSON a list
         _check_transformer("decoder", self.width, self.heads, self.layers, self.activation)
-        _refuse_unless(self.max_positions >= 2, "decoder.max_positions must be 2 or more")
-        _refuse_unless(self.vocab_size >= 2, "decoder.vocab_size must be 2 or more")
-        _refuse_unless(self.norm in ("pre", "post"), "decoder.norm must be pre or post")
-        _refuse_unless(self.memory in ("cross", "prefix"), "decoder.memory must be cross or prefix")
-        _refuse_unless(
+        refuse_unless(self.max_positions >= 2, "decoder.max_positions must be 2 or more")
+        refuse_unless(self.vocab_size >= 2, "decoder.vocab_size must be 2 or more")
+        refuse_unless(self.norm in ("pre", "post"), "decoder.norm must be pre or post")
+        refuse_unless(self.memory in ("cross", "prefix"), "decoder.memory must be cross or prefix")
+        refuse_unless(
             self.memory == "cross" or self.memory_width == self.width,
             f"decoder.memory_width {self.memory_width} is not decoder.width {self.width}, as "
             "decoder.memory prefix needs it",
         )
+        refuse_unless(
+            all(type(i) is int and 0 <= i < self.vocab_size for i in self.prompt_ids),
+            "decoder.prompt_ids must be ids below decoder.vocab_size",
+        )
+        if self.prompt_layers:
+            refuse_unless(
+                self.memory == "cross" and self.memory_width == self.width,
+                "decoder.prompt_layers need decoder.memory cross, of decoder.width",
+            )
+
+    def prompt_block(self) -> "DecoderConfig":
+        """The blocks of the prompt encoder: the decoder's, without cross-attention."""
+        return replace(
+            self,
+            memory="prefix",
+            heads=self.prompt_heads,
+            mlp_width=self.prompt_mlp_width,
+            prompt_layers=0,
+        )
 
 
 def _check_transformer(part: str, width: int, heads: int, layers: int, activation: str) -> None:
-    _refuse_unless(
+    refuse_unless(
         heads > 0 and width % heads == 0, f"{part}.width {width} is no multiple of {heads} heads"
     )
-    _refuse_unless(layers > 0, f"{part}.layers must be 1 or more")
-    _refuse_unless(
+    refuse_unless(layers > 0, f"{part}.layers must be 1 or more")
+    refuse_unless(
         activation in ACTIVATIONS,
         f"{part}.activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}",
     )
@@ -170,6 +228,12 @@ class Packing(NamedTuple):
     index_N: Tensor
     photos: int
     queries: int
+
+
+def packing_of(real_BQ: Tensor) -> Packing:
+    """Of the tokens that `real_BQ` marks."""
+    photos, queries = real_BQ.shape
+    return Packing(real_BQ.flatten().nonzero().squeeze(1), photos, queries)
 
 
 def unpack(x: Tensor, packing: Packing | None) -> Tensor:
@@ -347,9 +411,11 @@ class EncoderBlock(nn.Module):
         return self.dropout(x_BPD if scale_D is None else x_BPD * scale_D)
 
 
-class Encoder(nn.Module):
+class Encoder(ImageEncoder):
     """Vision Transformer: images (B, 3, image_size, image_size), normalised, to memory (B, P, D),
     P = prefix_tokens + grid * grid, patches row by row, D = memory_width."""
+
+    config: EncoderConfig
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -375,7 +441,7 @@ class Encoder(nn.Module):
             )
         self.dropout = Dropout(config.dropout)
         # GPT-2's constant 0.02 is too small for a narrow encoder, which learns little for long.
-        self.apply(_initialise)
+        self.apply(initialise)
         nn.init.trunc_normal_(self.positions, std=0.02)
         with torch.no_grad():
             waves_PD = waves(config.grid, width)
@@ -486,6 +552,30 @@ class DecoderBlock(nn.Module):
         return self.post_norm3(x_BQD + self.dropout(self.mlp(self.norm3(x_BQD))))
 
 
+class PromptEncoder(nn.Module):
+    """BART's encoder over the tokens of a photo and the words of its prompt."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, block = config.width, config.prompt_block()
+        self.positions = nn.Embedding(config.max_positions, width)
+        self.embedding_norm = layer_norm(width, config.layer_norm_eps, config.embedding_norm)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(block) for _ in range(config.prompt_layers))
+        self.norm = layer_norm(width, config.layer_norm_eps, config.norm == "pre")
+        default_1T = torch.tensor([config.prompt_ids], dtype=torch.long)
+        self.register_buffer("default_1T", default_1T, persistent=False)
+
+    def forward(self, photo_BPD: Tensor, words_BTD: Tensor) -> Tensor:
+        """Tokens of photos (B, P, D) and embedded prompts (B, T, D) -> memory (B, P + T, D)."""
+        x_BPD = torch.cat([photo_BPD, words_BTD], dim=1)
+        x_BPD = x_BPD + self.positions.weight[: x_BPD.size(1)]
+        x_BPD = self.dropout(self.embedding_norm(x_BPD))
+        for block in self.blocks:
+            x_BPD = block(x_BPD, None, None, None, 0, None, None)
+        return self.norm(x_BPD)
+
+
 class HeadTransform(nn.Module):
     """What BERT puts before its output head."""
 
@@ -525,6 +615,9 @@ class Decoder(nn.Module):
         width, eps = config.width, config.layer_norm_eps
         self.embedding_norm = layer_norm(width, eps, config.embedding_norm)
         self.dropout = Dropout(config.dropout)
+        self.prompt_encoder: PromptEncoder | None = None
+        if config.prompt_layers:
+            self.prompt_encoder = PromptEncoder(config)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.layers))
         self.norm = layer_norm(width, eps, config.norm == "pre")
         self.head_transform: nn.Module = nn.Identity()
@@ -532,7 +625,7 @@ class Decoder(nn.Module):
             self.head_transform = HeadTransform(width, config.activation, eps)
         self.head = nn.Linear(width, config.vocab_size, bias=config.head_bias)
         # Larger ones drown the words' embeddings (GPT-2's size too): 0.03 CIDEr worse on flickr8k.
-        self.apply(partial(_initialise, std=0.02))
+        self.apply(partial(initialise, std=0.02))
         nn.init.normal_(self.position_embedding.weight, std=0.01)
         if config.tied_head:  # Press and Wolf 2017
             self.head.weight = self.token_embedding.weight
@@ -542,11 +635,16 @@ class Decoder(nn.Module):
                 weight.data.div_(math.sqrt(3 * config.layers))
 
     @torch.jit.export
-    def begin(self, memory_BPD: Tensor) -> KeysValues:
+    def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
         """The keys and values of a photo, (B, H, P, d) in every layer: computed once and shared by
-        all its beams or captions. They depend on no text, a prefix's neither."""
+        all its beams or captions. They depend on no text, a prefix's neither; but for the ids
+        `prompt_BT` where there is a prompt encoder."""
         keys: list[Tensor] = []
         values: list[Tensor] = []
+        if self.prompt_encoder is not None:
+            if prompt_BT is None:
+                prompt_BT = self.prompt_encoder.default_1T.expand(memory_BPD.size(0), -1)
+            memory_BPD = self.prompt_encoder(memory_BPD, self.token_embedding(prompt_BT))
         for block in self.blocks:
             memory_BPD, memory = block.begin(memory_BPD)
             keys.append(memory.k_BHSd)
@@ -564,6 +662,28 @@ class Decoder(nn.Module):
             keys.append(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
             values.append(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
         return KeysValues(keys, values)
+
+    @torch.jit.export
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """Runs the Q tokens that the text of each photo begins with, in one parallel pass, and
+        writes their keys and values into the first Q slots of `cache`, in place. No layer's product
+        is spent on padding, where `real_BQ` is false; the last column has none.
+
+        tokens and positions (B, Q) int64; mask (B, Q, Q) bool, true where a query sees a token.
+        Returns the logits of what follows the last column, (B, 1, V) float32.
+        """
+        packing = packing_of(real_BQ)
+        x_ND = self._run(tokens_BQ, positions_BQ, mask_BQQ, cache, 0, memory, None, packing)
+        last_B = real_BQ.sum(1).cumsum(0) - 1
+        return self.head(x_ND[last_B].unsqueeze(1)).float()
 
     @torch.jit.export
     def step(
@@ -586,24 +706,27 @@ class Decoder(nn.Module):
 
     @torch.jit.export
     def attention(
-        self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQS: Tensor,
+        memory_BPD: Tensor,
+        prompt_BT: Tensor | None = None,
     ) -> Tensor:
         """Attention to the photo of every layer and head, from one parallel pass over finished
         captions: (layers, B, H, Q, P), summing to 1 over P. Of a prefix, its share of the
-        self-attention."""
+        self-attention; of a memory that holds a prompt, the share of the photo's tokens."""
         weights: list[Tensor] = []
-        self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, self.begin(memory_BPD), weights, None)
-        weights_LBHQP = torch.stack(weights).float()
-        if self.prefix:
-            weights_LBHQP = weights_LBHQP[..., : memory_BPD.size(1)]
-            weights_LBHQP = weights_LBHQP / weights_LBHQP.sum(-1, keepdim=True)
-        return weights_LBHQP
+        memory = self.begin(memory_BPD, prompt_BT)
+        self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, weights, None)
+        weights_LBHQP = torch.stack(weights).float()[..., : memory_BPD.size(1)]
+        return weights_LBHQP / weights_LBHQP.sum(-1, keepdim=True)
 
     def forward(
         self, tokens_BQ: Tensor, positions_BQ: Tensor, mask_BQS: Tensor, memory_BPD: Tensor
     ) -> Tensor:
         """Teacher forcing: logits (B, Q, V) float32 of the token after each of the Q tokens."""
-        memory = self.begin(memory_BPD)
+        memory = self.begin(memory_BPD, None)
         x_BQD = self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, None, None)
         return self.head(x_BQD).float()
 
@@ -618,9 +741,7 @@ class Decoder(nn.Module):
         """Teacher forcing up to the head, (N, D), of the N tokens that `real_BQ` marks: padding
         (a quarter of a batch of Flickr8k) has its slots in attention, but no layer's product is
         spent on it. `head` makes logits of it."""
-        photos, queries = real_BQ.shape
-        packing = Packing(real_BQ.flatten().nonzero().squeeze(1), photos, queries)
-        memory = self.begin(memory_BPD)
+        memory, packing = self.begin(memory_BPD, None), packing_of(real_BQ)
         return self._run(tokens_BQ, positions_BQ, mask_BQS, None, 0, memory, None, packing)
 
     def _run(
@@ -657,15 +778,15 @@ class Decoder(nn.Module):
 class CaptioningModel(nn.Module):
     """Encoder and decoder together; what a checkpoint holds."""
 
-    def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig) -> None:
+    def __init__(self, encoder: EncoderShape, decoder: DecoderConfig) -> None:
         super().__init__()
-        _refuse_unless(
+        refuse_unless(
             decoder.memory_width == encoder.memory_width,
             f"decoder.memory_width {decoder.memory_width} is not the encoder's, "
             f"{encoder.memory_width}",
         )
         self.encoder_config, self.decoder_config = encoder, decoder
-        self.encoder = Encoder(encoder)
+        self.encoder = encoder.build()
         self.decoder = Decoder(decoder)
 
     def forward(
@@ -675,7 +796,7 @@ class CaptioningModel(nn.Module):
         return self.decoder(tokens_BQ, positions_BQ, mask_BQS, self.encoder(images_B3HW))
 
 
-def _initialise(module: nn.Module, std: float | None = None) -> None:
+def initialise(module: nn.Module, std: float | None = None) -> None:
     """Linear weights with standard deviation `std`, or else in proportion to the layer's size
     (Glorot and Bengio 2010)."""
     if isinstance(module, nn.Linear | nn.Conv2d):

@@ -9,12 +9,13 @@ from pathlib import Path
 from handler.errors import ArgumentParser, run_command
 from handler.files import FORMAT, FolderKind, replace_folder, write_atomic
 from handler.request import add_decoding_options, decoding_options
-from handler.web.page import photo_html
+from handler.web.page import photo
 from training.data.manifest import Manifest, Row, inputs_of
 from training.data.photos import read_photo
 from training.pages.report import Shown, render
 from training.pages.system import System, caption_split, load_system, maps_of, score_system
 from training.scores.captions import dataset_of, write_predictions
+from training.scores.metrics import choose_tokenizer
 
 REPORT = FolderKind(
     *("a report", "report.json", ("report",)), ("report.json", "report.html", "predictions.json")
@@ -50,13 +51,12 @@ def show(
     """The photos of the groups, with the words' maps of each system, by id."""
     shown = list({row.id: row for group in groups.values() for row in group}.values())
     maps = [maps_of(system, manifest, shown) for system in systems]
-    return {
-        row.id: Shown(
-            photo_html(read_photo(manifest, row), PHOTO_SIDE, row.captions[0]),
-            [by_id[row.id] for by_id in maps],
-        )
-        for row in shown
-    }
+    found = {}
+    for row in shown:
+        image = read_photo(manifest, row)
+        words = [by_id[row.id] for by_id in maps]
+        found[row.id] = Shown(photo(image, PHOTO_SIDE, row.captions[0]), image.size, words)
+    return found
 
 
 def main() -> None:
@@ -71,6 +71,7 @@ def main() -> None:
     add_decoding_options(parser)
     arguments = parser.parse_args()
     options = decoding_options(arguments)
+    choose_tokenizer()  # a Java that does not work ends it before anything is captioned
 
     folders = [arguments.checkpoint or arguments.export]
     folders += [arguments.compare] if arguments.compare else []

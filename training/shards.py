@@ -59,7 +59,7 @@ def write_shards(manifest: Manifest, out: Path, most: int) -> None:
             bar.close()
             write_manifest(folder, manifest.name, rows, folder, [], {"shard_bytes": most})
     except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; name a folder that can be written") from None
+        raise UserError(f"{out}: {error.strerror}; choose a folder that can be written") from None
     counts = ", ".join(f"{count} {split}" for split, count in count_splits(rows).items())
     print(f"{out}: {counts} in {len({row.shard for row in rows})} shards")
 

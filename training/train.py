@@ -1,20 +1,32 @@
 """`python -m training.train`, behind `make train`: a manifest in, a checkpoint out (see
-`training.loop.train`)."""
+`training.loop.train`). With --from it fine-tunes the captioner of a checkpoint."""
 
 from pathlib import Path
 
 from handler.errors import ArgumentParser, run_command
-from training.config import load_config
+from training.config import load_config, read_fields
 from training.data.manifest import data_folder, read_manifest
 from training.folders import CHECKPOINTS
 from training.loop.allocator import keep_freed_memory
+from training.loop.fine_tuning import fine_tuning_config
 from training.loop.run import pick_device
 from training.loop.train import train
+
+# The presets where --config is left out: of a new captioner, and of one that is there.
+USUAL, FINETUNE = "scenes", "finetune"
 
 
 def main() -> None:
     parser = ArgumentParser(prog="training.train", description=__doc__)
-    parser.add_argument("--config", default="scenes", help="a preset's name or a YAML file")
+    parser.add_argument(
+        "--config", help=f"a preset's name or a YAML file (default {USUAL}; with --from {FINETUNE})"
+    )
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="DIR", help="fine-tune the captioner of DIR"
+    )
+    parser.add_argument(
+        "--add-words", type=int, metavar="N", help="with --from: words that it lacks, said N times"
+    )
     parser.add_argument("--data", help="a dataset under build/data, or its folder")
     parser.add_argument(
         "--run", help="name of the run (default: the config's, or that of a dataset not its own)"
@@ -29,19 +41,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.resume and arguments.overwrite:
         parser.error("--resume continues a run and --overwrite replaces it; give one of them")
-    own = load_config(arguments.config)
-    config = load_config(
-        arguments.config,
-        data=arguments.data,
-        epochs=arguments.epochs,
-        seed=arguments.seed,
-        precision=arguments.precision,
-        device=arguments.device,
-    )
+    preset = arguments.config or (FINETUNE if arguments.start else USUAL)
+    if preset == FINETUNE and arguments.start is None:
+        parser.error(f"--config {FINETUNE} needs --from DIR (make: FROM=DIR), a checkpoint")
+    if arguments.add_words is not None and arguments.start is None:
+        parser.error("--add-words needs --from DIR (make: FROM=DIR), a checkpoint")
+    names = ("data", "epochs", "seed", "precision", "device")
+    overrides = {name: getattr(arguments, name) for name in names}
+    if arguments.start is None:
+        config = load_config(preset, **overrides)
+    else:
+        config = fine_tuning_config(preset, arguments.start, arguments.add_words, **overrides)
+    if config.data is None:
+        parser.error(f"config {config.name!r} names no dataset; give --data NAME (make: DATA=NAME)")
     pick_device(config)  # refused before anything is read
     keep_freed_memory()
     manifest = read_manifest(data_folder(config.data))
-    is_own = arguments.data is None or own.data in (arguments.data, manifest.name)
+    _, own = read_fields(preset)
+    is_own = arguments.data is None or own["data"] in (arguments.data, manifest.name)
     name = arguments.run or (config.name if is_own else manifest.name)  # as in the Makefile
     train(
         config,

@@ -22,7 +22,7 @@ from handler.batch.pool import Pool, connected
 from handler.batch.process import caption_shards
 from handler.batch.record import describe, open_run
 from handler.batch.shard import Job, part_name
-from handler.batch.source import Shard, absolute
+from handler.batch.source import URL, Shard, absolute, needs_network
 from handler.batch.summary import Progress, line, totals
 from handler.errors import ArgumentParser, run_command
 from handler.files import locked, write_atomic
@@ -53,8 +53,10 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name} is {value}; give 1 or more")
     if arguments.gpus < 0:
         parser.error(f"--gpus is {arguments.gpus}; give 0 or more")
-    if arguments.shards and not re.fullmatch(r"[0-9]{1,9}/[1-9][0-9]{0,8}", arguments.shards):
-        parser.error(f"--shards is {arguments.shards!r}; give I/N, as 0/8")
+    if arguments.shards:
+        part = re.fullmatch(r"([0-9]{1,9})/([1-9][0-9]{0,8})", arguments.shards)
+        if part is None or int(part[1]) > int(part[2]):
+            parser.error(f"--shards is {arguments.shards!r}; give I/N, as 0/8 to 7/8")
     if arguments.shards and (arguments.address or arguments.workers):
         parser.error("--shards runs one worker without Ray; leave --address and --workers out")
     return arguments
@@ -74,18 +76,20 @@ def caption(
     if arguments.shards:
         yield from caption_shards(job, shards)
         return
-    cores = len(os.sched_getaffinity(0))
-    workers = arguments.workers or arguments.gpus or max(1, cores // job.threads)
-    gpus = arguments.gpus / workers
-    with connected(arguments.address, max(cores, workers * job.threads), arguments.gpus) as ray:
-        yield from Pool(ray, job, workers, gpus).caption(shards)
+    wanted = arguments.workers or arguments.gpus or 0
+    cores = max(len(os.sched_getaffinity(0)), wanted * job.threads)
+    with connected(arguments.address, cores, arguments.gpus) as ray:
+        if arguments.address:
+            cores = int(ray.cluster_resources().get("CPU", 0))
+        workers = wanted or max(1, cores // job.threads)
+        yield from Pool(ray, job, workers, arguments.gpus / workers).caption(shards)
 
 
 def secure(arguments: argparse.Namespace) -> None:
     """Keeps the ports of a Ray on this machine to it, or tells that they are open."""
     if arguments.shards or arguments.address or namespace.is_alone():
         return
-    is_local = not any("://" in url for url in (arguments.source, arguments.out))
+    is_local = not (URL.match(arguments.out) or needs_network(arguments.source))
     if is_local and namespace.is_possible():
         namespace.restart()
     why = "this system allows no network namespace" if is_local else "the photos need the network"
@@ -120,9 +124,10 @@ def main() -> None:
         job = Job(export, options, output.url, device, arguments.threads)
         progress = Progress(shards, waiting)
         if waiting:
-            for _, summary in caption(arguments, job, waiting):
-                progress.add(summary)
-        figures = totals(output, shards) | progress.close()
+            for shard, summary in caption(arguments, job, waiting):
+                progress.add(shard, summary)
+        now = progress.close()
+        figures = totals(output, shards, progress.summaries) | now
     if arguments.metrics:
         write_atomic(arguments.metrics, json.dumps(figures, indent=2) + "\n")
     print(f"{output.url}: {line(figures)}")

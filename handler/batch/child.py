@@ -3,6 +3,7 @@
 
 import pickle
 import sys
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 from handler.batch.shard import Worker
@@ -12,14 +13,19 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     try:
         worker = Worker(connection.recv())
-        connection.send((True, None))
+        connection.send(("last", None))
         while True:
-            method, argument = connection.recv()
-            connection.send((True, getattr(worker, method)(argument)))
-    except EOFError:
+            method, arguments = connection.recv()
+            answer = getattr(worker, method)(*arguments)
+            if isinstance(answer, Iterator):
+                for item in answer:
+                    connection.send(("item", item))
+                answer = None
+            connection.send(("last", answer))
+    except (EOFError, BrokenPipeError):
         return  # whoever asked is gone
     except Exception as error:
-        connection.send((False, pickle.dumps(error)))
+        connection.send(("error", pickle.dumps(error)))
 
 
 if __name__ == "__main__":

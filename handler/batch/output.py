@@ -24,6 +24,21 @@ class Output:
         else:
             self.system.pipe_file(f"{self.path}/{name}", content)
 
+    def create(self, name: str, content: bytes) -> bool:
+        """Writes a file that must not be there yet. False where it is: of several processes that
+        create it at once, one succeeds."""
+        if self.folder:
+            # Under the lock that whoever creates files holds.
+            if (self.folder / name).exists():
+                return False
+            write_atomic(self.folder / name, content)
+            return True
+        try:
+            self.system.pipe_file(f"{self.path}/{name}", content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
     def read(self, name: str) -> bytes | None:
         """None where there is no such file."""
         try:

@@ -5,18 +5,24 @@ import importlib
 import logging
 import os
 import secrets
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from handler.batch.output import Output
 from handler.batch.process import caption_singly
-from handler.batch.shard import Job, Worker
+from handler.batch.shard import Job, Worker, give_up
 from handler.batch.source import Shard
 from handler.errors import UserError
 
 OBJECT_STORE_BYTES = 100_000_000  # shards' names and summaries: photos never pass through it
 STARTS = 3  # actors in a row that may die while loading before the job is given up
+# Actors that may die at one shard before it is given up: from the third on a photo cannot be the
+# reason (it has a process of its own), but nodes and people end actors, too.
+DEATHS = 10
+PATIENCE_S = 60.0  # without any answer before it is told that no worker has a place
 
 
 class Actor:
@@ -66,12 +72,13 @@ def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
 
 
 class Pool:
-    """`workers` actors over the shards of a job, by the module that `connected` yields."""
+    """Actors of `threads` cores and `gpus` GPUs each over the shards of a job, by the module that
+    `connected` yields."""
 
     def __init__(self, ray: Any, job: Job, workers: int, gpus: float) -> None:
         self.ray, self.job, self.workers = ray, job, workers
         self.actor: Any = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_restarts=0)(Actor)
-        # What each actor is at: a shard, or None while it loads.
+        # What each actor is at: a shard, or None while it waits for a place or loads.
         self.tasks: dict[Any, tuple[Any, Shard | None]] = {}
         self.deaths: Counter[str] = Counter()
         self.failed_starts = 0
@@ -79,23 +86,30 @@ class Pool:
     def caption(self, shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
         """Yields each shard with its summary as it ends."""
         self.waiting = deque(shards)
-        for _ in range(min(self.workers, len(shards))):
+        left = len(shards)
+        for _ in range(min(self.workers, left)):
             self._start()
-        while self.tasks:
-            [task], _ = self.ray.wait(list(self.tasks))
-            actor, shard = self.tasks.pop(task)
-            try:
-                summary = self.ray.get(task)
-            except self.ray.exceptions.RayActorError as error:
-                self._died(shard, error)
+        # Not until every actor is done: one whose node died may never find another place.
+        while left:
+            ready, _ = self.ray.wait(list(self.tasks), timeout=PATIENCE_S)
+            if not ready:
+                self._tell_of_waiting()
                 continue
+            actor, shard = self.tasks.pop(ready[0])
+            try:
+                summary = self.ray.get(ready[0])
             except self.ray.exceptions.RayTaskError as error:
                 # What the worker itself raised: a full disk, a damaged export.
                 raise error.cause from None
-            self.failed_starts = 0
-            if shard is not None:
+            except self.ray.exceptions.RayError as error:
+                # The actor, its node or the way to it is gone, or it took too much memory.
+                summary = self._died(shard, error)
+            else:
+                self.failed_starts = 0
+                self._next(actor)
+            if shard is not None and summary is not None:
+                left -= 1
                 yield shard, summary
-            self._next(actor)
 
     def _start(self) -> None:
         actor = self.actor.remote(self.job)
@@ -109,7 +123,9 @@ class Pool:
         method = actor.caption_singly if careful else actor.caption
         self.tasks[method.remote(shard)] = (actor, shard)
 
-    def _died(self, shard: Shard | None, error: Exception) -> None:
+    def _died(self, shard: Shard | None, error: Exception) -> dict[str, Any] | None:
+        """The summary of a shard that is given up."""
+        summary = None
         if shard is None:
             self.failed_starts += 1
             if self.failed_starts >= STARTS:
@@ -117,6 +133,19 @@ class Pool:
                 raise UserError(f"workers die while they load {self.job.export} ({reason})")
         else:
             self.deaths[shard.address] += 1
-            self.waiting.append(shard)
+            if self.deaths[shard.address] < DEATHS:
+                self.waiting.append(shard)
+            else:
+                reason = f"its workers ended {DEATHS} times"
+                summary = give_up(Output(self.job.out), shard, reason) | {"seconds": 0.0}
         if self.waiting:
             self._start()
+        return summary
+
+    def _tell_of_waiting(self) -> None:
+        if all(shard is None for _, shard in self.tasks.values()):
+            print(
+                f"no worker has found a place yet: each needs {self.job.threads} free cores (and a "
+                "GPU with --gpus) of the cluster",
+                file=sys.stderr,
+            )

@@ -11,7 +11,8 @@ from typing import Any
 
 from handler.batch.output import Output
 from handler.batch.shard import Job, Row, error_row, finish
-from handler.batch.source import Shard, read
+from handler.batch.source import Shard
+from handler.errors import UserError
 
 
 class WorkerDied(Exception):
@@ -26,11 +27,16 @@ class Child:
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
 
-    def call(self, method: str, argument: Any) -> Any:
+    def call(self, method: str, *arguments: Any) -> Any:
         """Raises WorkerDied, and what the worker raised."""
-        if self.process is None:
-            self._start()
-        return self._ask((method, argument))
+        self._send((method, arguments))
+        return self._receive()[1]
+
+    def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
+        """What a generator of the worker yields, as it comes. Raises as `call` does."""
+        self._send((method, arguments))
+        while (answer := self._receive())[0] == "item":
+            yield answer[1]
 
     def close(self) -> None:
         if self.connection is not None and self.process is not None:
@@ -45,42 +51,76 @@ class Child:
             command = [sys.executable, "-m", "handler.batch.child", str(theirs.fileno())]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
+                command,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for the one who started it
             )
         self.connection = Connection(ours.detach())
-        self._ask(self.job)
+        self._send(self.job)
+        self._receive()
 
-    def _ask(self, message: Any) -> Any:
-        assert self.connection is not None and self.process is not None
+    def _send(self, message: Any) -> None:
+        if self.connection is None:
+            self._start()
+        assert self.connection is not None
         try:
             self.connection.send(message)
-            is_answer, answer = self.connection.recv()
+        except OSError:
+            raise self._died() from None
+
+    def _receive(self) -> tuple[str, Any]:
+        """("item", one of a stream) or ("last", an answer)."""
+        assert self.connection is not None
+        try:
+            kind, answer = self.connection.recv()
         except (EOFError, OSError):
-            status = self.process.wait()
-            self.close()
-            raise WorkerDied(f"its worker ended with status {status}") from None
-        if not is_answer:
+            raise self._died() from None
+        if kind == "error":
             self.close()
             raise pickle.loads(answer)
-        return answer
+        return kind, answer
+
+    def _died(self) -> WorkerDied:
+        assert self.process is not None
+        status = self.process.wait()
+        self.close()
+        return WorkerDied(f"its worker ended with status {status}")
 
 
 def caption_singly(job: Job, shard: Shard) -> dict[str, Any]:
-    """A shard whose worker died twice, one photo at a time: a photo that ends the process is a row
-    with the error WorkerDied. Returns what `finish` returns."""
+    """A shard whose worker died twice, read and captioned one photo at a time in a process of its
+    own: a photo that ends the process is a row with the error WorkerDied. Returns what `finish`
+    returns."""
     child = Child(job)
-
-    def rows() -> Iterator[Row]:
-        for photo in read(shard):
-            try:
-                yield child.call("caption_photo", photo)
-            except WorkerDied as error:
-                yield error_row(photo.id, "WorkerDied", f"the photo cannot be captioned: {error}")
-
     try:
-        return finish(Output(job.out), shard, rows())
+        return finish(Output(job.out), shard, _rows_singly(child, shard))
     finally:
         child.close()
+
+
+def _rows_singly(child: Child, shard: Shard) -> Iterator[Row]:
+    """Raises UserError where it is reading the shard that ends the process, twice in a row."""
+    done = deaths = 0
+    while True:
+        tried = None
+        try:
+            for item in child.stream("caption_singly", shard, done):
+                if isinstance(item, str):
+                    tried = item
+                    continue
+                yield item
+                tried, done, deaths = None, done + 1, 0
+            return
+        except WorkerDied as error:
+            if tried is not None:
+                yield error_row(tried, "WorkerDied", f"the photo cannot be captioned: {error}")
+                done, deaths = done + 1, 0
+                continue
+            deaths += 1
+            if deaths == 2:
+                raise UserError(f"the shard cannot be read behind photo {done}: {error}") from None
 
 
 def caption_shards(job: Job, shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:

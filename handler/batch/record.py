@@ -11,8 +11,7 @@ from typing import Any
 
 from handler.batch.output import Output
 from handler.batch.source import Shard, absolute, cut, find
-from handler.beam_search import DecodeOptions
-from handler.captioner import read_config
+from handler.captioner import check_config, choose_options, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.files import FORMAT, locked
 
@@ -24,6 +23,7 @@ PATIENCE_S = 600.0  # how long a job of an array waits for the one that cuts the
 def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, Any]:
     """The content of run.json. Raises UserError for an export or options that cannot be used."""
     config = read_config(export)
+    check_config(export, config)
     for name in ("encoder.pt", "decoder.pt", "tokenizer.json"):
         if not (export / name).is_file():
             raise UserError(f"{export / name}: missing; export the checkpoint again")
@@ -32,14 +32,15 @@ def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, An
             raise UserError(
                 f"{export / 'config.json'}: no field {field!r}; give an export's folder"
             )
-    defaults = dict(config.get("decoding", {}))
-    if options.get("do_sample") is True:
-        defaults.pop("num_beams", None)
+    check_config(export, config)
+    tokenizer, shape = load_tokenizer(export, config), config["model"]["decoder"]
+    sizes = shape["vocab_size"], shape["max_positions"]
+    chosen = choose_options(options, config.get("decoding", {}), tokenizer, *sizes)
     return {
         "format": FORMAT,
         "checkpoint": config["checkpoint"],
         "precision": config["precision"],
-        "options": asdict(DecodeOptions(**{**defaults, **options})),
+        "options": asdict(chosen),
         "source": "::".join(absolute(part) for part in source.split("::"))
         if "://" not in source
         else source,
@@ -50,29 +51,39 @@ def open_run(output: Output, run: dict[str, Any], extend: bool) -> tuple[list[Sh
     """The shards of the job in `output`, cut now where this is its first start, and what to tell
     about photos that are new. Raises UserError where OUT holds another job."""
     with _alone(output):
-        content = output.read(RUN)
-        if content is None:
-            others = sorted(n for n in output.names() if not n.startswith("."))
-            if set(others) - {SHARDS}:
-                raise UserError(
-                    f"{output.url}: the folder is not empty and holds no run.json ({others[0]}); "
-                    "choose another --out"
-                )
-            shards, root, photos = find(run["source"])
-            shards = shards or cut(root, photos)
-            # The cut first: a run.json always has one.
-            _write_shards(output, shards)
-            output.write(RUN, json.dumps(run, indent=2).encode())
+        before = output.read(RUN)
+        if before is None:
+            _check_empty(output)
+        else:
+            _check_same(output, run, before)
+        is_cut = before is not None and output.read(SHARDS) is not None
+        shards = [] if is_cut else _cut(run["source"])
+        # Whichever job of an array is first, its run.json and its cut are everyone's.
+        if before is None and not output.create(RUN, json.dumps(run, indent=2).encode()):
+            _check_same(output, run, output.read(RUN) or b"")
+        if not is_cut and output.create(SHARDS, _packed(shards)):
             return shards, []
-        _check_same(output, json.loads(json.dumps(run)), _parse(output, RUN, content))
-        shards = _read_shards(output)
-        return _compare(output, run["source"], shards, extend)
+        return _compare(output, run["source"], _read_shards(output), extend)
+
+
+def _cut(source: str) -> list[Shard]:
+    shards, root, photos = find(source)
+    return shards or cut(root, photos)
+
+
+def _check_empty(output: Output) -> None:
+    others = sorted(name for name in output.names() if not name.startswith("."))
+    if others:
+        raise UserError(
+            f"{output.url}: the folder is not empty and holds no {RUN} ({others[0]}); choose "
+            "another --out"
+        )
 
 
 @contextmanager
 def _alone(output: Output) -> Iterator[None]:
-    """One job at a time cuts the source; the others wait for it. An object store has no locks:
-    there the first start is to be one job's."""
+    """One job at a time cuts the source; the others wait for it. An object store has no locks, but
+    a file that is created once."""
     deadline = time.monotonic() + PATIENCE_S
     if output.folder is None:
         with nullcontext():
@@ -102,7 +113,9 @@ def _parse(output: Output, name: str, content: bytes) -> Any:
         ) from error
 
 
-def _check_same(output: Output, run: dict[str, Any], before: Any) -> None:
+def _check_same(output: Output, run: dict[str, Any], content: bytes) -> None:
+    before = _parse(output, RUN, content)
+    run = json.loads(json.dumps(run))
     for field in FIELDS:
         old = before.get(field) if isinstance(before, dict) else None
         if old == run[field]:
@@ -118,9 +131,8 @@ def _check_same(output: Output, run: dict[str, Any], before: Any) -> None:
         )
 
 
-def _write_shards(output: Output, shards: list[Shard]) -> None:
-    rows = [asdict(shard) for shard in shards]
-    output.write(SHARDS, json.dumps({"format": FORMAT, "shards": rows}).encode())
+def _packed(shards: list[Shard]) -> bytes:
+    return json.dumps({"format": FORMAT, "shards": [asdict(shard) for shard in shards]}).encode()
 
 
 def _read_shards(output: Output) -> list[Shard]:
@@ -144,5 +156,5 @@ def _compare(
     what = f"{len(fresh)} photos" if fresh else f"{len(added)} shards"
     if not extend:
         return shards, [f"{what} are new since the first start; --extend captions them, too"]
-    _write_shards(output, shards + added)
+    output.write(SHARDS, _packed(shards + added))
     return shards + added, [f"{what} are new since the first start and are captioned now"]

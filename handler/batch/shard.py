@@ -6,9 +6,12 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Semaphore
 from typing import Any
 
 import pyarrow as pa
@@ -17,14 +20,17 @@ import torch
 from torch import Tensor
 
 from handler.batch.output import Output
-from handler.batch.source import Photo, Shard, read
+from handler.batch.source import URL, Photo, Shard, read
 from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.request import describe_error
 
 # Photos captioned at once; tests/benchmarks/batch.py compares sizes.
 BATCH = {"cpu": 32, "cuda": 64}
-DECODERS = 2  # threads that decode beside the model
+# Threads that read and decode beside the model: a GPU is faster than two, and what comes over the
+# network is mostly waited for.
+DECODERS = {"cpu": 2, "cuda": 8}
+FETCHERS = 16
 
 SCHEMA = pa.schema(
     [
@@ -79,26 +85,29 @@ class Worker:
         self.job, self.output = job, Output(job.out)
         self.captioner = Captioner.load(job.export, job.device, job.threads)
         self.options = self.captioner.options(**job.options)
-        self.batch = BATCH[torch.device(job.device).type]
+        device = torch.device(job.device).type
+        self.batch, self.decoders = BATCH[device], DECODERS[device]
 
     def caption(self, shard: Shard) -> dict[str, Any]:
         """Captions a shard and writes its part. Returns what `finish` returns."""
         return finish(self.output, shard, self._rows(shard))
 
-    def caption_photo(self, photo: Photo) -> Row:
-        return self._caption_batch([(photo.id, self._prepare(photo))])[0]
+    def caption_singly(self, shard: Shard, start: int) -> Iterator[str | Row]:
+        """From photo `start` on, one at a time: the id of each before it is tried, then its row."""
+        for photo in itertools.islice(read(shard), start, None):
+            yield photo.id
+            yield self._caption_batch([(photo.id, self._prepare(photo))])[0]
 
     def _rows(self, shard: Shard) -> Iterator[Row]:
-        with ThreadPoolExecutor(DECODERS) as decoders:
-            ready = _ahead(self._prepare, read(shard), decoders, 2 * self.batch)
+        threads = FETCHERS if URL.match(shard.url) else self.decoders
+        with closing(ahead(self._prepare, read(shard), threads, self.batch)) as ready:
             while batch := list(itertools.islice(ready, self.batch)):
                 yield from self._caption_batch(batch)
 
     def _prepare(self, photo: Photo) -> Tensor | Exception:
-        if isinstance(photo.content, Exception):
-            return photo.content
         try:
-            return self.captioner.preprocess(photo.content)
+            content = photo.fetch()
+            return content if isinstance(content, Exception) else self.captioner.preprocess(content)
         except Exception as error:  # a row, never the end of the job
             return error
 
@@ -136,21 +145,35 @@ class Worker:
         ]
 
 
-def _ahead(
-    prepare: Callable[[Photo], Any],
-    photos: Iterable[Photo],
-    decoders: ThreadPoolExecutor,
-    depth: int,
-) -> Iterator[tuple[str, Any]]:
-    """(id, prepared) in order; up to `depth` are read and decoded while the model is at work."""
-    waiting: list[Any] = []
-    for photo in photos:
-        waiting.append((photo.id, decoders.submit(prepare, photo)))
-        if len(waiting) >= depth:
-            photo_id, future = waiting.pop(0)
-            yield photo_id, future.result()
-    for photo_id, future in waiting:
-        yield photo_id, future.result()
+def ahead(
+    prepare: Callable[[Photo], Any], photos: Iterable[Photo], threads: int, depth: int
+) -> Generator[tuple[str, Any]]:
+    """(id, prepared) in order. While the caller works on what it has, one thread reads on and
+    `threads` prepare, up to `depth` photos ahead. Raises what `photos` raises."""
+    slots = Semaphore(depth)
+    ready: SimpleQueue[tuple[str, Future[Any]] | None] = SimpleQueue()
+    is_left = False
+
+    def read_on() -> None:
+        try:
+            for photo in photos:
+                slots.acquire()
+                if is_left:
+                    return
+                ready.put((photo.id, workers.submit(prepare, photo)))
+        finally:
+            ready.put(None)
+
+    with ThreadPoolExecutor(threads) as workers, ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(read_on)
+        try:
+            while item := ready.get():
+                slots.release()
+                yield item[0], item[1].result()
+            reading.result()
+        finally:
+            is_left = True
+            slots.release()
 
 
 def finish(output: Output, shard: Shard, rows: Iterable[Row]) -> dict[str, Any]:
@@ -160,10 +183,7 @@ def finish(output: Output, shard: Shard, rows: Iterable[Row]) -> dict[str, Any]:
     try:
         done = [{**row, "shard": shard.address} for row in rows]
     except (UserError, OSError, ValueError) as error:
-        message = f"{shard.address}: {' '.join(str(error).split())}"
-        failure = {"shard": shard.address, "error": {"type": "ShardError", "message": message}}
-        output.write(failed_name(shard), json.dumps(failure).encode())
-        return {"failed": message, "seconds": time.perf_counter() - started}
+        return give_up(output, shard, str(error)) | {"seconds": time.perf_counter() - started}
     counts: dict[str, int] = {}
     for row in done:
         if row["error"]:
@@ -175,6 +195,14 @@ def finish(output: Output, shard: Shard, rows: Iterable[Row]) -> dict[str, Any]:
     output.write(part_name(shard), buffer.getvalue())
     output.remove(failed_name(shard))
     return summary | {"seconds": time.perf_counter() - started}
+
+
+def give_up(output: Output, shard: Shard, reason: str) -> dict[str, Any]:
+    """Writes the `.failed.json` of a shard that cannot be read. Returns {failed: message}."""
+    message = f"{shard.address}: {' '.join(reason.split())}"
+    failure = {"shard": shard.address, "error": {"type": "ShardError", "message": message}}
+    output.write(failed_name(shard), json.dumps(failure).encode())
+    return {"failed": message}
 
 
 def part_summary(output: Output, shard: Shard) -> dict[str, Any]:

@@ -5,8 +5,10 @@ files. A tar and a row group are shards as they are; photos in a folder are cut 
 `PHOTOS` each.
 """
 
+import itertools
 import re
 import tarfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ PHOTO_SUFFIXES = (
     *(".avif", ".heic", ".heif"),
 )
 PARQUET_ROWS = 64  # rows of a row group that are read at once
+PARQUET_BUFFER = 2**20
+WAITS_S = (1.0, 4.0)  # before a photo is fetched again that the network did not bring
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -43,10 +47,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo's id and its bytes, or why they cannot be read."""
+    """A photo's id and its bytes, the URL to fetch them from, or why there are none."""
 
     id: str
-    content: bytes | Exception
+    content: bytes | str | Exception
+
+    def fetch(self) -> bytes | Exception:
+        """Its bytes (one more than is taken, where there are too many), or why there are none."""
+        return _content(self.content) if isinstance(self.content, str) else self.content
 
 
 def absolute(url: str) -> str:
@@ -92,19 +100,32 @@ def find(source: str) -> tuple[list[Shard], str, list[str]]:
     return [], root, sorted({photo.removeprefix(root).lstrip("/") for photo in photos})
 
 
+def needs_network(source: str) -> bool:
+    """Whether the photos lie elsewhere: the source does, or the paths in its first Parquet file."""
+    if URL.search(source):
+        return True
+    files = (file for url in expand(source) for file in _files(url))
+    first = next((file for file in files if file.endswith(".parquet")), None)
+    if first is None:
+        return False
+    shard = Shard(first, "parquet", first)
+    try:
+        few = list(itertools.islice(_read_parquet(shard), PARQUET_ROWS))
+    except (UserError, OSError, ValueError):
+        return False  # the shard's own run tells what is wrong with the file
+    return any(isinstance(photo.content, str) and URL.match(photo.content) for photo in few)
+
+
 def _root(source: str, photos: list[str]) -> str:
-    """The folder that ids are relative to: the source itself, or the fixed part of a glob."""
-    urls = [_canonical(url) for url in expand(source)]
-    if len(urls) > 1:
-        folders = [photo.rpartition("/")[0].split("/") for photo in photos]
-        shared = next(
-            (i for i, parts in enumerate(zip(*folders, strict=False)) if len(set(parts)) > 1),
-            min(map(len, folders)),
-        )
-        return "/".join(folders[0][:shared])
-    fixed = re.split(r"[*?\[]", urls[0])[0]
-    is_whole = fixed == urls[0] and urls[0] not in photos
-    return fixed.rstrip("/") if is_whole else fixed.rpartition("/")[0]
+    """The folder that ids are relative to: the source itself, the fixed part of a glob, or what the
+    members of a list share. Which photos lie there does not move it: their ids must last."""
+    folders = []
+    for url in map(_canonical, expand(source)):
+        fixed = re.split(r"[*?\[]", url)[0]
+        is_whole = fixed == url and url not in photos
+        folders.append((fixed.rstrip("/") if is_whole else fixed.rpartition("/")[0]).split("/"))
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "/".join(parts[0] for parts in shared)
 
 
 def _canonical(url: str) -> str:
@@ -154,26 +175,35 @@ def read(shard: Shard) -> Iterator[Photo]:
     where the shard as a whole cannot be read."""
     names: dict[str, int] = {}
     read_kind = {"tar": _read_tar, "parquet": _read_parquet, "folder": _read_folder}[shard.kind]
-    for photo in read_kind(shard):
-        names[photo.id] = names.get(photo.id, 0) + 1
-        again = names[photo.id]
-        yield Photo(f"{photo.id}#{again}", photo.content) if again > 1 else photo
+    try:
+        for photo in read_kind(shard):
+            names[photo.id] = names.get(photo.id, 0) + 1
+            again = names[photo.id]
+            yield Photo(f"{photo.id}#{again}", photo.content) if again > 1 else photo
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # every filesystem has kinds of its own
+        raise UserError(f"{type(error).__name__}: {error}") from error
 
 
 def _read_folder(shard: Shard) -> Iterator[Photo]:
     for name in shard.photos:
-        yield Photo(name, _content(f"{shard.url}/{name}"))
+        yield Photo(name, f"{shard.url}/{name}")
 
 
 def _content(url: str) -> bytes | Exception:
-    """A photo's bytes; one more than is taken, where there are too many."""
-    try:
-        with fsspec.open(url) as file:
-            return file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        return MissingImage("the photo is no longer there")
-    except (OSError, ValueError) as error:
-        return MissingImage(f"the photo cannot be read ({error})")
+    is_remote = URL.match(url)
+    for wait_s in (*WAITS_S, None):
+        try:
+            with fsspec.open(url) as file:
+                return file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            return MissingImage("the photo is no longer there")
+        except Exception as error:  # every filesystem has kinds of its own
+            if wait_s is None or not is_remote:
+                return MissingImage(f"the photo cannot be read ({error})")
+            time.sleep(wait_s)
+    raise AssertionError
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -218,7 +248,8 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _read_parquet(shard: Shard) -> Iterator[Photo]:
     with fsspec.open(shard.url) as file:
-        table = pq.ParquetFile(file)
+        # By pages: a row group of thousands of photos need not fit the memory.
+        table = pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False)
         columns = table.schema_arrow.names
         if "image" not in columns:
             raise UserError(f"no column 'image'; the columns are {', '.join(columns)}")
@@ -232,8 +263,8 @@ def _read_parquet(shard: Shard) -> Iterator[Photo]:
                 index += 1
 
 
-def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | Exception]:
-    """The id ("" where there is none) and the photo of one row."""
+def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | str | Exception]:
+    """The id ("" where there is none) and the content of `Photo` of one row."""
     image = row["image"]
     path = image.get("path") if isinstance(image, dict) else image
     content = image.get("bytes") if isinstance(image, dict) else image
@@ -245,4 +276,4 @@ def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | Exception]:
     if not isinstance(path, str) or not path:
         return str(name), MissingImage("the column 'image' holds no photo in this row")
     is_full = URL.match(path) or path.startswith("/")
-    return str(name), _content(path if is_full else f"{shard.url.rpartition('/')[0]}/{path}")
+    return str(name), path if is_full else f"{shard.url.rpartition('/')[0]}/{path}"

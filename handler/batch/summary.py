@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -11,47 +12,74 @@ from handler.batch.output import Output
 from handler.batch.shard import failed_name, part_name, part_summary
 from handler.batch.source import Shard
 
+READERS = 16  # parts whose footers are read at once: on an object store each takes a while
+
 
 class Progress:
-    """A bar over photos; shards and errors stand behind it. The total is known for folders."""
+    """A bar over shards, whose number is known for every source, and so is the time left; photos,
+    their rate and errors stand behind it."""
 
     def __init__(self, shards: list[Shard], waiting: list[Shard]) -> None:
-        self.shards, self.done = len(shards), len(shards) - len(waiting)
         self.rows = self.errors = 0
+        self.start_seconds: float | None = None
+        self.summaries: dict[Shard, dict[str, Any]] = {}
         self.started = time.perf_counter()
-        total = sum(len(shard.photos) for shard in waiting) or None
-        self.bar = tqdm(total=total, unit=" photos", file=sys.stderr, disable=None)
+        self.bar = tqdm(
+            total=len(shards),
+            initial=len(shards) - len(waiting),
+            unit=" shards",
+            file=sys.stderr,
+            disable=None,
+        )
 
-    def add(self, summary: dict[str, Any]) -> None:
-        self.done += 1
-        self.rows += summary.get("rows", 0)
-        self.errors += sum(summary.get("errors", {}).values())
-        self.bar.update(summary.get("rows", 0))
-        self.bar.set_postfix_str(f"shards {self.done}/{self.shards}, errors {self.errors}")
+    def add(self, shard: Shard, summary: dict[str, Any]) -> None:
+        if self.start_seconds is None:
+            self.start_seconds = self._seconds() - summary["seconds"]
         if "failed" in summary:
             self.bar.write(f"failed: {summary['failed']}", file=sys.stderr)
+        else:
+            self.summaries[shard] = summary
+            self.rows += summary["rows"]
+            self.errors += sum(summary["errors"].values())
+        self.bar.set_postfix_str(
+            f"{self.rows} photos, {self._rate():.1f} photos/s, {self.errors} errors", refresh=False
+        )
+        self.bar.update()
 
     def close(self) -> dict[str, Any]:
-        """Figures of this start: photos, seconds since the first worker was asked for, and rate."""
+        """Figures of this start: photos; seconds, and those of them before the first shard was
+        begun; and the photos a second since then."""
         self.bar.close()
-        seconds = time.perf_counter() - self.started
         return {
             "photos_now": self.rows,
-            "seconds": round(seconds, 3),
-            "photos_per_second": round(self.rows / seconds, 3) if seconds else 0.0,
+            "seconds": round(self._seconds(), 3),
+            "start_seconds": round(self.start_seconds or 0.0, 3),
+            "photos_per_second": round(self._rate(), 3),
         }
 
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.started
 
-def totals(output: Output, shards: list[Shard]) -> dict[str, Any]:
-    """Photos, captions, errors by type, and shards of the whole job, all starts together."""
+    def _rate(self) -> float:
+        seconds = self._seconds() - (self.start_seconds or 0.0)
+        return self.rows / seconds if seconds else 0.0
+
+
+def totals(
+    output: Output, shards: list[Shard], known: dict[Shard, dict[str, Any]]
+) -> dict[str, Any]:
+    """Photos, captions, errors by type, and shards of the whole job, all starts together. `known`
+    are the summaries of parts that need not be read again."""
     names = output.names()
     errors: Counter[str] = Counter()
     photos = 0
     parts = [shard for shard in shards if part_name(shard) in names]
-    for shard in parts:
-        summary = part_summary(output, shard)
-        photos += summary["rows"]
-        errors.update(summary["errors"])
+    with ThreadPoolExecutor(READERS) as readers:
+        for summary in readers.map(
+            lambda shard: known.get(shard) or part_summary(output, shard), parts
+        ):
+            photos += summary["rows"]
+            errors.update(summary["errors"])
     return {
         "photos": photos,
         "captioned": photos - sum(errors.values()),

@@ -6,18 +6,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from handler.client.connection import (
-    ServerError,
-    add_server_options,
-    caption_folder,
-    check_writable,
-    client_of,
-    read_file,
-    write_alt_texts,
-)
+from handler.client.connection import ServerError, add_server_options, client_of, read_file
+from handler.client.folder import caption_folder, check_writable, write_alt_texts
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import locked, write_atomic
-from handler.request import OPTION_TYPES
+from handler.request import add_decoding_options, given_options
 
 
 def parse_arguments() -> Any:
@@ -30,7 +23,8 @@ def parse_arguments() -> Any:
         type=Path,
         default=Path("captions.jsonl"),
         metavar="FILE",
-        help="where the captions of a folder go; photos that stand there are not asked for again",
+        help="where the captions of a folder go; a photo that is there already is captioned again "
+        "only where the photo, the options or the server's checkpoint have changed",
     )
     parser.add_argument(
         "--alt-text",
@@ -44,10 +38,7 @@ def parse_arguments() -> Any:
         "--attention", type=Path, metavar="PNG", help="write the photo with a heat map per word"
     )
     add_server_options(parser)
-    group = parser.add_argument_group("decoding options (the server's defaults otherwise)")
-    for name in OPTION_TYPES:
-        # Ranges are the server's to check: it knows the model.
-        group.add_argument(f"--{name.replace('_', '-')}", nargs="?", const="true", metavar="VALUE")
+    add_decoding_options(parser, "server")
     return parser.parse_args()
 
 
@@ -55,7 +46,8 @@ def main() -> None:
     arguments = parse_arguments()
     client = client_of(arguments)
     ask = client.caption_grpc if arguments.grpc else client.caption
-    options = {name: getattr(arguments, name) for name in OPTION_TYPES}
+    # Ranges are the server's to check: it knows the model.
+    options = given_options(arguments)
     if arguments.images:
         if arguments.attention:
             raise UserError("--attention draws one photo; give --image instead of --images")
@@ -78,9 +70,9 @@ def main() -> None:
     photo = read_file(arguments.image)
     if arguments.attention:
         check_writable(arguments.attention)
-    if arguments.attention and options["do_sample"] and options["seed"] is None:
+    if arguments.attention and "do_sample" in options:
         # The picture is asked for apart, and must be of the same caption.
-        options["seed"] = random.randrange(2**31)
+        options.setdefault("seed", str(random.randrange(2**31)))
     try:
         answer = ask(photo, **options)
         if arguments.attention:

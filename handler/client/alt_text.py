@@ -3,14 +3,18 @@ programs read: XMP's `Iptc4xmpCore:AltTextAccessibility` (IPTC Photo Metadata St
 
 Nothing is decoded or encoded again: the packet is put into the file's own frame (a JPEG segment, a
 PNG or WebP chunk) and every other byte stays where it was. An XMP packet that is there is kept, and
-the text is added to it; a photo that has an alternative text already keeps that.
+the text is added to it; a photo that has an alternative text already keeps that, wherever it is:
+in the packet, in a JPEG's extended XMP or in a PNG's "Raw profile type xmp" (ImageMagick's). The
+pictures behind the first of a JPEG (CIPA DC-007, Multi-Picture Format) are counted from its header,
+and their offsets move with what is inserted.
 """
 
 import os
 import re
-import stat
 import struct
 import zlib
+from collections import defaultdict
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,12 +26,20 @@ from handler.image_preprocess import sniff
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 IPTC = "http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/"
 JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+# The rest of a packet that is too long for a segment: the MD5 of the whole rest, its length, and
+# where in it the segment's part begins (XMP specification part 3, 1.1.3.1).
+JPEG_EXTENDED = b"http://ns.adobe.com/xmp/extension/\0"
+EXTENDED_HEAD = struct.Struct(">32sII")
+MPF, MPF_ENTRIES, MPF_ENTRY = b"MPF\0", 0xB002, 16
 PNG_SIGNATURE, PNG_XMP = b"\x89PNG\r\n\x1a\n", b"XML:com.adobe.xmp\0"
+PNG_RAW_PROFILES = (b"Raw profile type xmp\0", b"Raw profile type APP1\0")
 # A JPEG segment's length counts itself and has two bytes.
 MAX_SEGMENT = 65535 - 2
 # More than this of inflated metadata is nobody's.
 MAX_PACKET = 16 * 2**20
 WEBP_XMP_FLAG, WEBP_ALPHA_FLAG = 0x04, 0x10
+# What XML 1.0 does not allow, and control characters that it discourages.
+FORBIDDEN = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="' + RDF + '"></rdf:RDF></x:xmpmeta>'
@@ -44,18 +56,23 @@ def write_alt_text(path: Path, text: str) -> bool:
     place, with its permissions. False, and nothing is touched, where the photo has an alternative
     text. Raises NoAltText, or OSError."""
     path = Path(os.path.realpath(path))  # a link stays one
-    data = path.read_bytes()
-    changed = with_alt_text(data, text)
-    if changed is None:
-        return False
-    mode = stat.S_IMODE(path.stat().st_mode)
-    write_atomic(path, changed)
-    path.chmod(mode)
-    return True
+    changed = with_alt_text(path.read_bytes(), text)
+    if changed is not None:
+        write_atomic(path, changed)
+    return changed is not None
+
+
+def alternative_text(caption: str) -> str:
+    """A caption as XML takes it: without control characters, and without spaces at its ends."""
+    return FORBIDDEN.sub("", caption).strip()
 
 
 def with_alt_text(photo: bytes, text: str) -> bytes | None:
-    """The bytes of a photo with `text` in its metadata; None where it has one already."""
+    """The bytes of a photo with `text` in its metadata; None where it has one already. Raises
+    NoAltText, for a text of nothing, too."""
+    text = alternative_text(text)
+    if not text:
+        raise NoAltText("its caption is empty; no alternative text is written")
     insert = {"JPEG": _into_jpeg, "PNG": _into_png, "WEBP": _into_webp}.get(sniff(photo) or "")
     if insert is None:
         raise NoAltText("only JPEG, PNG and WebP take an alternative text")
@@ -65,24 +82,34 @@ def with_alt_text(photo: bytes, text: str) -> bytes | None:
         raise NoAltText("its structure is damaged") from error
 
 
-def add_to_packet(packet: str, text: str) -> str | None:
-    """An XMP packet with the text added; None where it holds one. Raises NoAltText for a packet
-    that is no XMP."""
+def parse_packet(packet: str) -> ElementTree.Element:
+    """The root of an XMP packet. Raises NoAltText for a packet that is no XMP."""
     if "<!DOCTYPE" in packet:  # entities could be anything
         raise NoAltText("its XMP declares a document type")
     try:
-        root = ElementTree.fromstring(
+        return ElementTree.fromstring(
             re.sub(r"<\?xpacket[^>]*\?>", "", packet).strip("\ufeff\0 \n")
         )
     except ElementTree.ParseError as error:
         raise NoAltText(f"its XMP is damaged ({error})") from error
-    for element in root.iter():
-        if element.tag == f"{{{IPTC}}}AltTextAccessibility":
-            if "".join(element.itertext()).strip():
-                return None
-            raise NoAltText("its XMP has an empty alternative text; fill it in, or remove it")
-        if element.attrib.get(f"{{{IPTC}}}AltTextAccessibility", "").strip():
-            return None
+
+
+def has_alt_text(root: ElementTree.Element) -> bool:
+    """Raises NoAltText for one that is empty: a second one beside it would be no XMP."""
+    name = f"{{{IPTC}}}AltTextAccessibility"
+    texts = ["".join(element.itertext()) for element in root.iter(name)]
+    texts += [element.attrib[name] for element in root.iter() if name in element.attrib]
+    if texts and not any(text.strip() for text in texts):
+        raise NoAltText("its XMP has an empty alternative text; fill it in, or remove it")
+    return bool(texts)
+
+
+def add_to_packet(packet: str, text: str) -> str | None:
+    """An XMP packet with the text added; None where it holds one. Raises NoAltText for a packet
+    that is no XMP."""
+    root = parse_packet(packet)
+    if has_alt_text(root):
+        return None
     end = list(re.finditer(r"</(\w[\w.-]*):RDF\s*>|<(\w[\w.-]*):RDF([^>]*)/>", packet))
     if not end or root.find(f".//{{{RDF}}}RDF") is None and root.tag != f"{{{RDF}}}RDF":
         raise NoAltText("its XMP holds no RDF")
@@ -101,19 +128,25 @@ def add_to_packet(packet: str, text: str) -> str | None:
     return packet[: last.start()] + description + packet[last.start() :]
 
 
-def _add(packet: bytes | None, text: str) -> bytes | None:
+def _add(packets: Sequence[bytes], text: str, others: Sequence[bytes] = ()) -> bytes | None:
+    """The first of a photo's packets with the text added, or a new one; None where any has one, or
+    any of the `others`, which are read alone."""
     try:
-        before = PACKET if packet is None else packet.decode("utf-8")
+        decoded = [packet.decode("utf-8") for packet in (*packets, *others)]
     except UnicodeDecodeError as error:
         raise NoAltText("its XMP is not UTF-8") from error
-    after = add_to_packet(before, text)
+    if any(has_alt_text(parse_packet(packet)) for packet in decoded):
+        return None
+    after = add_to_packet(decoded[0] if packets else PACKET, text)
     return None if after is None else after.encode()
 
 
 def _into_jpeg(photo: bytes, text: str) -> bytes | None:
     """The packet is an APP1 segment of its own; a new one comes after those of JFIF and EXIF."""
     start = place = 2
-    found: tuple[int, int] | None = None
+    packets: list[tuple[int, int]] = []
+    extended: list[bytes] = []
+    pictures: tuple[int, int] | None = None
     while photo[start] == 0xFF and photo[start + 1] not in (0xDA, 0xD9):
         if photo[start + 1] == 0xFF:  # fill bytes
             start += 1
@@ -123,13 +156,16 @@ def _into_jpeg(photo: bytes, text: str) -> bytes | None:
             raise NoAltText("its structure is damaged")
         marker, content = photo[start + 1], photo[start + 4 : end]
         if marker == 0xE1 and content.startswith(JPEG_XMP):
-            found = (start, end)
-            break
+            packets.append((start, end))
+        if marker == 0xE1 and content.startswith(JPEG_EXTENDED):
+            extended.append(content[len(JPEG_EXTENDED) :])
+        if marker == 0xE2 and content.startswith(MPF):
+            pictures = (start + 4 + len(MPF), end)
         if marker == 0xE0 or marker == 0xE1 and content.startswith(b"Exif\0"):
             place = end
         start = end
-    first, last = found or (place, place)
-    packet = _add(photo[first + 4 + len(JPEG_XMP) : last] if found else None, text)
+    own = [photo[first + 4 + len(JPEG_XMP) : last] for first, last in packets]
+    packet = _add(own, text, _joined(extended))
     if packet is None:
         return None
     if len(JPEG_XMP) + len(packet) > MAX_SEGMENT:
@@ -137,14 +173,67 @@ def _into_jpeg(photo: bytes, text: str) -> bytes | None:
         packet = re.sub(rb"\s{100,}(?=<\?xpacket end)", b"\n", packet)
     if len(JPEG_XMP) + len(packet) > MAX_SEGMENT:
         raise NoAltText("its XMP is full: a JPEG holds 64 KB of it")
+    first, last = packets[0] if packets else (place, place)
     length = struct.pack(">H", 2 + len(JPEG_XMP) + len(packet))
-    return photo[:first] + b"\xff\xe1" + length + JPEG_XMP + packet + photo[last:]
+    segment = b"\xff\xe1" + length + JPEG_XMP + packet
+    if pictures is not None:
+        photo = _moved(photo, pictures, last, len(segment) - (last - first))
+    return photo[:first] + segment + photo[last:]
+
+
+def _joined(parts: Sequence[bytes]) -> list[bytes]:
+    """The packets whose parts are the segments of extended XMP, by their MD5."""
+    found: dict[bytes, list[tuple[int, int, bytes]]] = defaultdict(list)
+    for part in parts:
+        digest, length, offset = EXTENDED_HEAD.unpack_from(part)
+        found[digest].append((offset, length, part[EXTENDED_HEAD.size :]))
+    packets = []
+    for pieces in found.values():
+        packet = b""
+        for offset, _, piece in sorted(pieces):
+            if offset != len(packet):
+                raise NoAltText("its extended XMP is damaged")
+            packet += piece
+        if any(length != len(packet) for _, length, _ in pieces):
+            raise NoAltText("its extended XMP is damaged")
+        packets.append(packet)
+    return packets
+
+
+def _moved(photo: bytes, index: tuple[int, int], place: int, added: int) -> bytes:
+    """A JPEG of several pictures whose index (where its header begins, where it ends) agrees with
+    `added` bytes more before `place`, which is in the first picture: that one becomes longer, and
+    the others lie further behind an index that stays where it is."""
+    header, end = index
+    order = {b"II": "<", b"MM": ">"}.get(photo[header : header + 2])
+    if order is None:
+        raise NoAltText("its index of pictures is damaged")
+    fields = header + struct.unpack_from(f"{order}I", photo, header + 4)[0]
+    changed = bytearray(photo)
+    for number in range(struct.unpack_from(f"{order}H", photo, fields)[0]):
+        tag, _, size, at = struct.unpack_from(f"{order}HHII", photo, fields + 2 + 12 * number)
+        if tag != MPF_ENTRIES:
+            continue
+        if header + at + size > end:
+            raise NoAltText("its index of pictures is damaged")
+        for entry in range(header + at, header + at + size - MPF_ENTRY + 1, MPF_ENTRY):
+            # After the picture's attribute: its size, and its offset, which is 0 for the first.
+            length, offset = struct.unpack_from(f"{order}II", photo, entry + 4)
+            if not offset and length:
+                length += added
+            elif offset and header < place:
+                offset += added
+            struct.pack_into(f"{order}II", changed, entry + 4, length, offset)
+    return bytes(changed)
 
 
 def _into_png(photo: bytes, text: str) -> bytes | None:
-    """The packet is an iTXt chunk, uncompressed; a new one comes after IHDR, the first."""
+    """The packet is an iTXt chunk, uncompressed; a new one comes after IHDR, the first, and begins
+    as a copy of what an older program wrote as a raw profile."""
     start = len(PNG_SIGNATURE)
-    place, found, packet = 0, None, None
+    place = 0
+    packets: list[tuple[int, int, bytes]] = []
+    profiles: list[bytes] = []
     while start < len(photo):
         size, kind = struct.unpack_from(">I4s", photo, start)
         content, end = photo[start + 8 : start + 8 + size], start + 12 + size
@@ -153,29 +242,55 @@ def _into_png(photo: bytes, text: str) -> bytes | None:
         if kind == b"IHDR":
             place = end
         if kind == b"iTXt" and content.startswith(PNG_XMP):
-            found, packet = (start, end), _itxt(content)
-            break
+            packets.append((start, end, _itxt(content, PNG_XMP)))
+        if kind in (b"tEXt", b"zTXt", b"iTXt") and content.startswith(PNG_RAW_PROFILES):
+            profiles += _raw_profile(kind, content)
         if kind == b"IEND":
             break
         start = end
     if not place:
         raise NoAltText("its structure is damaged")
-    changed = _add(packet, text)
+    changed = _add([packet for *_, packet in packets] or profiles, text, profiles)
     if changed is None:
         return None
-    first, last = found or (place, place)
+    first, last = packets[0][:2] if packets else (place, place)
     content = PNG_XMP + b"\0\0\0\0" + changed  # not compressed, no language, no translated keyword
     chunk = b"iTXt" + content
     chunk = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return photo[:first] + chunk + photo[last:]
 
 
-def _itxt(content: bytes) -> bytes:
-    """The text of an iTXt chunk."""
-    compressed, rest = content[len(PNG_XMP)], content[len(PNG_XMP) + 2 :]
+def _raw_profile(kind: bytes, content: bytes) -> list[bytes]:
+    """The packet, if any, in a text chunk as ImageMagick writes it: the profile's name, its length,
+    its bytes in hex."""
+    keyword, _, text = content.partition(b"\0")
+    if kind == b"zTXt":
+        text = _inflated(text[1:])
+    elif kind == b"iTXt":
+        text = _itxt(content, keyword + b"\0")
+    try:
+        _, length, digits = text.split(None, 2)
+        profile = bytes.fromhex(digits.decode("ascii"))
+        if len(profile) != int(length):
+            raise ValueError
+    except ValueError as error:
+        raise NoAltText("its raw profile of XMP is damaged") from error
+    if keyword.endswith(b"xmp"):
+        return [profile]
+    # A JPEG's segment: of XMP, or of EXIF.
+    return [profile[len(JPEG_XMP) :]] if profile.startswith(JPEG_XMP) else []
+
+
+def _inflated(compressed: bytes) -> bytes:
+    return zlib.decompressobj().decompress(compressed, MAX_PACKET)
+
+
+def _itxt(content: bytes, keyword: bytes) -> bytes:
+    """The text of an iTXt chunk of this keyword."""
+    compressed, rest = content[len(keyword)], content[len(keyword) + 2 :]
     _, _, rest = rest.partition(b"\0")
-    _, _, packet = rest.partition(b"\0")
-    return zlib.decompressobj().decompress(packet, MAX_PACKET) if compressed else packet
+    _, _, text = rest.partition(b"\0")
+    return _inflated(text) if compressed else text
 
 
 def _into_webp(photo: bytes, text: str) -> bytes | None:
@@ -189,10 +304,11 @@ def _into_webp(photo: bytes, text: str) -> bytes | None:
             raise NoAltText("its structure is damaged")
         chunks.append((kind, photo[start + 8 : start + 8 + size]))
         start += 8 + size + size % 2
-    packet = _add(next((content for kind, content in chunks if kind == b"XMP "), None), text)
+    packet = _add([content for kind, content in chunks if kind == b"XMP "], text)
     if packet is None:
         return None
-    chunks = [(kind, content) for kind, content in chunks if kind != b"XMP "]
+    first = next((chunk for chunk in chunks if chunk[0] == b"XMP "), None)
+    chunks = [chunk for chunk in chunks if chunk is not first]
     if chunks[0][0] != b"VP8X":
         chunks.insert(0, (b"VP8X", _extended_header(*chunks[0])))
     header = bytearray(chunks[0][1])

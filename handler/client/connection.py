@@ -1,31 +1,22 @@
-"""Asks a running TorchServe for the captions of one photo or of a whole folder, by REST or
-gRPC."""
+"""Asks a running TorchServe for the captions of a photo, by REST or gRPC."""
 
 import contextlib
 import json
-import os
 import random
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import requests
-from tqdm import tqdm
 
-from handler.client.alt_text import NoAltText, write_alt_text
 from handler.client.stubs import load
 from handler.errors import ArgumentParser, UserError
-from handler.image_preprocess import MAX_BYTES, PHOTO_SUFFIXES, sniff
+from handler.image_preprocess import MAX_BYTES
 from handler.serve.server import KEY_FILE, Server, running
 
 REPOSITORY = Path(__file__).parents[2]
-# Requests in flight for a folder: enough to fill the server's batches.
-IN_FLIGHT = 8
 # A full queue answers 503 without saying when to come back.
 BUSY_WAITS = (0.1, 0.3, 1.0, 3.0, 10.0)
 # The server writes a key file of a few hundred bytes far within this.
@@ -288,144 +279,6 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a file") from error
-
-
-def printable(path: Path) -> str:
-    """A path as any terminal can show it."""
-    return str(path).encode("utf-8", "replace").decode()
-
-
-def find_photos(folder: Path) -> list[Path]:
-    """All photos below a folder, told by their content, and what is named like one."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; IMAGES= must name one")
-    found = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith("."):
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                if path.suffix.lower() in PHOTO_SUFFIXES or sniff(file.read(32)):
-                    found.append(path)
-    if not found:
-        raise UserError(f"{folder}: no photo there; give a folder of JPEG, PNG or other photos")
-    return found
-
-
-def check_writable(path: Path) -> None:
-    """Refuses a path that no file can be written to, before anything is asked."""
-    if path.is_dir():
-        raise UserError(f"{path}: this is a folder; give the path of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{path}: it cannot be written; give another path")
-
-
-def captioned(out: Path) -> set[str]:
-    """The photos that stand in `out` already; a last line that a killed run left half is cut."""
-    if not out.is_file():
-        return set()
-    data = read_file(out)
-    whole = data[: data.rfind(b"\n") + 1]
-    done = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            done.add(str(json.loads(line)["image"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{out}: line {number} has no field 'image': not an earlier OUT; name another"
-            ) from error
-    if len(whole) < len(data):
-        with out.open("r+b") as file:
-            file.truncate(len(whole))
-    return done
-
-
-def caption_folder(
-    ask: Any, folder: Path, out: Path, options: dict[str, Any]
-) -> list[tuple[str, UserError]]:
-    """Appends `{"image", "caption", "captions"}` for each photo below `folder` to `out`, as JSON
-    lines, in order; what stands there is not asked for again. Returns the photos that could not be
-    read, or were refused, and why."""
-    photos = {path.relative_to(folder).as_posix(): path for path in find_photos(folder)}
-    check_writable(out)
-    done = captioned(out)
-    names = [name for name in photos if name not in done]
-    refused: list[tuple[str, UserError]] = []
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-    def caption(name: str) -> dict[str, Any] | UserError:
-        try:
-            name.encode()
-            photo = photos[name].read_bytes()
-        except UnicodeEncodeError:
-            return UserError("its name is not UTF-8; rename it")
-        except OSError as error:
-            return UserError(f"not readable ({error.strerror})")
-        try:
-            return dict(ask(photo, **options))
-        except ServerError as error:
-            if error.kind in ("InvalidParameter", "InvalidKeyException"):
-                raise  # as true of every other photo
-            return error
-
-    bar = tqdm(
-        names,
-        desc="captions",
-        unit="photo",
-        initial=len(done & set(photos)),
-        total=len(photos),
-        disable=None,
-    )
-    with out.open("a", encoding="utf-8") as file, bar:
-        for name, answer in zip(names, in_order(caption, names), strict=True):
-            bar.update()
-            if isinstance(answer, UserError):
-                bar.write(f"{printable(folder / name)}: {answer}", file=sys.stderr)
-                refused.append((name, answer))
-                continue
-            row = {"image": name, "caption": answer["caption"], "captions": answer["captions"]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-    print(f"{out}: {len(names) - len(refused)} captioned, {len(photos) - len(names)} were there")
-    return refused
-
-
-def write_alt_texts(folder: Path, out: Path) -> list[tuple[str, UserError]]:
-    """Writes the captions of `out` into the photos below `folder` that have no alternative text.
-    Returns the photos that could not take it and why."""
-    captions = {}
-    for line in read_file(out).splitlines():
-        row = json.loads(line)
-        captions[row["image"]] = str(row["caption"])
-    photos = {path.relative_to(folder).as_posix(): path for path in find_photos(folder)}
-    written = 0
-    refused: list[tuple[str, UserError]] = []
-    for name in tqdm(sorted(captions.keys() & photos.keys()), desc="alt texts", disable=None):
-        try:
-            written += write_alt_text(photos[name], captions[name])
-        except NoAltText as error:
-            refused.append((name, error))
-        except OSError as error:
-            refused.append((name, UserError(error.strerror or "cannot be written")))
-    for name, reason in refused:
-        print(f"{folder / name}: {reason}", file=sys.stderr)
-    print(f"{folder}: alternative text written into {written} of {len(photos)} photos")
-    return refused
-
-
-def in_order(call: Any, items: list[Any]) -> Iterator[Any]:
-    """`map(call, items)` with IN_FLIGHT calls at a time, and not many more results held."""
-    with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        waiting = []
-        try:
-            for item in items:
-                waiting.append(pool.submit(call, item))
-                if len(waiting) > 2 * IN_FLIGHT:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for left in waiting:
-                left.cancel()
 
 
 def add_server_options(parser: ArgumentParser) -> None:

@@ -1,8 +1,8 @@
-"""Starts TorchServe and returns when its workers are ready, which TorchServe's own start neither
-waits for nor reports.
+"""Starts TorchServe and returns when its workers are ready. TorchServe's own start neither waits
+for them nor reports their failure.
 
-What runs is noted in `build/serve/server.json` (process, addresses, certificate): `stop` and the
-client find the server there.
+`build/serve/server.json` records the running server (process, addresses, certificate), so that
+`stop` and the client find it.
 """
 
 import datetime
@@ -31,17 +31,17 @@ STOP_SECONDS = 30
 LOG4J = Path(__file__).with_name("log4j2.xml")
 STATE = Path("build/serve/server.json")
 KEY_FILE = Path("key_file.json")
-# Standard output holds what goes wrong before the logging is up.
+# Standard output contains the errors before logging has started.
 CONSOLE, LOG = Path("logs/console.log"), Path("logs/torchserve.log")
-# TorchServe's defaults for what a configuration leaves out.
+# TorchServe's defaults for settings that are not in a configuration.
 ADDRESSES = {"inference": "8080", "management": "8081", "metrics": "8082"}
 GRPC = {"inference": "7070", "management": "7071"}
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running TorchServe; `temporary` is its own folder for sockets and unpacked archives, so
-    that several servers do not meet."""
+    """A running TorchServe. `temporary` is its own folder for sockets and unpacked archives, so
+    that several servers do not conflict."""
 
     pid: int
     inference: str
@@ -53,7 +53,7 @@ class Server:
 
 
 def running(home: Path) -> Server | None:
-    """The server that was started in the folder `home`, if it still runs."""
+    """The server that was started in the folder `home`, if it is still running."""
     try:
         server = Server(**json.loads((home / STATE).read_text(encoding="utf-8")))
         command = psutil.Process(server.pid).cmdline()
@@ -63,19 +63,27 @@ def running(home: Path) -> Server | None:
 
 
 def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Server:
-    """Starts TorchServe in `home` (default: here), where it writes its key file and logs, and waits
-    until all workers of all models are ready.
+    """Starts TorchServe in `home` (default: the current folder), where it writes its key file and
+    logs, and waits until all workers of all models are ready.
 
-    Raises UserError with the reason when they never are; nothing is left running then.
+    Raises UserError with the reason if they fail to start; no process is left running then.
     """
     home = home or Path.cwd()
     settings = read_properties(ts_config)
     models = initial_models(settings, ts_config, home)
+    if unknown := [letter for letter in str(home.resolve()) if ord(letter) > 0xFFFF]:
+        # The JDK's ParseUtil treats each half of the surrogate pair as a character.
+        raise UserError(
+            f"{home.resolve()}: Java cannot start in a folder with {unknown[0]!r} in its path; "
+            "move it elsewhere"
+        )
     if running(home):
-        raise UserError("a server runs here already; run make stop first")
+        raise UserError("a server is already running here; run make stop first")
     for name, (host, port) in ports(settings, tls).items():
         if not is_free(host, port):
-            raise UserError(f"{ts_config}: {name} port {port} is in use; free it or set another")
+            raise UserError(
+                f"{ts_config}: {name} port {port} is in use; free it or set another one"
+            )
     certificate = None
     if tls:
         certificate, key = make_certificate(home / "build" / "tls")
@@ -85,7 +93,7 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
     write_atomic(config, "".join(f"{name}={escaped(value)}\n" for name, value in settings.items()))
     temporary = tempfile.mkdtemp(prefix="torchserve-")
     (home / LOG).parent.mkdir(exist_ok=True)
-    (home / LOG).unlink(missing_ok=True)  # an older run's errors are not this one's
+    (home / LOG).unlink(missing_ok=True)  # it may contain errors of an earlier run
     (home / KEY_FILE).unlink(missing_ok=True)
     with (home / CONSOLE).open("wb") as console:
         subprocess.run(
@@ -96,7 +104,7 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in this terminal is not meant for the server
+            start_new_session=True,  # Ctrl-C in this terminal must not end the server
             check=False,
         )
     pid_file = Path(temporary) / ".model_server.pid"
@@ -123,7 +131,7 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
 
 
 def stop(home: Path | None = None) -> bool:
-    """Stops the server that was started in `home`; False where none runs."""
+    """Stops the server that was started in `home`; False if none is running."""
     home = home or Path.cwd()
     server = running(home)
     if server is not None:
@@ -134,7 +142,7 @@ def stop(home: Path | None = None) -> bool:
 
 
 def end(server: Server) -> None:
-    """Ends the server's process and its workers, and removes its temporary folder."""
+    """Ends the server and its workers, and removes its temporary folder."""
     try:
         process = psutil.Process(server.pid)
         family = [process, *process.children(recursive=True)]
@@ -148,8 +156,8 @@ def end(server: Server) -> None:
 
 
 def wait_until_ready(server: Server, models: list[str], home: Path) -> None:
-    """Polls the management API. `/ping` is no use: it says Healthy long before a worker is up, and
-    while a worker fails over and over."""
+    """Polls the management API. `/ping` is not used: it returns Healthy long before a worker is
+    ready, and also while a worker fails again and again."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.3)
@@ -164,8 +172,8 @@ def wait_until_ready(server: Server, models: list[str], home: Path) -> None:
 
 
 def settled_log(home: Path) -> str:
-    """The log once it names an exception and no longer grows, or as it is after 5 s: a traceback
-    is written line by line, its cause first."""
+    """The log when it contains an exception and no longer grows, or after 5 s: a traceback is
+    written line by line, beginning with its cause."""
     log = read_log(home)
     for _ in range(10):
         time.sleep(0.5)
@@ -176,17 +184,17 @@ def settled_log(home: Path) -> str:
 
 
 def failed(server: Server, log: str) -> str | None:
-    """What did not work, once it is clear that it never will."""
+    """What has failed, if the start has failed for good."""
     if not psutil.pid_exists(server.pid) or is_zombie(server.pid):
         return "the server did not start"
     if "Failed to load model" in log:
         return "the archive cannot be loaded"
-    # TorchServe tries again and again: loading fails the same way each time.
+    # TorchServe retries without end, but loading fails in the same way each time.
     return "the model cannot be loaded" if "Retry worker" in log else None
 
 
 def is_ready(server: Server, model: str, home: Path) -> bool:
-    """Whether the model has its workers and all of them say READY."""
+    """Whether the model has all its workers and all of them are READY."""
     try:
         key = json.loads((home / KEY_FILE).read_text(encoding="utf-8"))["management"]["key"]
         answer = requests.get(
@@ -198,7 +206,7 @@ def is_ready(server: Server, model: str, home: Path) -> bool:
         [state] = answer.json()
         workers = state["workers"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False  # not yet: no key file, no answer, or an error's answer
+        return False  # not yet: no key file, no answer, or an error
     return len(workers) >= max(1, state["minWorkers"]) and all(
         worker["status"] == "READY" for worker in workers
     )
@@ -217,27 +225,28 @@ def read_log(home: Path) -> str:
 
 
 def reason(log: str) -> str:
-    """The line of a log that says why: an exception, or the first line that speaks of an error."""
+    """The line of a log with the reason: an exception, or the first line about an error."""
     other = [line for line in messages(log) if "rror" in line or "not found" in line]
-    said = (exceptions(log)[:1] or other[:1] or ["the log does not say why"])[0]
-    return said[:300]
+    line = (exceptions(log)[:1] or other[:1] or ["the log contains no reason"])[0]
+    return line[:300]
 
 
 def exceptions(log: str) -> list[str]:
-    """Our own first error; then the exception that ended a worker's first try, or its last one
-    where the lines of several workers are mixed; then the causes of Java's exceptions."""
-    # TorchServe relays a traceback while it writes lines of its own: the end may be out of order.
-    found = [line for line in messages(log) if line.startswith("handler.errors.")][:1]
+    """The first error of this project; then the exception that ended the first attempt of a worker,
+    or the last one if the lines of several workers are mixed; then the causes of Java's
+    exceptions."""
+    # TorchServe writes its own lines between those of a traceback, whose end may be out of order.
+    candidates = [line for line in messages(log) if line.startswith("handler.errors.")][:1]
     for text in (log.split("Retry worker", 1)[0], log):
-        # The last of Python's chained exceptions is the one that was meant for people.
+        # The last of Python's chained exceptions has the message for users.
         python = r"[A-Za-z_][\w.]*(Error|Exception)(:|$)"
-        found += [line for line in messages(text) if re.match(python, line)][-1:]
+        candidates += [line for line in messages(text) if re.match(python, line)][-1:]
     java = [line for line in messages(log) if line.startswith("Caused by:")]
-    return found + [line.removeprefix("Caused by: ") for line in java]
+    return candidates + [line.removeprefix("Caused by: ") for line in java]
 
 
 def messages(log: str) -> list[str]:
-    """What the lines of a log say, without time, level and thread."""
+    """The messages of a log, without time, level and thread."""
     return [line.split(" - ", 1)[-1].strip() for line in log.splitlines()]
 
 
@@ -246,16 +255,16 @@ def read_properties(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read; name a configuration with TS_CONFIG=") from error
+        raise UserError(f"{path}: cannot be read; set TS_CONFIG= to a configuration") from error
     pairs = (line.split("=", 1) for line in lines if "=" in line and line.lstrip()[:1] != "#")
     return {name.strip(): value.strip() for name, value in pairs}
 
 
 def initial_models(settings: dict[str, str], ts_config: Path, home: Path) -> list[str]:
-    """The names of the models that are loaded at the start; their archives must be there."""
+    """The names of the models that are loaded at the start; their archives must exist."""
     store = home / settings.get("model_store", "")
     if "model_store" not in settings or not store.is_dir():
-        raise UserError(f"{ts_config}: model_store is no folder; set it, and run make mar")
+        raise UserError(f"{ts_config}: model_store is not a folder; set it, and run make mar")
     wanted = settings.get("load_models", "")
     if wanted.lower() == "all":
         files = {path.stem: path for path in store.glob("*.mar")}
@@ -271,16 +280,16 @@ def initial_models(settings: dict[str, str], ts_config: Path, home: Path) -> lis
 
 
 def ports(settings: dict[str, str], tls: bool) -> dict[str, tuple[str, int]]:
-    """Where the server listens, by name, as one can connect to it from this machine."""
-    found = {}
+    """The addresses of the server by name, for connections from this machine."""
+    addresses = {}
     for name, default in ADDRESSES.items():
         address = urlsplit(settings.get(f"{name}_address", f"http://127.0.0.1:{default}"))
-        found[name] = (address.hostname or "127.0.0.1", address.port or (443 if tls else 80))
+        addresses[name] = (address.hostname or "127.0.0.1", address.port or (443 if tls else 80))
     for name, default in GRPC.items():
         host = settings.get(f"grpc_{name}_address", "127.0.0.1")
-        found[f"grpc {name}"] = (host, int(settings.get(f"grpc_{name}_port", default)))
+        addresses[f"grpc {name}"] = (host, int(settings.get(f"grpc_{name}_port", default)))
     anywhere = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
-    return {name: (anywhere.get(host, host), port) for name, (host, port) in found.items()}
+    return {name: (anywhere.get(host, host), port) for name, (host, port) in addresses.items()}
 
 
 def is_free(host: str, port: int) -> bool:
@@ -294,18 +303,21 @@ def is_free(host: str, port: int) -> bool:
 
 
 def environment(temporary: str) -> dict[str, str]:
-    """The server's environment: temporary files in `temporary`, Java from beside this Python where
-    there is no other, and none of the variables that would win over the configuration."""
-    # PYTHONPATH comes before the archive's own folder: its code would not be what is served.
+    """The server's environment: temporary files in `temporary`, the Java beside this Python if
+    there is no other, a locale in which Java can open file names of all characters, and none of
+    the variables that would override the configuration."""
+    # PYTHONPATH precedes the archive's own folder: other code than the archive's would run.
     unwanted = ("PYTHONPATH", "TS_CONFIG_FILE", "LOG_LOCATION", "METRICS_LOCATION")
     inherited = {name: value for name, value in os.environ.items() if name not in unwanted}
+    if inherited.get("LC_ALL") in ("C", "POSIX"):
+        inherited["LC_ALL"] = "C.UTF-8"  # as Python itself does for LANG (PEP 538)
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
     return {**inherited, "PATH": path, "TMPDIR": temporary, "TEMP": temporary}
 
 
 def escaped(value: str) -> str:
-    """A value of a Java properties file, which Java reads as Latin-1: what is not ASCII is written
-    as its UTF-16 units."""
+    """A value for a Java properties file, which Java reads as Latin-1: characters outside ASCII are
+    written as UTF-16 escapes."""
     data = value.encode("utf-16-be")
     units = [int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data), 2)]
     return "".join(chr(unit) if unit < 128 else f"\\u{unit:04x}" for unit in units)
@@ -322,8 +334,8 @@ def with_tls(settings: dict[str, str], certificate: Path, key: Path) -> dict[str
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for this machine's loopback names and its key (mode 0600); made
-    anew when it is missing or expires within a day."""
+    """A self-signed certificate for the loopback names of this machine, and its key (mode 0600). It
+    is created if it is missing or expires within a day."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import rsa
@@ -356,7 +368,7 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     key_file.unlink(missing_ok=True)
     with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        # Java reads PKCS #8 alone.
+        # Java can only read PKCS #8.
         file.write(
             key.private_bytes(
                 serialization.Encoding.PEM,

@@ -34,12 +34,10 @@
     return canvas;
   };
 
-  // The part of the photo that the model saw, in percent: all of it, or its middle square.
-  const seen = (image, fit) => {
-    const { naturalWidth: width, naturalHeight: height } = image;
-    const side = Math.min(width, height);
-    const [w, h] = fit === "crop" ? [(100 * side) / width, (100 * side) / height] : [100, 100];
-    return { left: (100 - w) / 2, top: (100 - h) / 2, width: w, height: h };
+  // A box of shares, "x0 y0 x1 y1", in percent.
+  const sides = (shares) => {
+    const [x0, y0, x1, y1] = shares.split(" ").map((share) => 100 * share);
+    return { left: x0, top: y0, width: x1 - x0, height: y1 - y0 };
   };
 
   const place = (element, sides) => {
@@ -56,14 +54,13 @@
     clear(card);
     const map = document.createElement("div");
     map.className = "map";
-    place(map, seen(image, word.parentElement.dataset.fit));
+    place(map, sides(word.parentElement.dataset.seen)); // the part of the photo that the model saw
     map.append(drawn(Uint8Array.from(atob(word.dataset.map), (c) => c.charCodeAt(0))));
     if (word.dataset.box) {
-      const [x0, y0, x1, y1] = word.dataset.box.split(" ").map((share) => 100 * share);
       const [x, y] = word.dataset.centre.split(" ").map((share) => 100 * share);
       const box = document.createElement("div"), centre = document.createElement("div");
       [box.className, centre.className] = ["box", "centre"];
-      place(box, { left: x0, top: y0, width: x1 - x0, height: y1 - y0 });
+      place(box, sides(word.dataset.box));
       place(centre, { left: x, top: y });
       map.append(box, centre);
     }

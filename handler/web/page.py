@@ -1,40 +1,55 @@
 """Pages that stand alone: one HTML file with its style, its scripts and its pictures inside, and a
-policy that forbids it anything else. The report, the review sheet and the demo page are made here.
-"""
+policy that forbids it anything else. The report, the review sheet and the demo page are templates
+(Jinja2) of one document."""
 
 import base64
 import hashlib
 import io
 import math
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
-from handler.web.word_maps import Word, word_as_dict
+from handler.web.word_maps import word_as_dict
 
 HERE = Path(__file__).parent
+TEMPLATES = HERE / "templates"
 STYLE, HEAT = HERE / "page.css", HERE / "heat.js"
 JPEG_QUALITY = 80
-HEAT_LEGEND = (
-    '<p class="quiet">Point at a word, focus it or tap it to see where the model looked while it '
-    'wrote it, from least <span class="scale" role="img" aria-label="(dark violet) to (yellow)">'
-    "</span> to most. The frame is drawn around the warmest part, the dot is its centre.</p>"
-)
 
 
-def page(title: str, body: str, styles: Sequence[Path] = (), scripts: Sequence[Path] = ()) -> str:
-    """A whole HTML document. `body` is HTML; `styles` come after the common one."""
+@cache
+def templates(folder: Path) -> Environment:
+    """The templates of a folder beside those that all pages share. Text is escaped, and a name that
+    is not given is an error."""
+    environment = Environment(
+        loader=FileSystemLoader([folder, TEMPLATES]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["word_as_dict"] = word_as_dict
+    return environment
+
+
+def page(template: Path, styles: Sequence[Path], scripts: Sequence[Path], **content: Any) -> str:
+    """A whole HTML document from a template that extends `document.html`; `styles` come after the
+    common one, and `content` has its title."""
     style = "\n".join(path.read_text(encoding="utf-8") for path in (STYLE, *styles))
     script = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy(style, script)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n"
-        f"<body>\n{body}\n<script>{script}</script>\n</body>\n</html>\n"
+    document = templates(template.parent).get_template(template.name)
+    return document.render(
+        content,
+        policy=Markup(policy(style, script)),
+        style=Markup(style),
+        script=Markup(script),
     )
 
 
@@ -50,8 +65,19 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def photo_html(image: Image.Image, side: int, alt: str) -> str:
-    """A photo (RGB) as part of a page, no side longer than `side` pixels."""
+@dataclass(frozen=True)
+class Photo:
+    """A photo within a page: a JPEG in base64, the size in pixels at which it is shown, and the
+    text for those who do not see it."""
+
+    data: str
+    width: int
+    height: int
+    alt: str
+
+
+def photo(image: Image.Image, side: int, alt: str) -> Photo:
+    """A photo (RGB) for a page, no side longer than `side` pixels."""
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)
     # A drawing of 96 pixels would be a stamp; the browser enlarges it.
@@ -59,27 +85,4 @@ def photo_html(image: Image.Image, side: int, alt: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     data = base64.b64encode(buffer.getvalue()).decode()
-    width, height = (scale * length for length in image.size)
-    return (
-        f'<div class="photo"><div class="frame"><img src="data:image/jpeg;base64,{data}" '
-        f'width="{width}" height="{height}" alt="{escape(alt, True)}"></div></div>'
-    )
-
-
-def words_html(words: Sequence[Word], fit: str) -> str:
-    """The words of a caption as buttons that show their maps; `fit` is how the photo was made
-    square (`PreprocessConfig.resize`)."""
-    buttons = []
-    for word in words:
-        given = word_as_dict(word)
-        text = escape(given["text"])
-        where = f'data-map="{given["map"]}"'
-        for name in ("box", "centre"):
-            if name in given:
-                where += f' data-{name}="{" ".join(map(str, given[name]))}"'
-        buttons.append(
-            f'<button type="button" class="word" aria-pressed="false" {where} '
-            f'title="probability {math.exp(word.log_prob):.2f}" '
-            f'aria-label="{text}: looked at the {given["place"]}">{text}</button>'
-        )
-    return f'<p class="words" data-fit="{escape(fit, True)}">{" ".join(buttons)}</p>'
+    return Photo(data, scale * image.width, scale * image.height, alt)

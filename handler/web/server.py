@@ -8,7 +8,6 @@ takes photos only from its own page.
 """
 
 import secrets
-from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 
 from handler.client.connection import Client, ServerError
 from handler.errors import UserError
-from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode
-from handler.web.page import HEAT, HEAT_LEGEND, page, photo_html, words_html
-from handler.web.word_maps import words_of
+from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode, seen_region
+from handler.web.page import HEAT, TEMPLATES, page, photo, templates
+from handler.web.word_maps import prompt_of, words_of
 
 HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent
@@ -41,25 +40,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-BODY = f"""<header><h1>What does the captioner see?</h1>
-<p class="quiet">The photo goes to the TorchServe on this machine and nowhere else.</p></header>
-<main>
-<div id="drop">
-<p>Drop a photo anywhere on this page, or</p>
-<p><input id="file" type="file" accept="image/*" class="out-of-sight">
-<label class="action" for="file">Choose a photo</label>
-<button id="camera" class="action" type="button">Use the camera</button></p>
-</div>
-<div id="viewfinder" hidden>
-<video id="video" autoplay playsinline muted aria-label="Picture of the camera"></video>
-<p><button id="shoot" class="action main" type="button">Take the photo</button>
-<button id="close" class="action" type="button">Close the camera</button></p>
-</div>
-<p id="status" role="status" aria-live="polite"></p>
-<p id="error" role="alert"></p>
-<section id="result" aria-label="Captions" data-limit="{MAX_BYTES}"></section>
-</main>
-<footer>{HEAT_LEGEND}</footer>"""
 
 
 class WebServer(ThreadingHTTPServer):
@@ -74,22 +54,28 @@ class WebServer(ThreadingHTTPServer):
         # As Jupyter's: other users of this machine, and other pages, do not know it.
         self.key = secrets.token_urlsafe(24)
         self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
-        self.page = page("Captioner", BODY, [HERE / "web.css"], [HEAT, HERE / "web.js"]).encode()
-        self.fits: dict[str, str] = {}
+        self.page = page(
+            TEMPLATES / "demo.html",
+            [HERE / "web.css"],
+            [HEAT, HERE / "web.js"],
+            title="Captioner",
+            limit=MAX_BYTES,
+        ).encode()
+        self.preprocessings: dict[str, PreprocessConfig] = {}
 
-    def fit(self, checkpoint: str) -> str:
-        """How the model of a checkpoint makes a photo square, as its model card says."""
-        if checkpoint not in self.fits:
+    def preprocessing(self, checkpoint: str) -> PreprocessConfig:
+        """What the model of a checkpoint sees of a photo, as its model card says."""
+        if checkpoint not in self.preprocessings:
             card = self.client.model_card()
             if not card:
-                return PreprocessConfig.resize
-            self.fits[checkpoint] = card["preprocessing"]["resize"]
-        return self.fits[checkpoint]
+                return PreprocessConfig()
+            self.preprocessings[checkpoint] = PreprocessConfig.from_dict(card["preprocessing"])
+        return self.preprocessings[checkpoint]
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET / is the page; POST /caption takes the bytes of a photo and answers the HTML of its card,
-    or a sentence with the status of what went wrong."""
+    """GET / is the page; POST /caption takes the bytes of a photo, and a prompt in its address, and
+    answers the HTML of the photo's card, or a sentence with the status of what went wrong."""
 
     protocol_version = "HTTP/1.1"
     timeout = SILENCE_SECONDS
@@ -106,10 +92,10 @@ class PageHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self.is_ours():
             return
-        host = self.headers.get("Host", "")
+        host, address = self.headers.get("Host", ""), urlsplit(self.path)
         if self.headers.get("Origin") != f"http://{host}":
             self.refuse(403, "Photos are taken from this server's own page alone.")
-        elif urlsplit(self.path).path != "/caption":
+        elif address.path != "/caption":
             self.refuse(404, "Photos go to /caption.")
         elif not self.headers.get("Content-Length", "").isdecimal():
             self.refuse(411, "The length of the photo is missing.")
@@ -117,8 +103,9 @@ class PageHandler(BaseHTTPRequestHandler):
             self.refuse(413, f"The photo has more than {MAX_BYTES // 2**20} MiB; make it smaller.")
         else:
             photo = self.rfile.read(int(self.headers["Content-Length"]))
+            [prompt] = parse_qs(address.query).get("prompt", [""])[:1]
             try:
-                self.answer(200, card(self.server, photo), "text/html")
+                self.answer(200, card(self.server, photo, prompt), "text/html")
             except UserError as error:
                 status, said = sentence(error)
                 self.answer(status, said)
@@ -156,34 +143,32 @@ class PageHandler(BaseHTTPRequestHandler):
         """Nothing: what people show to the page is theirs."""
 
 
-def card(server: WebServer, photo: bytes) -> str:
-    """Asks the server for the captions of a photo: the HTML of the photo with its captions."""
-    answer = server.client.caption(
-        photo, num_beams=BEAMS, num_return_sequences=N_BEST, attention=True
-    )
-    fit = server.fit(answer["model"]["checkpoint"])
-    captions = "".join(f"<li>{caption_html(caption, fit)}</li>" for caption in answer["captions"])
-    text = answer["caption"]
-    model = answer["model"]
+def card(server: WebServer, data: bytes, prompt: str) -> str:
+    """Asks the server for the captions of a photo that begin with `prompt`, unless it is empty: the
+    HTML of the photo with its captions."""
+    options: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": N_BEST}
+    if prompt:
+        options["prompt"] = prompt
+    answer = server.client.caption(data, attention=True, **options)
+    image = decode(data)
     return (
-        f'<article class="card" data-caption="{escape(text, True)}">'
-        f"{photo_html(decode(photo), PHOTO_SIDE, text)}"
-        f'<div class="text"><ol class="captions">{captions}</ol><p class="quiet">'
-        f"{escape(str(model['name']))} {escape(str(model['version']))}, "
-        f"{escape(str(model['precision']))}, {escape(str(model['checkpoint'])[:19])}</p>"
-        "</div></article>"
+        templates(TEMPLATES)
+        .get_template("card.html")
+        .render(
+            shown=photo(image, PHOTO_SIDE, answer["caption"]),
+            captions=[words_of_answer(caption) for caption in answer["captions"]],
+            seen=seen_region(image.size, server.preprocessing(answer["model"]["checkpoint"])),
+            model=answer["model"],
+        )
     )
 
 
-def caption_html(caption: dict[str, Any], fit: str) -> str:
-    """A caption of the API as words with their maps, and its scores."""
+def words_of_answer(caption: dict[str, Any]) -> dict[str, Any]:
+    """A caption of the API with its prompt, and the words behind it with their maps."""
     attention = caption["attention"]
     maps_Tgg = torch.tensor(attention["maps"]).reshape(-1, *attention["grid"])
     words = words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
-    return (
-        f'{words_html(words, fit)}<p class="quiet">score {caption["score"]:.2f}, '
-        f"log probability {caption['log_prob']:.2f}</p>"
-    )
+    return caption | {"words": words, "prompt": prompt_of(caption["caption"], caption["tokens"])}
 
 
 def sentence(error: UserError) -> tuple[int, str]:
@@ -192,6 +177,8 @@ def sentence(error: UserError) -> tuple[int, str]:
         return 502, f"{str(error)[:1].upper()}{str(error)[1:]}."
     if error.kind in TOLD:
         return error.code, f"This file cannot be captioned: {error.message}."
+    if error.kind == "InvalidParameter" and error.message.startswith("prompt"):
+        return error.code, f"These words cannot be used: {error.message}."
     if error.kind == "InvalidKeyException":
         return 502, "TorchServe refused the key of this page; start it again with make serve."
     if error.code == 503:

@@ -1,9 +1,10 @@
-// The demo page: a photo by drop, file or camera -> POST /caption -> the card of its captions.
+// The demo page: a photo by drop, file or camera, and a prompt -> POST /caption -> the card of its
+// captions.
 "use strict";
 {
   const at = (id) => document.getElementById(id);
   const video = at("video"), viewfinder = at("viewfinder"), result = at("result");
-  let asked = 0;
+  let asked = 0, latest = null;
 
   const say = (status, error = "") => {
     at("status").textContent = status;
@@ -11,7 +12,8 @@
   };
 
   const caption = async (photo) => {
-    const number = ++asked;
+    const number = ++asked, prompt = at("prompt").value.trim();
+    latest = photo;
     result.replaceChildren();
     if (photo.size > Number(result.dataset.limit)) {
       say("", `The photo has more than ${result.dataset.limit / 2 ** 20} MiB; make it smaller.`);
@@ -21,7 +23,10 @@
     result.setAttribute("aria-busy", "true");
     let status, text;
     try {
-      const answer = await fetch("/caption" + location.search, { method: "POST", body: photo });
+      const address = "/caption" + location.search;
+      const answer = await fetch(prompt ? `${address}&prompt=${encodeURIComponent(prompt)}` : address, {
+        method: "POST", body: photo,
+      });
       [status, text] = [answer.status, await answer.text()];
     } catch {
       [status, text] = [0, "The page's own server has ended; start it again with make web."];
@@ -40,6 +45,11 @@
     const [photo] = event.target.files;
     event.target.value = ""; // the same file may be chosen again
     if (photo) caption(photo);
+  });
+
+  // The same photo with other words.
+  at("prompt").addEventListener("change", () => {
+    if (latest) caption(latest);
   });
 
   for (const name of ["dragover", "dragleave", "drop"]) {

@@ -1,10 +1,12 @@
 """Tokens -> words, and where each was looked for: a map, its peak, its centre and a box around it.
 
-Dimension key: T tokens, g cells along one side of the map. Positions are shares of the picture's
-width and height, x to the right and y down.
+Dimension key: T tokens, g cells along one side of the map. Positions are shares of the map's width
+and height, x to the right and y down; a map covers the part of a photo that the model saw
+(`handler.image_preprocess.seen_region`), and `on_photo` gives the place in the photo.
 """
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from torch import Tensor
 BOX_SHARE = 0.5
 # Boxes are finer than the cells of a map: each is cut into FINE x FINE, smoothly.
 FINE = 4
+# A map over all of a photo.
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 # Words that name nothing to be seen: no box is drawn for them.
 FUNCTION_WORDS = frozenset(
     word
@@ -66,6 +70,15 @@ def words_of(tokens: Sequence[str], log_probs: Sequence[float], maps_Tgg: Tensor
         )
         for group in groups
     ]
+
+
+def prompt_of(caption: str, tokens: Sequence[str]) -> str:
+    """What a caption begins with before its tokens; a word-level vocabulary's have no spaces."""
+    for space in ("", " "):
+        generated = space.join(tokens).strip()
+        if caption.endswith(generated):
+            return caption.removesuffix(generated).strip()
+    return ""
 
 
 def peak(map_gg: Tensor) -> tuple[float, float]:
@@ -126,6 +139,14 @@ def _covered(low: float, high: float, cells: int) -> Tensor:
     return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * cells
 
 
+def on_photo(positions: Sequence[float], seen: Sequence[float]) -> list[float]:
+    """Positions on a map (x, y, x, y, ...) as shares of the photo; `seen` is what the map covers,
+    (x0, y0, x1, y1)."""
+    x0, y0, x1, y1 = seen
+    sides = ((x0, x1 - x0), (y0, y1 - y0))
+    return [sides[i % 2][0] + value * sides[i % 2][1] for i, value in enumerate(positions)]
+
+
 def place_name(x: float, y: float) -> str:
     """Where a point lies, for those who hear the page: "upper left", "middle"."""
     row = "upper" if y < 1 / 3 else "lower" if y > 2 / 3 else ""
@@ -133,15 +154,16 @@ def place_name(x: float, y: float) -> str:
     return f"{row} {column}".strip() or "middle"
 
 
-def word_as_dict(word: Word) -> dict[str, Any]:
+def word_as_dict(word: Word, seen: Sequence[float] = WHOLE) -> dict[str, Any]:
     """A word for a page: its map as base64 of g * g bytes, row by row, scaled to its own largest
-    value; box and centre of a content word."""
+    value; box and centre, on the map, of a content word; the name of the place in the photo, of
+    which the map covers the region `seen`."""
     scaled = (word.map_gg / word.map_gg.max().clamp(min=1e-9) * 255).round().to(torch.uint8)
     page: dict[str, Any] = {
         "text": word.text,
-        "log_prob": round(word.log_prob, 3),
+        "probability": math.exp(word.log_prob),
         "map": base64.b64encode(scaled.numpy().tobytes()).decode(),
-        "place": place_name(*peak(word.map_gg)),
+        "place": place_name(*on_photo(peak(word.map_gg), seen)),
     }
     if word.names_something:
         page["box"] = [round(edge, 4) for edge in box(word.map_gg)]

@@ -1,57 +1,266 @@
-"""`python -m tests.benchmarks.batch --source DIR --export DIR`: photos a second of handler.batch's
-worker beside `Captioner.caption` in process, over batch sizes, photos decoded beside the model in
-both; one thread each. Medians of interleaved rounds. No Ray."""
+"""`python -m tests.benchmarks.batch --source DIR --export DIR`: handler.batch over a folder, tars
+and Parquet beside the best in-process rate on the same cores, one worker beside two, the memory of all
+processes together, and whether each photo is one row with the caption of `Captioner.caption`.
+
+The in-process rate is that of `Captioner.caption_tensors` in batches of 8, 32 and 64, photos read
+and decoded beside it, in one process with a thread a core or in one process a core. Start-up counts for
+neither. Every contender runs once a round; medians. `--photos 10000 --rounds 1` is the whole proof.
+"""
 
 import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tarfile
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
-from handler.batch import shard
-from handler.batch.shard import DECODERS, Job, Worker
-from handler.batch.source import Photo, cut, find, read
-from tests.benchmarks.timing import machine, medians, report, table
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from handler.batch.shard import DECODERS, ahead
+from handler.batch.source import Photo
+from handler.captioner import Captioner
+from tests.benchmarks.timing import machine, report, table
+from tests.photos import encoded, smooth
+
+CORES = len(os.sched_getaffinity(0))
+BATCHES = (8, 32, 64)
+SHARD = 250  # photos of a tar and of a row group
+BROKEN_EVERY, DRAWN_EVERY = 100, 10  # one photo in a hundred is broken, one in ten is drawn
 
 
-def in_process(worker: Worker, photos: list[Photo], batch: int) -> None:
-    """The baseline: every photo decoded in threads, then captioned in batches."""
-    with ThreadPoolExecutor(DECODERS) as decoders:
-        images = decoders.map(worker.captioner.preprocess, [photo.content for photo in photos])
-        waiting = []
-        for image in images:
-            waiting.append(image)
-            if len(waiting) == batch:
-                worker._captions(waiting)
-                waiting = []
-        worker._captions(waiting)
+def write_photos(source: Path, count: int, folder: Path) -> list[Path]:
+    """`count` photos: those of `source` repeated, drawn and broken ones between them."""
+    real = sorted(path for path in source.iterdir() if path.suffix == ".jpg")
+    drawn = [encoded(smooth(320, 240, seed), "JPEG") for seed in range(50)]
+    folder.mkdir()
+    for number in range(count):
+        if number % BROKEN_EVERY == BROKEN_EVERY // 2:
+            content = real[number % len(real)].read_bytes()[:200]
+        elif number % DRAWN_EVERY == 0:
+            content = drawn[number // DRAWN_EVERY % len(drawn)]
+        else:
+            content = real[number % len(real)].read_bytes()
+        (folder / f"{number:06}.jpg").write_bytes(content)
+    return sorted(folder.iterdir())
+
+
+def write_tars(photos: list[Path], folder: Path) -> str:
+    folder.mkdir()
+    for start in range(0, len(photos), SHARD):
+        with tarfile.open(folder / f"{start // SHARD:05}.tar", "w") as tar:
+            for path in photos[start : start + SHARD]:
+                tar.add(path, path.name)
+    return str(folder)
+
+
+def write_parquet(photos: list[Path], file: Path) -> str:
+    schema = pa.schema([("id", pa.string()), ("image", pa.binary())])
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, len(photos), SHARD):
+            rows = [
+                {"id": path.name, "image": path.read_bytes()}
+                for path in photos[start : start + SHARD]
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+    return str(file)
+
+
+def in_process(
+    export: str, beams: int, photos: list[str], threads: int, batch: int, connection: Any
+) -> None:
+    """One process of the baseline: loads, says so, and captions when it is told to."""
+    captioner = Captioner.load(export, threads=threads)
+    options = captioner.options(num_beams=beams)
+
+    def prepare(photo: Photo) -> torch.Tensor | None:
+        try:
+            return captioner.preprocess(Path(photo.id).read_bytes())
+        except ValueError:
+            return None
+
+    def caption(paths: list[str]) -> None:
+        ready = ahead(prepare, (Photo(path, b"") for path in paths), DECODERS["cpu"], batch)
+        while part := list(islice(ready, batch)):
+            images = [image for _, image in part if image is not None]
+            captioner.caption_tensors(torch.stack(images), [options] * len(images))
+
+    caption(photos[:batch])
+    connection.send("loaded")
+    connection.recv()
+    caption(photos)
+    connection.send("done")
+
+
+def baseline(export: str, beams: int, photos: list[str], processes: int, batch: int) -> float:
+    """Photos a second of `processes` that share the photos, one core each or one with all."""
+    spawn = multiprocessing.get_context("spawn")
+    connections, workers = [], []
+    for index in range(processes):
+        ours, theirs = spawn.Pipe()
+        given = (export, beams, photos[index::processes], CORES // processes, batch, theirs)
+        workers.append(spawn.Process(target=in_process, args=given))
+        workers[-1].start()
+        connections.append(ours)
+    for connection in connections:
+        connection.recv()
+    started = time.perf_counter()
+    for connection in connections:
+        connection.send("go")
+    for connection in connections:
+        connection.recv()
+    seconds = time.perf_counter() - started
+    for worker in workers:
+        worker.join()
+    return len(photos) / seconds
+
+
+def megabytes(process: psutil.Process) -> float:
+    """Memory of a process and all below it; what they share counts once."""
+    total = 0
+    with suppress(psutil.Error):
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += one.memory_full_info().pss
+    return total / 1e6
+
+
+def run_batch(source: str, out: Path, *given: str) -> dict[str, Any]:
+    """The job's figures, and `megabytes`: every sample since its first part was there."""
+    figures, samples = out.with_suffix(".json"), []
+    command = ["-m", "handler.batch", "--source", source, "--out", str(out), *given]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *command, "--metrics", str(figures)],
+        stdout=subprocess.DEVNULL,
+    )
+    known = psutil.Process(process.pid)
+
+    def watch() -> None:
+        while process.poll() is None:
+            if list(out.glob("part-*")):
+                samples.append(megabytes(known))
+            time.sleep(1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    status = process.wait()
+    watcher.join()
+    if status not in (0, 1):
+        raise SystemExit(f"handler.batch ended with status {status}")
+    return json.loads(figures.read_text()) | {"megabytes": samples[:-1] or [0.0]}
+
+
+def rows_of(out: Path) -> Iterator[dict[str, Any]]:
+    for part in sorted(out.glob("part-*.parquet")):
+        yield from pq.read_table(part, columns=["id", "caption", "error"]).to_pylist()
+
+
+def expected(export: str, beams: int, photos: list[Path]) -> dict[str, str | None]:
+    """Captions of `Captioner.caption`; None for a photo that it refuses."""
+    captioner = Captioner.load(export, threads=CORES)
+    captions: dict[bytes, str | None] = {}
+    for path in photos:
+        content = path.read_bytes()
+        if content not in captions:
+            try:
+                captions[content] = captioner.caption([content], num_beams=beams)[0][0].text
+            except ValueError:
+                captions[content] = None
+    return {path.name: captions[path.read_bytes()] for path in photos}
+
+
+def check(out: Path, captions: dict[str, str | None]) -> str:
+    counts: Counter[str] = Counter()
+    other = broken = 0
+    for row in rows_of(out):
+        counts[row["id"]] += 1
+        other += row["caption"] != captions[row["id"]]
+        broken += row["error"] is not None
+    is_exact = counts.keys() == captions.keys() and set(counts.values()) == {1}
+    return (
+        f"{len(counts)} ids, {'one row each' if is_exact else 'NOT one row each'}; "
+        f"{broken} errors; "
+        f"{other} captions differ"
+    )
+
+
+def flatness(samples: list[float]) -> str:
+    """Peak, and the means of the first and of the last third of the time."""
+    third = max(1, len(samples) // 3)
+    return f"{max(samples):.0f} ({mean(samples[:third]):.0f}, {mean(samples[-third:]):.0f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--source", required=True)
+    parser.add_argument("--source", type=Path, required=True, help="a folder of .jpg photos")
     parser.add_argument("--export", type=Path, required=True)
-    parser.add_argument("--photos", type=int, default=256)
+    parser.add_argument("--photos", type=int, default=1024)
     parser.add_argument("--num-beams", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder for photos and captions (default: /tmp)")
     arguments = parser.parse_args()
-    _, root, names = find(arguments.source)
-    [one, *_] = cut(root, names[: arguments.photos])
-    photos = list(read(one))
-    with tempfile.TemporaryDirectory() as out:
-        worker = Worker(Job(str(arguments.export), {"num_beams": arguments.num_beams}, out))
+    with tempfile.TemporaryDirectory(dir=arguments.out) as work:
+        measure(arguments, Path(work))
 
-        def ours() -> None:
-            worker.caption(one)
 
-        def theirs(batch: int) -> Callable[[], None]:
-            return lambda: in_process(worker, photos, batch)
-
-        contenders = {"shard": ours} | {f"in process, {n}": theirs(n) for n in (8, 16, 32, 64)}
-        seconds = medians(contenders, arguments.rounds)
-    rates = {name: len(photos) / value for name, value in seconds.items()}
-    text = table(["", "photos a second"], [[name, f"{rate:.1f}"] for name, rate in rates.items()])
-    report("batch", f"{machine()}; batches of {shard.BATCH['cpu']}\n\n{text}", rates)
+def measure(arguments: argparse.Namespace, work: Path) -> None:
+    export, beams = str(arguments.export.absolute()), arguments.num_beams
+    photos = write_photos(arguments.source, arguments.photos, work / "folder")
+    layouts = {
+        "folder": str(work / "folder"),
+        "tars": write_tars(photos, work / "tars"),
+        "Parquet": write_parquet(photos, work / "photos.parquet"),
+    }
+    captions = expected(export, beams, photos)
+    paths = [str(path) for path in photos]
+    given = ("--export", export, "--num-beams", str(beams))
+    rates: dict[str, list[float]] = {}
+    runs: dict[str, list[Any]] = {}
+    for number in range(arguments.rounds):
+        for processes in dict.fromkeys((1, CORES)):
+            for batch in BATCHES:
+                name = f"in process, {processes} x {CORES // processes}, batches of {batch}"
+                rate = baseline(export, beams, paths, processes, batch)
+                rates.setdefault(name, []).append(rate)
+        jobs = {name: (where, CORES) for name, where in layouts.items()}
+        jobs["folder, 1 worker"] = (layouts["folder"], 1)
+        for name, (where, workers) in jobs.items():
+            out = work / f"out-{name.replace(' ', '')}-{number}"
+            figures = run_batch(where, out, *given, "--workers", str(workers), "--threads", "1")
+            rates.setdefault(name, []).append(figures["photos_per_second"])
+            runs.setdefault(name, []).append(figures | {"checked": check(out, captions)})
+    best = max(median(values) for name, values in rates.items() if name not in runs)
+    speeds = [
+        [name, f"{median(values):.1f}", f"{median(values) / best:.1%}"]
+        for name, values in rates.items()
+    ]
+    details = [
+        [name, runs[name][-1]["checked"], flatness(runs[name][-1]["megabytes"])] for name in runs
+    ]
+    pairs = zip(rates["folder"], rates["folder, 1 worker"], strict=True)
+    scaling = median(two / one for two, one in pairs)
+    text = "\n\n".join(
+        [
+            f"{machine()}; {arguments.photos} photos, {beams} beams, {arguments.rounds} rounds",
+            table(["", "photos a second", "of the best in process"], speeds),
+            table(["", "rows", "MB at most (first, last third)"], details),
+            f"{CORES} workers of one thread / 1: {scaling:.2f}",
+        ]
+    )
+    report("batch", text, {"rates": rates, "runs": runs, "scaling": scaling})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def generate(model, images: torch.Tensor, beams: int, tokens: int) -> torch.Tens
 
 
 def load_theirs(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """A captioner of whatever class its `config.json` names."""
     import transformers
 
-    model = transformers.VisionEncoderDecoderModel.from_pretrained(folder).eval()
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
     return model.to(device, dtype)

@@ -1,8 +1,10 @@
 """Prints the peak memory, in MB, of one photo's caption with 5 beams, in a process that imports no
 more than its user would: resident, or what torch took of the GPU's.
 
-    python -m tests.benchmarks.peak generate FOLDER TOKENS DEVICE   as `save_pretrained` wrote it
-    python -m tests.benchmarks.peak PRECISION EXPORT TOKENS DEVICE
+    python -m tests.benchmarks.peak generate FOLDER SIDE TOKENS DEVICE
+    python -m tests.benchmarks.peak PRECISION EXPORT SIDE TOKENS DEVICE
+
+FOLDER is what `save_pretrained` wrote, SIDE that of a photo in pixels.
 """
 
 import sys
@@ -16,12 +18,12 @@ from tests.benchmarks.timing import print_peak
 
 
 def main() -> None:
-    contender, folder, tokens, device = *sys.argv[1:2], Path(sys.argv[2]), *sys.argv[3:]
+    contender, folder, side, tokens, device = sys.argv[1:]
+    images = images_of(1, int(side))
     if contender == "generate":
-        generate(load_theirs(folder, device), images_of(1, 224), 5, int(tokens))
+        generate(load_theirs(Path(folder), device), images, 5, int(tokens))
     else:
-        captioner = Captioner.load(folder, device)
-        ours(captioner, images_of(1, captioner.preprocessing.image_size), 5, int(tokens))
+        ours(Captioner.load(folder, device), images, 5, int(tokens))
     if device == "cpu":
         print_peak()
     else:

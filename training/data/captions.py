@@ -1,13 +1,13 @@
-"""Captions -> tokens: all captions of a photo packed into one row.
+"""Captions to tokens: all captions of a photo are packed into one row.
 
-The captions of a photo stand one after the other in one row of tokens, so that they share one
-encoder pass and waste no padding on each other; a mask keeps each causal and apart from its
-neighbours.
+The captions of a photo follow each other in one row of tokens. They share one encoder pass and need
+no padding between them. A mask makes each caption causal and hides its neighbours.
 
 Dimension key: B photos, Q packed tokens of a photo, P memory tokens, D width.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +23,8 @@ IGNORED = -100  # torch's cross-entropy leaves these targets out
 @dataclass(frozen=True)
 class Batch:
     """`photos` is (B, 3, S, S) images or (B, P, D) features; tokens, positions and targets are
-    (B, Q), the mask (B, Q, Q). `indices` are the photos' places in the split, `mirror` says which
-    of them are seen (and described) mirrored."""
+    (B, Q), the mask is (B, Q, Q). `indices` are the positions of the photos in the split; `mirror`
+    is true where a photo and its captions are mirrored."""
 
     photos: Tensor
     tokens: Tensor
@@ -44,8 +44,8 @@ def pack_captions(
     captions: Sequence[Sequence[Sequence[int]]], tokenizer: CaptionTokenizer, max_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packs token ids [photo][caption][token] into tokens, positions, targets (B, Q) and mask
-    (B, Q, Q). A caption longer than `max_tokens`, end token included, is cut, and then learns no
-    end."""
+    (B, Q, Q). A caption of more than `max_tokens` tokens, including the end token, is truncated and
+    has no end token among its targets."""
     rows = []
     for photo in captions:
         tokens: list[int] = []
@@ -53,7 +53,7 @@ def pack_captions(
         positions: list[int] = []
         segments: list[int] = []
         for number, ids in enumerate(photo):
-            target = [*ids, tokenizer.end_id][:max_tokens]
+            target = [*tokenizer.opening[1:], *ids, tokenizer.end_id][:max_tokens]
             tokens += [tokenizer.begin_id, *target[:-1]]
             targets += target
             positions += range(len(target))
@@ -65,7 +65,7 @@ def pack_captions(
         torch.tensor([row[i] + [fill] * (length - len(row[i])) for row in rows])
         for i, fill in enumerate(fills)
     )
-    # A padding query sees the other padding: a row without any visible slot would be NaN.
+    # Padding attends to padding: softmax over a row without any visible token gives NaN.
     same_BQQ = segments_BQ.unsqueeze(2) == segments_BQ.unsqueeze(1)
     return tokens_BQ, positions_BQ, targets_BQ, same_BQQ.tril()
 
@@ -74,19 +74,19 @@ SIDES = {"left": "right", "right": "left"}
 
 
 def mirrored(caption: str) -> str:
-    """The caption of the mirrored photo: left and right change places."""
+    """The caption of the mirrored photo: left and right are swapped."""
     return re.sub(
         r"\b(left|right)\b", lambda match: SIDES[match[0].lower()], caption, flags=re.IGNORECASE
     )
 
 
 class Captions:
-    """Token ids of every caption of a split, as they are and mirrored. `longest` is the length of
-    the longest, `cut` how many are longer than `max_tokens`; both count the end token. `unknown` is
-    how many captions have a word that the vocabulary lacks."""
+    """Token ids of every caption of a split, original and mirrored. `longest` is the length of the
+    longest caption, `cut` the number of captions longer than `max_tokens`; both count the end
+    token. `unknown` is the number of captions with a word that is not in the vocabulary."""
 
     def __init__(self, rows: Sequence[Row], tokenizer: CaptionTokenizer, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
         self.plain = [[tokenizer.encode(c) for c in row.captions] for row in rows]
         self.mirrored = [[tokenizer.encode(mirrored(c)) for c in row.captions] for row in rows]
         every = [ids for photo in self.plain for ids in photo]
@@ -95,20 +95,46 @@ class Captions:
         self.cut = sum(len(ids) + 1 > max_tokens for ids in every)
         self.unknown = sum(tokenizer.unknown_id in ids for ids in every)
 
-    def notes(self) -> list[str]:
-        """What is lost of the captions, a line each."""
+    def notes(self, max_new_tokens: int, borrowed: str | None = None) -> list[str]:
+        """One line for each kind of loss: truncated captions, captions longer than
+        `max_new_tokens`, the limit of what is generated, and unknown words. `borrowed` is the
+        checkpoint that the vocabulary comes from, if it was not fitted on these captions."""
         notes = []
         if self.cut:
             notes.append(
                 f"{self.cut} of {self.total} captions are longer than decoder.max_tokens "
                 f"({self.max_tokens}) and are cut; the longest has {self.longest} tokens"
             )
-        if self.unknown:
+        unsaid = sum(len(ids) > max_new_tokens for photo in self.plain for ids in photo)
+        if max_new_tokens < self.max_tokens - 1 and unsaid:
+            notes.append(
+                f"{unsaid} of {self.total} captions are longer than any that is written: raise "
+                f"decoding.max_new_tokens ({max_new_tokens})"
+            )
+        if borrowed is not None:
+            notes += self._new_words(borrowed)
+        elif self.unknown:
             notes.append(
                 f"{self.unknown} of {self.total} captions have words that the vocabulary lacks; "
                 "lower tokenizer.min_count, raise tokenizer.vocab_size, or set tokenizer.kind: bpe"
             )
         return notes
+
+    def _new_words(self, borrowed: str) -> list[str]:
+        """The words that the vocabulary of a checkpoint lacks, in a line."""
+        captions = (caption for row in self.rows for caption in row.captions)
+        new = Counter(w.lower() for text in captions for w in self.tokenizer.unknown_words(text))
+        if not new:
+            return []
+        share = sum(new.values()) / sum(len(ids) for photo in self.plain for ids in photo)
+        common = ", ".join(word for word, _ in new.most_common(3))
+        way_out = "fit a vocabulary: leave --from (make: FROM=) and tokenizer.checkpoint out"
+        if self.tokenizer.is_word_level:
+            way_out = f'add them with --add-words 2 (make: ARGS="--add-words 2"), or {way_out}'
+        return [
+            f"words that the vocabulary of {borrowed} lacks: {len(new)}, {share:.1%} of all words "
+            f"({common}); they are learnt as unknown and never written. To learn them, {way_out}"
+        ]
 
     def batch(self, photos: Tensor, indices: Sequence[int], mirror: Sequence[bool]) -> Batch:
         chosen = [

@@ -1,9 +1,9 @@
-"""COCO captions (Chen et al. 2015): `captions_{train,val}{2014,2017}.json`, in the source's folder
-or in its `annotations/`, with the photos in `train2014/` and so on, there or below `images/`. Of
-both years 2017 is read: the same photos, divided anew.
+"""COCO captions (Chen et al. 2015): `captions_{train,val}{2014,2017}.json` in the source's folder
+or in its `annotations/`. The photos are in `train2014/` and so on, in the source's folder or in its
+`images/`. If both years are present, 2017 is read: it has the same photos in other splits.
 
-With Karpathy's `dataset_coco.json` beside them, its captions and splits are used, since published
-numbers are measured on them. COCO's own test captions are not public, so there is no test split.
+If Karpathy's `dataset_coco.json` is present, its captions and splits are used, because published
+scores are measured on them. COCO's own test captions are not public, so there is no test split.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ YEARS = ("2017", "2014")
 
 
 def read_coco(source: Path) -> Source:
-    """Reads either layout; the ids are COCO's numbers. Raises UserError naming file and field."""
+    """Reads either layout; the ids are COCO's image ids. Raises UserError naming file and field."""
     image_root = source / "images" if (source / "images").is_dir() else source
     for folder in (source, source / "annotations"):
         if (folder / "dataset_coco.json").is_file():
@@ -33,15 +33,15 @@ def read_coco(source: Path) -> Source:
         if photos:
             return Source(image_root, photos, faults)
     raise UserError(
-        f"{source}: neither dataset_coco.json nor captions_train2017.json (val, 2014) with photos "
-        "in it, nor in its annotations/"
+        f"{source}: neither this folder nor its annotations/ has dataset_coco.json or a "
+        "captions_train2017.json (val, 2014) that lists photos"
     )
 
 
 def _read_annotations(
     path: Path, folder: str, split: str, photos: list[Photo], faults: list[tuple[str, str]]
 ) -> None:
-    """Appends one file's photos, in the file's order, and the captions that name none of them."""
+    """Appends the photos of one file in its order, and as faults the captions of other photos."""
     record = parse_json(read_text(path), str(path))
     images: dict[int, str] = {}
     for number, entry in enumerate(take(record, "images", list, str(path))):

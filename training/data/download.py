@@ -1,9 +1,9 @@
-"""Flickr8k from its public mirror, a GitHub release of two zips.
+"""Downloads Flickr8k from its public mirror, a GitHub release of two zip files.
 
-What is checked: the size that the server announces, the zips' CRC of every file, the MD5 sums that
-the R package `torchvision` publishes for the same two files (against damage, not against malice:
-MD5 is weak), and the SHA-256 that the first complete download left beside the file, so that a
-later change is noticed. The sums are not from the mirror itself, which publishes none.
+Checked are the size that the server announces, the CRC of every file in the zips, and the MD5 sums
+that the R package `torchvision` publishes for the same two files (MD5 protects against damage, not
+against an attacker). The mirror itself publishes no sums. The first complete download also stores
+its SHA-256 beside the file, so that a later change of the file is detected.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ MD5 = {
     "Flickr8k_text.zip": "bf6c1abcb8e4a833b7f922104de18627",
     "Flickr8k_Dataset.zip": "f18a1e2920de5bd84dae7cf08ec78978",
 }
-ATTEMPTS = 5  # in a row without a byte gained
-LARGEST = 2**33  # bytes of a file
+ATTEMPTS = 5  # consecutive attempts without progress
+LARGEST = 2**33  # bytes per file
 
 
 def download_flickr8k(downloads: Path, mirror: str = MIRROR) -> Path:
-    """Loads and unpacks the two zips; returns the folder in the original layout.
+    """Downloads and unpacks the two zips; returns the folder in the original layout.
 
-    What is there already is not loaded again, and a broken download goes on where it stopped. The
-    published sums hold for the published mirror only; another may have packed the files anew.
-    Raises UserError where the mirror cannot be reached or a file is not what it should be.
+    Existing files are not downloaded again, and an interrupted download is resumed. The MD5 sums
+    are checked for the default mirror only, because another mirror may have repacked the files.
+    Raises UserError if the mirror cannot be reached or a file has the wrong content.
     """
     folder = downloads / "flickr8k"
     if folder.is_dir():
@@ -54,11 +54,11 @@ def download_flickr8k(downloads: Path, mirror: str = MIRROR) -> Path:
 
 
 def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) -> None:
-    """Loads `url` into `target`, through `target.part`, and records its sum in `target.sha256`.
+    """Downloads `url` to `target`, by way of `target.part`, and writes its sum to `target.sha256`.
 
-    A connection that breaks is taken up again where it broke (HTTP Range), after a pause that
-    doubles; `ATTEMPTS` tries without a byte gained are the end. Raises UserError then, for a
-    refusal such as 404, or for a wrong sum; a file with a wrong sum is removed.
+    A broken connection is resumed where it broke (HTTP Range), after a pause that doubles each
+    time. Raises UserError after `ATTEMPTS` attempts without progress, for a refusal such as 404,
+    and for a wrong sum; a file with a wrong sum is removed.
     """
     part, record = Path(f"{target}.part"), Path(f"{target}.sha256")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,8 @@ def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) 
             fruitless = 0 if after > before else fruitless + 1
             if fruitless == ATTEMPTS:
                 raise UserError(
-                    f"{url}: {reason}, {ATTEMPTS} times; what is there is kept and taken up by the "
-                    "next run; or load it by other means and set SOURCE=DIR"
+                    f"{url}: {reason}, {ATTEMPTS} times; run again to resume the download, or "
+                    "download it by other means and set SOURCE=DIR"
                 )
             time.sleep(pause_s * 2 ** max(0, fruitless - 1))
     file = target if target.exists() else part
@@ -91,7 +91,8 @@ def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) 
         if wanted is not None and wanted != sums[kind]:
             file.unlink()
             raise UserError(
-                f"{target}: its {kind} is {sums[kind]}, not {wanted}; it was removed, run again"
+                f"{target}: its {kind} is {sums[kind]}, not {wanted}; the file was removed, run "
+                "again"
                 + (f" (or remove {record} if the mirror changed it)" if kind == "sha256" else "")
             )
     if file == part:
@@ -100,11 +101,13 @@ def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) 
 
 
 def _continue(url: str, part: Path) -> bool:
-    """Loads what is missing of `part`; whether it is complete now."""
+    """Downloads what is missing of `part`; returns whether it is complete."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     with Session() as session, answer(session, url, headers) as response:
-        if response.status_code == 416:  # nothing beyond what we have, or a file that shrank
+        if (
+            response.status_code == 416
+        ):  # `part` is complete, or the file on the server is shorter now
             size = response.headers.get("Content-Range", "").rpartition("/")[2]
             if size == str(have):
                 return True
@@ -115,7 +118,7 @@ def _continue(url: str, part: Path) -> bool:
         if response.status_code not in (200, 206):
             raise UserError(
                 f"{url}: the server answers {response.status_code} {response.reason}; "
-                "load it by other means and set SOURCE=DIR"
+                "download it by other means and set SOURCE=DIR"
             )
         resumed = response.status_code == 206
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
@@ -126,7 +129,7 @@ def _continue(url: str, part: Path) -> bool:
         if length is None or have + length > LARGEST:
             raise UserError(
                 f"{url}: the server sends no Content-Length up to {LARGEST} bytes; "
-                "load it by other means and set SOURCE=DIR"
+                "download it by other means and set SOURCE=DIR"
             )
         with (
             open(part, "ab" if resumed else "wb") as file,
@@ -146,8 +149,8 @@ def _continue(url: str, part: Path) -> bool:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks a zip, reading every file to its CRC. Raises UserError for a damaged one, and for
-    one with names that lead out of the folder."""
+    """Unpacks a zip and checks the CRC of every file. Raises UserError for a damaged zip, and for
+    names that lead out of the folder."""
     try:
         with zipfile.ZipFile(archive) as zipped:
             for member in tqdm(zipped.infolist(), desc=archive.name, unit="file", disable=None):
@@ -158,7 +161,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with zipped.open(member) as source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file)
-    # RuntimeError: an entry that claims to be encrypted or packed in a way unknown.
+    # RuntimeError: an entry that is encrypted or uses an unknown compression.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{archive}: damaged zip ({error}); remove it and run again") from None
     except OSError as error:
@@ -178,5 +181,5 @@ def _recorded(record: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         words = []
     if not words:
-        raise UserError(f"{record}: not a sum as sha256sum writes it; remove it and run again")
+        raise UserError(f"{record}: not in the format of sha256sum; remove it and run again")
     return words[0]

@@ -1,4 +1,4 @@
-"""The frozen encoder's output for every photo, computed once and kept in a file.
+"""The frozen encoder's output for every photo, computed once and cached in a file.
 
 Dimension key: P memory tokens, D width.
 """
@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +22,33 @@ from training.data.photos import Augment, PhotoDataset, loaded, stamp
 from training.data.seeds import seed_of
 
 
+class FrozenEncoder(NamedTuple):
+    """An encoder of photos (n, 3, H, W): a hash that identifies it, the function, and the shape
+    (P, D) of the memory of one photo."""
+
+    fingerprint: str
+    encode: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
+
+
 class FeatureCache:
-    """The frozen encoder's memory of every photo in `views` versions, bfloat16, in one file that is
-    mapped into memory: (photos, views, P, D). View 0 is the photo itself, the others are augmented.
-    The file is reused when encoder, photos and preprocessing are the same."""
+    """The frozen encoder's memory of `views` versions of every photo, (photos, views, P, D) in
+    bfloat16, in one memory-mapped file. View 0 is the photo itself; the others are augmented. The
+    file is reused if encoder, photos and preprocessing are the same."""
 
     def __init__(
         self,
         folder: Path,
-        fingerprint: str,
+        encoder: FrozenEncoder,
         manifest: Manifest,
         rows: Sequence[Row],
-        encode: Callable[[Tensor], Tensor],
-        shape: tuple[int, int],
         views: int,
         augment: Augment,
         seed: int,
         workers: int,
     ) -> None:
         plain = Augment(augment.preprocessing, augment=False, flip=False)
-        key = hashlib.sha256(fingerprint.encode())
+        key = hashlib.sha256(encoder.fingerprint.encode())
         for row in rows:
             key.update(f"{stamp(manifest, row)}\n".encode())
         self.path = folder / f"{key.hexdigest()[:24]}.bf16"
@@ -48,7 +56,7 @@ class FeatureCache:
         for index in range(len(rows)):
             for view in range(1, views):
                 self.mirror[index, view] = augment.mirrors(seed_of(seed, view, index))
-        size = (len(rows), views, *shape)
+        size = (len(rows), views, *encoder.shape)
         if not self.path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
@@ -56,7 +64,10 @@ class FeatureCache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    print(f"{self.path}: waiting for another run that makes them", flush=True)
+                    print(
+                        f"{self.path}: waiting for another run that computes these features",
+                        flush=True,
+                    )
                     fcntl.flock(file, fcntl.LOCK_EX)
                 if self.path.exists():
                     partial.unlink(missing_ok=True)
@@ -67,7 +78,7 @@ class FeatureCache:
                     ]
                     try:
                         _reserve(partial, size)
-                        self._make(_mapped(partial, size), photos, encode, workers)
+                        self._make(_mapped(partial, size), photos, encoder.encode, workers)
                     except BaseException:
                         partial.unlink(missing_ok=True)
                         raise
@@ -94,7 +105,7 @@ class FeatureCache:
     def batches(
         self, captions: Captions, batches: list[list[int]], seed: int, epoch: int
     ) -> Iterator[Batch]:
-        """Batches of features; which view of a photo is seen depends on seed and epoch."""
+        """Batches of features; seed and epoch determine which view of each photo is used."""
         photos, views = self.memory.shape[:2]
         generator = torch.Generator().manual_seed(seed_of(seed, "views", epoch))
         view_of = torch.randint(views, (photos,), generator=generator)
@@ -105,8 +116,8 @@ class FeatureCache:
 
 
 def _reserve(path: Path, size: tuple[int, ...]) -> None:
-    """Gives a file all its blocks: writing to mapped memory that has none when the disk is full
-    kills the process (SIGBUS). Raises OSError where they do not fit."""
+    """Allocates all blocks of a file. Without them, writing to mapped memory on a full disk kills
+    the process (SIGBUS). Raises OSError if the disk has too little space."""
     if not hasattr(os, "posix_fallocate"):  # macOS
         return
     with path.open("ab") as file:

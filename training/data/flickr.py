@@ -1,13 +1,13 @@
-"""Flickr8k (Hodosh, Young and Hockenmaier 2013) and Flickr30k (Young et al. 2014) in the layouts
-that people have:
+"""Flickr8k (Hodosh, Young and Hockenmaier 2013) and Flickr30k (Young et al. 2014) in their common
+layouts:
 
-- the original: `Flickr8k.token.txt` or `results_20130124.token`, `NAME.jpg#N<TAB>caption` a line,
+- the original: `Flickr8k.token.txt` or `results_20130124.token`, lines `NAME.jpg#N<TAB>caption`,
 - Karpathy's `dataset_flickr8k.json` or `dataset_flickr30k.json`,
-- Kaggle's: `captions.txt` (CSV with a header) or Flickr30k's `results.csv` (divided by `|`).
+- Kaggle's `captions.txt` (CSV with a header), or `results.csv` of Flickr30k (separated by `|`).
 
-The files lie in the source's folder or in one below it, such as `Flickr8k_text/`. Flickr8k's
-official lists `Flickr_8k.*Images.txt` make the splits wherever they are found, its dev list being
-called `val`. Where nothing tells the splits, a hash of the photo's name does.
+The files are in the source's folder or in a folder in it, such as `Flickr8k_text/`. If Flickr8k's
+official lists `Flickr_8k.*Images.txt` are present, they define the splits; the dev list becomes
+`val`. If nothing defines the splits, a hash of the photo's name does.
 """
 
 import re
@@ -39,7 +39,7 @@ SPLIT_LISTS = {
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-# The published token file captions a photo of this name, which is in no list and no archive.
+# The published token file has a caption of this photo, which is in no list and no archive.
 KNOWN_DEFECT = "2258277193_586949ec62.jpg.1"
 
 
@@ -76,11 +76,11 @@ def _read(source: Path, name: str) -> Source:
         return Source(image_root, photos, known=known, splits=HASHED)
     split_of = _read_lists(lists)
     faults = [
-        (photo, f"in {lists[split].name}, but without a caption")
+        (photo, f"listed in {lists[split].name}, but has no caption")
         for photo, split in split_of.items()
         if photo not in captions
     ]
-    # In the lists' order, which people know; those in no list after them.
+    # In the order of the lists; photos in no list follow.
     ordered = dict.fromkeys([*split_of, *captions])
     photos = [
         Photo(photo, photo, tuple(captions[photo]), split_of.get(photo))
@@ -98,7 +98,7 @@ def _captions(source: Path, name: str) -> Iterator[tuple[str, str]]:
         if path.is_file():
             return _read_bars(path) if path.name == "results.csv" else _read_kaggle(path)
     files = (TOKEN_FILES[name], f"dataset_{name}.json", *KAGGLE_FILES[name])
-    raise UserError(f"{source}: no captions there; it must hold one of {', '.join(files)}")
+    raise UserError(f"{source}: no captions found; it must contain one of {', '.join(files)}")
 
 
 def _read_tokens(path: Path) -> Iterator[tuple[str, str]]:
@@ -120,8 +120,8 @@ def _read_kaggle(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_bars(path: Path) -> Iterator[tuple[str, str]]:
-    """`results.csv`: `image_name| comment_number| comment`, without quoting. Its published copy
-    lacks the second bar in one line, so blanks may stand for it."""
+    """`results.csv`: `image_name| comment_number| comment`, without quoting. In one line of the
+    published file the second bar is missing, so spaces are accepted instead."""
     for position, (where, line) in enumerate(read_lines(path)):
         if position == 0 and line.replace(" ", "").startswith("image_name|"):
             continue
@@ -132,7 +132,7 @@ def _read_bars(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_lists(lists: dict[str, Path]) -> dict[str, str]:
-    """Split by photo, in the lists' order."""
+    """The split of each photo, in the order of the lists."""
     split_of: dict[str, str] = {}
     for split, path in lists.items():
         for where, line in read_lines(path):

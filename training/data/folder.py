@@ -1,14 +1,14 @@
-"""The user's own photographs: a folder with a CSV or JSONL file of captions.
+"""The user's own photos: a folder with a CSV or JSONL file of captions.
 
-Columns or fields: the photo (`file_name`, as in Hugging Face's imagefolder, or `image`,
-`filename`), the caption (`caption` or `text`; in JSONL a list `captions` too) and, if wanted,
-`split`. A photo may stand in several rows, one caption each. Photos are named relative to the file
-of captions, or to `images/` beside it; slashes may be those of Windows, and an absolute path may
-lie within the folder.
+Columns or fields: the photo (`file_name`, as in Hugging Face's imagefolder, or `image` or
+`filename`), the caption (`caption` or `text`; in JSONL also a list `captions`) and optionally
+`split`. A photo may have several rows with one caption each. Names of photos are relative to the
+file of captions, or to `images/` beside it. Backslashes are accepted, and so are absolute paths
+within the folder.
 
-Splits come from the column; a photo whose split is empty there is not used. Without the column
-they come from folders named `train`, `validation`, `test` and the like, as imagefolder has them
-(one file of captions above, or one in each); otherwise from a hash of the photo's name.
+The column `split` defines the splits; a photo with an empty split is not used. Without the column,
+folders named `train`, `validation`, `test` and the like define them, as in imagefolder (with one
+file of captions above them, or one in each). Otherwise a hash of the photo's name does.
 """
 
 import os
@@ -39,19 +39,17 @@ CAPTION_FIELDS = ("caption", "text", "captions")
 
 
 def read_folder(source: Path) -> Source:
-    """Reads the captions; photos are named relative to the folder. Raises UserError naming file,
-    line and field."""
+    """Reads the captions. Raises UserError naming file, line and field."""
     captions: dict[str, list[str]] = {}
     split_of: dict[str, str | None] = {}
     has_splits = False
     for path in _caption_files(source):
         below = path.parent.relative_to(source)
         for where, record in _records(path):
-            named = _text(record, _field(record, IMAGE_FIELDS, where), where)
-            image = image_name(_relative(named, source, below), where)
+            name = _text(record, _field(record, IMAGE_FIELDS, where), where)
+            image = image_name(_relative(name, source, below), where)
             has_splits = has_splits or "split" in record
-            said = _text(record, "split", where) if record.get("split") else ""
-            split = split_name(said, where)
+            split = split_name(_text(record, "split", where) if record.get("split") else "", where)
             if split_of.setdefault(image, split) != split:
                 raise UserError(
                     f"{where}: field 'split' puts {image} into {split}, "
@@ -76,15 +74,15 @@ def read_folder(source: Path) -> Source:
 
 
 def _relative(name: str, source: Path, below: Path) -> str:
-    """A photo's name in a file of captions in the folder `below`, relative to the source: names of
-    Windows with forward slashes, and absolute ones that lie in the source without it."""
+    """Makes the name of a photo relative to the source: `name` is relative to `below`, the folder
+    of the file of captions, or absolute within the source; backslashes become slashes."""
     if "\\" in name and not os.path.lexists(source / below / name):
         name = name.replace("\\", "/")
     if os.path.isabs(name):
         for root in (os.path.abspath(source), os.path.realpath(source)):
             if PurePosixPath(name).is_relative_to(root):
                 return os.path.relpath(name, root)
-    # An empty name stays empty, so that it is refused.
+    # An empty name stays empty: the caller refuses it.
     return (below / name).as_posix() if name.strip() and not os.path.isabs(name) else name
 
 
@@ -99,10 +97,10 @@ def _caption_files(source: Path) -> list[Path]:
             if folder.name.lower() in SPLIT_NAMES and (folder / name).is_file()
         ]
     if len({path.parent for path in files}) < max(1, len(files)):
-        found = ", ".join(path.relative_to(source).as_posix() for path in files) or "none"
+        names = ", ".join(path.relative_to(source).as_posix() for path in files) or "none"
         raise UserError(
             f"{source}: must hold one file of captions, such as metadata.jsonl or captions.csv; "
-            f"found: {found}"
+            f"found: {names}"
         )
     return files
 
@@ -113,7 +111,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not record.keys() & {*IMAGE_FIELDS, *CAPTION_FIELDS}:
                 raise UserError(
                     f"{path}, line 1: the header must name the columns image and caption, but is "
-                    f"{', '.join(record)[:80]!r}; put the line image,caption above it"
+                    f"{', '.join(record)[:80]!r}; insert the line image,caption above it"
                 )
             yield where, record
     else:
@@ -122,7 +120,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def captions_of(record: dict[str, Any], where: str) -> list[str]:
-    """The captions of one row; null, which exports write for a missing one, is an empty one."""
+    """The captions of one row. null counts as an empty caption: tools write it for a missing
+    one."""
     field = _field(record, CAPTION_FIELDS, where)
     values = record[field] if isinstance(record[field], list) else [record[field]]
     return ["" if value is None else _text({field: value}, field, where) for value in values]
@@ -138,13 +137,13 @@ def _field(record: dict[str, Any], names: tuple[str, ...], where: str) -> str:
     for name in names:
         if name in record:
             return name
-    there = ", ".join(map(repr, record))[:80] or "none"
-    raise UserError(f"{where}: no field named {' or '.join(names)}; the fields are {there}")
+    fields = ", ".join(map(repr, record))[:80] or "none"
+    raise UserError(f"{where}: no field named {' or '.join(names)}; the fields are {fields}")
 
 
 def _text(record: dict[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
-        raise UserError(f"{where}: field '{field}' must be a text")
+        raise UserError(f"{where}: field '{field}' must be a string")
     check_unicode(value, f"{where}: field '{field}'")
     return value

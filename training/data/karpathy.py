@@ -16,10 +16,10 @@ from training.data.source import (
 
 
 def read_karpathy(path: Path, image_root: Path) -> Source:
-    """Reads `path`; photos lie below `image_root`, COCO's in a folder a photo (`filepath`).
+    """Reads `path`; photos are below `image_root`, those of COCO in the folder `filepath`.
 
-    The id is COCO's own number where there is one, otherwise the file name; `restval` goes to
-    train. Raises UserError naming the entry and its field.
+    The id is COCO's image id if there is one, otherwise the file name. `restval` becomes train.
+    Raises UserError naming the entry and its field.
     """
     photos = []
     seen = set()

@@ -1,15 +1,17 @@
-"""The one format between every source and everything that trains or measures.
+"""The manifest: the one format that every source is converted to, and that training and evaluation
+read.
 
-A dataset is a folder with `captions.jsonl`, one line a photo,
+A dataset is a folder with two files. `captions.jsonl` has one line per photo,
 
     {"id": "...", "image": "relative/path.jpg", "captions": ["...", ...], "split": "train"}
 
-(`scenes` adds `"scene"`, the drawn truth), and `dataset.json`, which says how many there are, what
-was skipped and why, and under which folder the photos lie (`image_root`: absolute, or relative to
-the dataset's folder). The photos themselves stay where they are.
+(`scenes` adds `"scene"`, the ground truth). `dataset.json` holds the number of photos, what was
+skipped and why, and the folder of the photos (`image_root`: absolute, or relative to the dataset's
+folder). The photos themselves are not copied.
 
-A photo in a tar (see `training.data.shards`) has an `image` such as `coco-000000.tar/000123.jpg`
-and a `"span": [offset, length]`, its bytes within the tar; `image_root` may then be a URL.
+For a photo in a tar (see `training.data.shards`), `image` is for example
+`coco-000000.tar/000123.jpg`, and `"span": [offset, length]` gives its bytes within the tar;
+`image_root` may then be a URL.
 """
 
 import json
@@ -37,8 +39,8 @@ log = logging.getLogger(__name__)
 class Row:
     """One photo: `image` is relative to the manifest's image root, with forward slashes.
 
-    Raises UserError on construction, naming the field, for anything that could not be written,
-    read back and opened again.
+    The constructor raises UserError, naming the field, for any value that could not be written,
+    read and opened again.
     """
 
     id: str
@@ -81,8 +83,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset as read from `folder`: its rows in file order, and the folder that their photos lie
-    in, a URL (a text) where that is on a server."""
+    """A dataset as read from `folder`: its rows in file order, and the folder of their photos, or
+    the URL (a str) if they are on a server."""
 
     name: str
     rows: tuple[Row, ...]
@@ -90,17 +92,17 @@ class Manifest:
     folder: Path
 
     def split(self, name: str) -> list[Row]:
-        """The rows of one split; UserError where it has none."""
+        """The rows of one split. Raises UserError if there are none."""
         rows = [row for row in self.rows if row.split == name]
         if not rows:
-            there = ", ".join(f"{split} ({n})" for split, n in count_splits(self.rows).items())
+            splits = ", ".join(f"{split} ({n})" for split, n in count_splits(self.rows).items())
             raise UserError(
-                f"dataset '{self.name}' has no split '{name}'; it has {there or 'no photos'}"
+                f"dataset '{self.name}' has no split '{name}'; it has {splits or 'no photos'}"
             )
         return rows
 
     def path(self, row: Row) -> Path | str:
-        """The photo's file or the tar that holds it; a text is a URL."""
+        """The photo's file, or the tar that contains it; a str is a URL."""
         name = row.shard or row.image
         if isinstance(self.image_root, str):
             return f"{self.image_root.rstrip('/')}/{name}"
@@ -108,7 +110,7 @@ class Manifest:
 
 
 def count_splits(rows: Iterable[Row]) -> dict[str, int]:
-    """Photos a split, in the order of `SPLITS`, splits without photos left out."""
+    """The number of photos per split, in the order of `SPLITS`, without empty splits."""
     counts = Counter(row.split for row in rows)
     return {split: counts[split] for split in SPLITS if counts[split]}
 
@@ -128,18 +130,18 @@ def write_manifest(
     skipped: Iterable[Mapping[str, str]],
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `captions.jsonl` and `dataset.json` into `directory`; until both are complete, what
-    was there stays.
+    """Writes `captions.jsonl` and `dataset.json` into `directory`. Earlier files are replaced only
+    when both new ones are complete.
 
-    skipped: `{"image" or "id": ..., "reason": ...}` for everything the source left out.
-    notes: further fields of `dataset.json`, such as the rule that made the splits.
-    Raises UserError for an id that occurs twice, where nothing is left to write, or for a folder
-    that cannot be written.
+    skipped: `{"image" or "id": ..., "reason": ...}` for everything that was left out.
+    notes: further fields of `dataset.json`, such as the rule that defined the splits.
+    Raises UserError for an id that occurs twice, for no rows, and for a folder that cannot be
+    written.
     """
     directory = Path(os.path.abspath(directory))
     rows = list(rows)
     if not rows:
-        raise UserError(f"dataset '{name}': no photo with a caption is left, nothing written")
+        raise UserError(f"dataset '{name}': no photo with a caption is left; nothing was written")
     repeated = [key for key, count in Counter(row.id for row in rows).items() if count > 1]
     if repeated:
         raise UserError(f"dataset '{name}': id {repeated[0]!r} occurs more than once")
@@ -175,13 +177,13 @@ def write_manifest(
             os.replace(dataset_file, directory / DATASET_FILE)
     except OSError as error:
         raise UserError(
-            f"{directory}: {error.strerror}; name a folder that can be written"
+            f"{directory}: {error.strerror}; choose a folder that can be written"
         ) from None
 
 
 def inputs_of(manifest: Manifest, out: Path) -> list[Path]:
-    """What a command that reads the dataset must not replace by its output `out`: the dataset's
-    folder and the photos'. `out` may lie within the latter, beside the photos."""
+    """The folders that the output `out` of a command must not replace: the dataset's folder and the
+    folder of the photos. `out` may be in the latter, beside the photos."""
     if isinstance(manifest.image_root, str):
         return [manifest.folder]
     root, real = (Path(os.path.realpath(path)) for path in (manifest.image_root, out))
@@ -193,7 +195,7 @@ def inputs_of(manifest: Manifest, out: Path) -> list[Path]:
 
 
 def data_folder(name_or_folder: str) -> Path:
-    """A dataset by name (under build/data) or by folder."""
+    """The folder of a dataset, given its name (under build/data) or the folder itself."""
     named = DATASETS / name_or_folder
     return named if named.exists() else Path(name_or_folder)
 
@@ -201,8 +203,8 @@ def data_folder(name_or_folder: str) -> Path:
 def read_manifest(directory: Path) -> Manifest:
     """Reads a dataset's folder (or its `captions.jsonl`).
 
-    Raises UserError, naming file, line and field, for any damage. That the photos can be opened
-    was checked when the manifest was written; here only their folder is looked for.
+    Raises UserError, naming file, line and field, for any damage. The photos were checked when the
+    manifest was written; here only their folder is checked.
     """
     directory = Path(directory)
     captions_file = directory
@@ -216,7 +218,7 @@ def read_manifest(directory: Path) -> Manifest:
     texts = {"name": dataset.get("name", directory.name), "image_root": dataset.get("image_root")}
     for field, value in texts.items():
         if not isinstance(value, str) or not value.strip() or "\0" in value:
-            raise UserError(f"{dataset_file}: field '{field}' must be a text that is not empty")
+            raise UserError(f"{dataset_file}: field '{field}' must be a string that is not empty")
     if dataset.get("format", FORMAT) != FORMAT:
         raise UserError(
             f"{dataset_file}: field 'format' is {dataset['format']!r}, but this version reads "
@@ -226,48 +228,48 @@ def read_manifest(directory: Path) -> Manifest:
     root = texts["image_root"] if is_url(texts["image_root"]) else directory / texts["image_root"]
     if isinstance(root, Path) and not os.path.isdir(root):
         raise UserError(
-            f"{dataset_file}: field 'image_root' names {root}, which is no folder; "
+            f"{dataset_file}: field 'image_root' is {root}, which is not a folder; "
             "put the photos back or run `make data` again"
         )
 
     rows: list[Row] = []
     line_of: dict[str, int] = {}
-    # Split at newlines alone: str.splitlines would also cut at U+2028 inside a caption.
+    # Split at newlines only: str.splitlines also splits at U+2028, which a caption may contain.
     for number, line in enumerate(_read_bytes(captions_file).split(b"\n"), start=1):
         if not line.strip():
             continue
         where = f"{captions_file}, line {number}"
         row = _parse_row(line, where)
         if row.id in line_of:
-            raise UserError(f"{where}: id {row.id!r} stands already in line {line_of[row.id]}")
+            raise UserError(f"{where}: id {row.id!r} occurs already in line {line_of[row.id]}")
         line_of[row.id] = number
         if row.span is None and isinstance(root, str):
-            raise UserError(f"{where}: field 'span' is missing; {root} can only hold shards")
+            raise UserError(f"{where}: field 'span' is missing; photos at {root} must be in shards")
         rows.append(row)
     if not rows:
-        raise UserError(f"{captions_file} holds no photos; run `make data` again")
+        raise UserError(f"{captions_file} lists no photos; run `make data` again")
     if "counts" in dataset and dataset["counts"] != count_splits(rows):
-        # Somebody may have shortened the list on purpose, so this is said, not refused.
+        # A warning only: the user may have shortened the list on purpose.
         log.warning(
-            "warning: %s holds %s, but %s counts %s",
+            "warning: %s lists %s, but %s counts %s",
             captions_file, count_splits(rows), dataset_file.name, dataset["counts"],
         )  # fmt: skip
     return Manifest(name, tuple(rows), root, directory)
 
 
 def summary(out: Path) -> str:
-    """Where a dataset lies, its photos a split, and its captions."""
+    """One line: the folder of a dataset, its photos per split, and its number of captions."""
     rows = read_manifest(out).rows
     counts = ", ".join(f"{count} {split}" for split, count in count_splits(rows).items())
     return f"{out}: {counts}; {sum(len(row.captions) for row in rows)} captions"
 
 
-def is_url(place: str) -> bool:
-    return place.startswith(("http://", "https://"))
+def is_url(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
 
 
 def _root(image_root: Path, directory: Path) -> str:
-    """Relative where it can be, so that the folder can be moved with its photos."""
+    """Relative if possible, so that the dataset can be moved together with its photos."""
     root = Path(os.path.abspath(image_root))
     if root.is_relative_to(directory):
         return root.relative_to(directory).as_posix()
@@ -319,8 +321,8 @@ def _read_bytes(path: Path) -> bytes:
 
 def _check_text(field: str, text: object) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"field '{field}' must be a text that is not empty")
+        raise UserError(f"field '{field}' must be a string that is not empty")
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
-        raise UserError(f"field '{field}' holds half a surrogate pair") from None
+    except UnicodeEncodeError:  # JSON can encode half a surrogate pair, UTF-8 cannot
+        raise UserError(f"field '{field}' contains half a surrogate pair") from None

@@ -1,8 +1,7 @@
 """The photos of a manifest, augmented and in batches.
 
-Photos go through the same preprocessing as in serving; augmentation comes before its deterministic
-tail. What is random depends on (seed, epoch, photo) alone, so that a resumed run sees what an
-uninterrupted one would have seen.
+Photos are preprocessed as in serving; augmentation is applied before that. Random numbers depend on
+(seed, epoch, photo) only, so that a resumed run sees the same images as an uninterrupted one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,16 +27,16 @@ from training.data.manifest import Manifest, Row
 from training.data.member import read_member
 from training.data.seeds import seed_of
 
-# An epoch goes through the shards of a dataset in windows of so many.
+# An epoch visits the shards of a dataset in windows of this many.
 SHARDS_AT_ONCE = 16
 
 
 class Augment:
-    """A photo as it might have been taken: mild crop, mirror, light and colour."""
+    """Mild augmentation: random crop, mirror image, brightness and colour."""
 
     def __init__(self, preprocessing: PreprocessConfig, augment: bool, flip: bool) -> None:
         self.preprocessing, self.augment, self.flip = preprocessing, augment, flip
-        size = [preprocessing.image_size] * 2
+        size = [preprocessing.side] * 2  # of which the middle is cut out, as of every photo
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(
@@ -51,7 +50,7 @@ class Augment:
         )
 
     def mirrors(self, seed: int) -> bool:
-        """Whether the photo of this seed is mirrored."""
+        """Whether the photo with this seed is mirrored."""
         return self.flip and seed % 2 == 1
 
     def __call__(self, photo: Image.Image, seed: int) -> tuple[Tensor, bool]:
@@ -67,8 +66,8 @@ class Augment:
 
 
 def read_bytes(manifest: Manifest, row: Row) -> bytes:
-    """A row's photo as it was encoded; a missing one is an error that names the file, or the shard
-    and the member."""
+    """The encoded bytes of a row's photo. Raises UserError naming the file, or the shard and the
+    member, if it is missing."""
     path = manifest.path(row)
     if row.span is not None:
         return read_member(path, row.member, row.span)
@@ -79,17 +78,17 @@ def read_bytes(manifest: Manifest, row: Row) -> bytes:
 
 
 def read_photo(manifest: Manifest, row: Row) -> Image.Image:
-    """Decodes a row's photo; a broken one is an error that names the file."""
+    """Decodes a row's photo. Raises UserError naming the file if it is damaged."""
     try:
         return decode(read_bytes(manifest, row))
     except InvalidImage as error:
-        place = f"{manifest.path(row)}: {row.member}" if row.span else manifest.path(row)
-        raise UserError(f"{place}: {error}; prepare the data again") from error
+        location = f"{manifest.path(row)}: {row.member}" if row.span else manifest.path(row)
+        raise UserError(f"{location}: {error}; prepare the data again") from error
 
 
 def stamp(manifest: Manifest, row: Row) -> str:
-    """A text that changes when the photo's file does. A shard on a server is taken to stay as it
-    is."""
+    """A string that changes when the photo's file changes. A shard on a server is assumed not to
+    change."""
     path = manifest.path(row)
     where = "" if row.span is None else f" {row.member} {row.span}"
     if isinstance(path, str):
@@ -120,17 +119,18 @@ class PhotoDataset(Dataset[tuple[int, Tensor, bool]]):
 
 
 def shard_numbers(rows: Sequence[Row]) -> Tensor:
-    """(N,) which shard each photo lies in, counted from 0; photos in no shard count as one."""
+    """(N,) the number of each photo's shard, from 0; all photos in no shard count as one shard."""
     number_of: dict[str, int] = {}
     return torch.tensor([number_of.setdefault(row.shard, len(number_of)) for row in rows])
 
 
 def epoch_order(shard_of_N: Tensor, batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """The photos of each batch of an epoch; a last batch smaller than half is joined to the one
-    before it, so that no photo is left out and no step is made on a handful.
+    """The photos of each batch of an epoch. A last batch of less than half the size is merged into
+    the one before it, so that every photo is used and no step has only a few photos.
 
-    Shards (see `shard_numbers`) are taken in a random order, `SHARDS_AT_ONCE` of them at a time,
-    and the photos of these are mixed: what is read at a time fits a page cache, or a proxy's.
+    Shards (see `shard_numbers`) are visited in random order, `SHARDS_AT_ONCE` at a time, and the
+    photos of these are shuffled together: the shards read at one time fit into a page cache, or
+    into the cache of a proxy.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
     shuffled = torch.randperm(len(shard_of_N), generator=generator)
@@ -150,13 +150,13 @@ Sample = tuple[int, Tensor, bool]
 def photo_batches(
     dataset: PhotoDataset, captions: Captions, batches: list[list[int]], workers: int
 ) -> Iterator[Batch]:
-    """Batches of images, loaded ahead by `workers` processes."""
+    """Batches of images, loaded in advance by `workers` processes."""
 
     def collate(samples: list[Sample]) -> tuple[list[int], Tensor, list[bool]]:
         indices, images, mirror = zip(*samples, strict=True)
         return list(indices), torch.stack(images), list(mirror)
 
-    # A generator of its own: the loader must not draw from the one whose state a resume restores.
+    # A separate generator: the loader must not draw from the one whose state `--resume` restores.
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -169,8 +169,8 @@ def photo_batches(
 
 
 def loaded(loader: DataLoader[Sample]) -> Iterator[tuple[list[int], Tensor, Any]]:
-    """A loader's batches. The loader wraps what a worker raises into that worker's traceback; a
-    UserError is unwrapped again, for it must be one line."""
+    """The batches of a loader. The loader puts the traceback of a worker process into the message
+    of its exception; this restores the one-line message of a UserError."""
     try:
         yield from loader
     except UserError as error:

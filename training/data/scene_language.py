@@ -1,12 +1,12 @@
-"""What can be said of a drawn scene: a grammar that describes it, and a checker that reads text.
+"""Language about drawn scenes: a grammar that generates captions, and a checker that reads them.
 
 A scene is plain JSON:
 
     {"size": [w, h], "background": {"pattern": ..., "tone": ...},
      "objects": [{"shape", "colour", "size", "texture", "box": [x0, y0, x1, y1]}, ...]}
 
-with boxes in pixels, x to the right and y down. The checker knows nothing of the grammar: it reads
-words, so that it can judge what a model wrote.
+with boxes in pixels, x to the right and y down. The checker does not use the grammar. It reads
+words, so that it can judge any text of a model.
 """
 
 import random
@@ -25,7 +25,7 @@ TONES = ("light", "dark")
 NUMBERS = ("no", "one", "two", "three", "four")
 ATTRIBUTES = ("size", "texture", "colour")
 
-MARGIN = 3 / 96  # of the picture's side: how far apart two boxes must stand to be beside each other
+MARGIN = 3 / 96  # least distance of two boxes that are beside each other, relative to the side
 
 SceneObject = dict[str, Any]
 Scene = dict[str, Any]
@@ -33,7 +33,7 @@ Scene = dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of a caption, and whether it is true of the picture.
+    """One statement of a caption, and whether it is true for the picture.
 
     kind: object, colour, count, size, texture, position, relation or background.
     """
@@ -44,7 +44,7 @@ class Claim:
 
 
 def stands(first: SceneObject, relation: str, second: SceneObject, scene: Scene) -> bool:
-    """Whether `first` stands left of / right of / above / below `second`, clear of it."""
+    """Whether `first` is left of / right of / above / below `second` without overlap."""
     if relation in ("right", "below"):
         first, second = second, first
     axis = 0 if relation in ("left", "right") else 1
@@ -87,7 +87,7 @@ MIN_WORDS, MAX_WORDS = 6, 18
 
 
 class _Describer:
-    """Words for one scene. What is said of a thing picks out that thing and no other."""
+    """Phrases for one scene. The words for an object identify it unambiguously."""
 
     def __init__(self, scene: Scene, rng: random.Random) -> None:
         self.scene, self.rng = scene, rng
@@ -99,7 +99,7 @@ class _Describer:
         self.single = [group[0] for group in self.groups if len(group) == 1]
 
     def thing(self, item: SceneObject, article: str = "a") -> str:
-        """`a large red circle`, `three dotted hearts`: always unmistakable."""
+        """A noun phrase such as `a large red circle` or `three dotted hearts`."""
         known = {"shape": item["shape"], "colour": item["colour"]}
         count = len(matching(self.scene, {**known, "size": item["size"],
                                           "texture": item["texture"]}))  # fmt: skip
@@ -148,7 +148,7 @@ class _Describer:
         return self.rng.sample(things, len(things))
 
     def related(self) -> tuple[SceneObject, str, SceneObject] | None:
-        """Two things side by side or one over the other, never aslant."""
+        """Two objects side by side or one above the other, never diagonally."""
         for first, second in self.shuffled(permutations(self.single, 2)):
             axes = (("left", "right"), 1), (("above", "below"), 0)
             for relations, across in axes:
@@ -160,7 +160,7 @@ class _Describer:
                         return first, relation, second
         return None
 
-    # Each of the following is a way to word a caption; None where the scene does not offer it.
+    # Each of the following methods is one wording of a caption; None if it does not fit the scene.
 
     def plain_list(self) -> str:
         return f"{self.list()} on a {self.background()} background"
@@ -192,28 +192,28 @@ class _Describer:
         return " and ".join(f"{self.thing(i)} {self.place([i])}" for i in (first, second))
 
     def relation(self) -> str | None:
-        found = self.related()
-        if found is None:
+        pair = self.related()
+        if pair is None:
             return None
-        first, relation, second = found
+        first, relation, second = pair
         article = self.rng.choice(("a", "the"))
         verb = self.rng.choice(("is", "sits", "stands"))
         phrase = self.rng.choice(RELATION_PHRASES[relation])
         return f"{self.thing(first, article)} {verb} {phrase} {self.thing(second, article)}"
 
     def with_relation(self) -> str | None:
-        found = self.related()
-        if found is None:
+        pair = self.related()
+        if pair is None:
             return None
-        first, relation, second = found
+        first, relation, second = pair
         phrase = self.rng.choice(AFTER_PHRASES[relation])
         return f"{self.thing(second)} with {self.thing(first)} {phrase}"
 
     def turned_relation(self) -> str | None:
-        found = self.related()
-        if found is None:
+        pair = self.related()
+        if pair is None:
             return None
-        first, relation, second = found
+        first, relation, second = pair
         phrase = self.rng.choice(RELATION_PHRASES[relation])
         return f"{phrase} {self.thing(second, 'the')} there is {self.thing(first)}"
 
@@ -287,22 +287,22 @@ RELATION_WORDINGS = (
 
 
 def describe(scene: Scene, rng: random.Random, captions: int = 5) -> tuple[str, ...]:
-    """Captions of 6 to 18 words, each of another wording, each true of the scene. Where two things
-    stand beside or above each other, at least one caption says so."""
+    """True captions of 6 to 18 words, each with a different wording. If two objects are beside or
+    above each other, at least one caption says so."""
     describer = _Describer(scene, rng)
-    said: list[str] = []
+    sentences: list[str] = []
     relation = rng.choice(RELATION_WORDINGS)
     others = describer.shuffled(wording for wording in WORDINGS if wording is not relation)
-    # A second round, for the few scenes whose wordings came out too short or too long.
+    # A second round for the few scenes in which too many sentences are too short or too long.
     for wording in (relation, *others, *WORDINGS):
         sentence = wording(describer)
-        if sentence is None or sentence in said:
+        if sentence is None or sentence in sentences:
             continue
         if MIN_WORDS <= len(sentence.split()) <= MAX_WORDS:
-            said.append(sentence)
-        if len(said) == captions:
-            return tuple(describer.shuffled(said))
-    raise AssertionError(f"too little to say of {scene}")
+            sentences.append(sentence)
+        if len(sentences) == captions:
+            return tuple(describer.shuffled(sentences))
+    raise AssertionError(f"too few captions for {scene}")
 
 
 def _plural(shape: str) -> str:
@@ -335,7 +335,7 @@ _MIDDLES = ("middle", "center", "centre")
 _ARTICLES = ("a", "an", "the", "this", "these", "another", "some", "only")
 _VERBS = ("is", "are", "sits", "sit", "stands", "stand", "lies", "lie", "there", "we", "see")
 _NEGATIONS = ("not", "without", "never", "neither", "nor", "none", "nothing")
-# Words that may follow an article without naming a thing that must be in the picture.
+# Words that may follow an article although they name no object.
 _NEUTRAL = frozenset(
     ("picture", "image", "scene", "photo", "drawing", "canvas", "side", "corner", "other", "same",
      "all", "of", "them", "here", "lot", "few", "half", "next", "front", "back", "each", "it",
@@ -345,7 +345,7 @@ _NEUTRAL = frozenset(
 
 @dataclass
 class _Mention:
-    """A thing that the text names, or (`pronoun`) names again."""
+    """An object that the text mentions."""
 
     start: int
     end: int
@@ -357,13 +357,13 @@ class _Mention:
 
     @property
     def least(self) -> int:
-        """How many such things there must be."""
+        """How many such objects there must be at least."""
         return 1 + self.plural if self.number is None else self.number
 
 
 @dataclass
 class _Phrase:
-    """A relation or a position: `value` is left/right/above/below or (row, column)."""
+    """A relation (left, right, above or below), or a position (row and column)."""
 
     start: int
     end: int
@@ -374,23 +374,22 @@ class _Phrase:
 
 
 def check(caption: str, scene: Scene) -> list[Claim]:
-    """The claims of a caption, each judged against the scene; empty where it claims nothing.
+    """The claims of a caption, each judged against the scene; empty if it claims nothing.
 
-    A thing with several attributes is one thing: `a large red circle` claims that there is a
-    circle, a red circle, and a large red circle. A number is exact; a plural without one means two
-    or more, and `a red circle and a red circle` two. A relation or position is true where such
-    things stand so. A word for a thing that no scene holds is a false claim, and so is a relation
-    of which one side is missing, and anything negated other than by `no`.
+    An object with several attributes is one object: `a large red circle` claims that there is a
+    circle, a red circle, and a large red circle. A number is exact. A plural without a number means
+    two or more, and `a red circle and a red circle` means two. A relation or position is true if
+    such objects are arranged in this way. False claims are: a word for an object that occurs in no
+    scene, a relation with one side missing, and a negation other than `no`.
 
-    A caption that claims nothing says nothing true: whoever counts the captions that are entirely
-    true leaves it out of them.
+    A caption without claims must not be counted as entirely true.
     """
     return _Reading(caption_words(caption), scene).claims
 
 
 def referents(caption: str, scene: Scene) -> list[tuple[int, list[SceneObject]]]:
-    """The words that name a shape, each by its place among the caption's words, with the objects
-    that fit all that the caption says of it: none of them where it is not there."""
+    """The words that name a shape: the index of each among the words of the caption, and the
+    objects that match everything the caption says about it (an empty list if there are none)."""
     reading = _Reading(caption_words(caption), scene)
     return [
         (reading.words.index(mention.text, mention.start), matching(scene, mention.wanted))
@@ -400,7 +399,7 @@ def referents(caption: str, scene: Scene) -> list[tuple[int, list[SceneObject]]]
 
 
 def caption_words(caption: str) -> list[str]:
-    """The words that are counted here: letters, digits, and marks that part clauses."""
+    """The tokens of a caption: words, numbers, and punctuation that separates clauses."""
     return re.findall(r"[a-z]+|[0-9]+|[.,;]", caption.lower())
 
 
@@ -462,7 +461,7 @@ class _Reading:
         return end
 
     def read_mention(self, index: int) -> int | None:
-        """Article, number, attributes, noun; or attributes said of the thing before."""
+        """Article, number, attributes, noun; or attributes of the previous object."""
         start = index
         while self.word(index) in _ARTICLES:
             index += 1
@@ -473,23 +472,7 @@ class _Reading:
         while self.word(index) in ("of", "the", "them"):  # all of the three, one of them
             index += 1
         adjectives = index
-        wanted: dict[str, str] = {}
-        clash = False
-        while True:
-            if self.word(index) in _WORDS:
-                key, value = _WORDS[self.word(index)]
-                clash |= wanted.get(key, value) != value
-                wanted[key] = value
-                index += 1
-            elif (
-                adjectives < index
-                and self.word(index) in ("and", ",")
-                and self.word(index + 1) in _WORDS
-                and self.word(index - 1) in _WORDS
-            ):
-                index += 1
-            else:
-                break
+        index, wanted, clash = self.read_adjectives(index)
         noun = self.word(index)
         if clash:
             self.claim("colour" if "colour" in wanted else "object", False, start, index + 1)
@@ -498,7 +481,7 @@ class _Reading:
             if shape is not None:
                 wanted["shape"] = shape
             end = index + 1
-            # Said afterwards: `the circle is large and red`, `a circle that is red`.
+            # Attributes may follow: `the circle is large and red`, `a circle that is red`.
             definite = "the" in self.words[start:index]
             mention = _Mention(start, end, noun, wanted, number, noun in _PLURALS, definite)
             if mention.plural and number is None and self.word(start - 1) == "are":
@@ -521,8 +504,29 @@ class _Reading:
             return index + 1
         return index if index > start else None
 
+    def read_adjectives(self, index: int) -> tuple[int, dict[str, str], bool]:
+        """The index after the attributes, the attributes, and whether two contradict each other."""
+        start = index
+        wanted: dict[str, str] = {}
+        clash = False
+        while True:
+            if self.word(index) in _WORDS:
+                key, value = _WORDS[self.word(index)]
+                clash |= wanted.get(key, value) != value
+                wanted[key] = value
+                index += 1
+            elif (
+                start < index
+                and self.word(index) in ("and", ",")
+                and self.word(index + 1) in _WORDS
+                and self.word(index - 1) in _WORDS
+            ):
+                index += 1
+            else:
+                return index, wanted, clash
+
     def number_of_all(self) -> int | None:
-        """In `all of the three shapes are red hearts`, three."""
+        """The number in `all of the three shapes are red hearts`: three."""
         before = self.mentions[-1] if self.mentions else None
         every = before and {"all", "both"} & set(self.words[: before.end])
         return before.number if before and every else None
@@ -534,19 +538,19 @@ class _Reading:
         if self.word(end) not in ("is", "are"):
             return index
         end += 1
-        said: dict[str, str] = {}
+        attributes: dict[str, str] = {}
         while self.word(end) in _WORDS or (
-            said and self.word(end) in ("and", ",") and self.word(end + 1) in _WORDS
+            attributes and self.word(end) in ("and", ",") and self.word(end + 1) in _WORDS
         ):
             if self.word(end) in _WORDS:
                 key, value = _WORDS[self.word(end)]
                 if mention.wanted.get(key, value) != value:
                     self.claim("colour" if key == "colour" else "object", False, mention.start, end)
-                said[key] = value
+                attributes[key] = value
             end += 1
-        if not said or self.word(end) in _NOUNS:  # `is red` but not `is red squares`
+        if not attributes or self.word(end) in _NOUNS:  # `is red` but not `is red squares`
             return index
-        mention.wanted.update(said)
+        mention.wanted.update(attributes)
         mention.end = end
         return end
 
@@ -567,7 +571,7 @@ class _Reading:
                 self.claim("background", pattern == truth["pattern"], *span)
             if tone is not None:
                 self.claim("background", tone == truth["tone"], *span)
-            if "colour" in wanted or "size" in wanted:  # grounds are grey and have no size
+            if "colour" in wanted or "size" in wanted:  # backgrounds are grey and have no size
                 self.claim("background", False, *span)
             return
         if "tone" in wanted:  # no object is light or dark
@@ -589,7 +593,7 @@ class _Reading:
             self.claim("count", len(matching(self.scene, wanted)) >= mention.least, *span)
 
     def judge_repeated(self) -> None:
-        """`a red circle and a red circle` are two of them."""
+        """`a red circle and a red circle` claims two red circles."""
         named: list[_Mention] = []
         for mention in self.things():
             if mention.number is None and "shape" in mention.wanted and not mention.definite:
@@ -603,7 +607,7 @@ class _Reading:
         return [m for m in self.mentions if m.wanted.get("shape") != "background"]
 
     def judge_phrase(self, phrase: _Phrase, subject: _Mention | None) -> _Mention | None:
-        """Claims a relation or position; returns its subject, for `... and above ...`."""
+        """Judges a relation or position; returns its subject, for `... and above ...`."""
         before = [m for m in self.things() if m.start < phrase.start]
         after = [m for m in self.things() if m.start >= phrase.end]
         follows = after and all(
@@ -611,13 +615,13 @@ class _Reading:
         )
         if phrase.relation is None:
             verb = follows and after[0].start > phrase.end and self.word(phrase.end) in _VERBS
-            # `... on the left and on the right a square`: the thing before has its place already.
+            # `... on the left and on the right a square`: the previous object has its position.
             taken = follows and before and any(p.subject is before[-1] for p in self.phrases)
             turned = verb or not before or taken
-            found = phrase.subject = (after[0] if after else None) if turned else before[-1]
-            self.claim("position", bool(found) and self.is_at(found, phrase), phrase.start,
+            subject = phrase.subject = (after[0] if after else None) if turned else before[-1]
+            self.claim("position", bool(subject) and self.is_at(subject, phrase), phrase.start,
                        phrase.end)  # fmt: skip
-            return found
+            return subject
         first = second = None
         if self.word(phrase.end) == "it" or self.word(phrase.start - 1) == "its":
             if len(before) > 1:
@@ -655,11 +659,11 @@ class _Reading:
         if mention is None:
             return False
         middle = phrase.row is None and phrase.column is None
-        there = 0
+        count = 0
         for item in matching(self.scene, mention.wanted):
             row, column = place(item, self.scene)
             if middle:
-                there += row == column == "middle"
+                count += row == column == "middle"
             else:
-                there += phrase.row in (None, row) and phrase.column in (None, column)
-        return there >= max(1, mention.least)
+                count += phrase.row in (None, row) and phrase.column in (None, column)
+        return count >= max(1, mention.least)

@@ -1,14 +1,14 @@
-"""`scenes`: pictures that the project draws itself, with captions and the truth about them.
+"""`scenes`: pictures that the project draws itself, with captions and the ground truth.
 
-One to four objects stand on a noisy background. What is asked of a model is understanding: every
-validation scene holds a combination that no training scene holds, in its picture or in its
-captions, although every part of it was seen. Either a colour-shape pair (`HELD_PAIRS`), or two
-shapes side by side (`HELD_BESIDE`) or one over the other (`HELD_STACKED`) that in training are
-only met the other way. A pair of shapes is held out in both orders, and so in all equivalent
-wordings ("a left of b", "b right of a"), in pairs of positions ("a on the left and b on the
-right"), and in the mirrored picture.
+A scene has one to four objects on a noisy background. It tests whether a model generalizes to new
+combinations: every validation scene contains a combination that is in no picture and no caption of
+the training split, although each of its parts is. This is either a pair of colour and shape
+(`HELD_PAIRS`), or two shapes side by side (`HELD_BESIDE`) or one above the other (`HELD_STACKED`),
+which in training occur in the other arrangement only. A pair of shapes is held out in both orders,
+and therefore in all equivalent wordings ("a left of b", "b right of a"), in pairs of positions ("a
+on the left and b on the right"), and in the mirrored picture.
 
-Everything follows from the preset, the seed and the number of the scene.
+Preset, seed and number determine a scene completely.
 """
 
 import random
@@ -75,7 +75,7 @@ HELD_STACKED = {
 
 @dataclass(frozen=True)
 class Preset:
-    """How many scenes each split has."""
+    """The number of scenes in each split."""
 
     train: int
     val: int
@@ -85,13 +85,13 @@ PRESETS = {"scenes": Preset(train=6000, val=300), "scenes_full": Preset(train=24
 
 
 def generate(directory: Path, preset: str, seed: int = 0) -> None:
-    """Draws a preset's scenes into `directory`/images and writes the manifest when all are there.
+    """Draws the scenes of a preset into `directory`/images, and then writes the manifest.
 
-    The same preset and seed give the same pictures, captions and truth. Raises UserError for an
-    unknown preset, or a directory that cannot be made.
+    The same preset and seed give the same pictures, captions and ground truth. Raises UserError for
+    an unknown preset, and for a directory that cannot be created.
     """
     if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r} of scenes; there are {', '.join(PRESETS)}")
+        raise UserError(f"no preset {preset!r} of scenes; the presets are {', '.join(PRESETS)}")
     counts = {"train": PRESETS[preset].train, "val": PRESETS[preset].val}
     directory = Path(directory)
     images, partial = directory / "images", directory / ".images.partial"
@@ -100,16 +100,16 @@ def generate(directory: Path, preset: str, seed: int = 0) -> None:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"{directory}: {error.strerror}; name a folder that can be written"
+            f"{directory}: {error.strerror}; choose a folder that can be written"
         ) from None
     rows = []
     with tqdm(total=sum(counts.values()), desc=preset, unit="scene") as bar:
         for row, picture in make_rows(counts, seed):
-            # Noise hardly compresses: a higher level costs time and saves nothing.
+            # Noise hardly compresses: a higher level takes longer and saves nothing.
             picture.save(partial / row.image, compress_level=1)
             rows.append(row)
             bar.update()
-    # Earlier pictures stay until the new ones are all there.
+    # Earlier pictures are kept until all new ones are drawn.
     shutil.rmtree(images, ignore_errors=True)
     partial.rename(images)
     write_manifest(directory, preset, rows, images, [], {"seed": seed})
@@ -127,7 +127,7 @@ def make_rows(counts: dict[str, int], seed: int) -> Iterator[tuple[Row, Image.Im
 
 
 def make_scene(rng: random.Random, split: str) -> Scene:
-    """A scene of the training split, which holds nothing held out, or of another, which does."""
+    """A random scene: with a held-out combination, or for the training split without any."""
     wanted = rng.choice(("pair", "relation"))
     while True:
         scene = _any_scene(rng, wanted if split != "train" else None)
@@ -137,21 +137,21 @@ def make_scene(rng: random.Random, split: str) -> Scene:
 
 
 def held_out(scene: Scene) -> set[str]:
-    """Which kinds of held-out combination a scene holds: `pair`, `relation`."""
-    found = set()
+    """The kinds of held-out combinations in a scene: `pair`, `relation`."""
+    kinds = set()
     if any((item["colour"], item["shape"]) in HELD_PAIRS for item in scene["objects"]):
-        found.add("pair")
+        kinds.add("pair")
     for first, second in permutations(scene["objects"], 2):
         shapes = frozenset((first["shape"], second["shape"]))
         if (shapes in HELD_BESIDE and stands(first, "left", second, scene)) or (
             shapes in HELD_STACKED and stands(first, "above", second, scene)
         ):
-            found.add("relation")
-    return found
+            kinds.add("relation")
+    return kinds
 
 
 def _any_scene(rng: random.Random, wanted: str | None) -> Scene:
-    """A random scene, drawn so that the wanted combination is not rare."""
+    """A random scene in which the wanted combination is not rare."""
     centres = _centres(rng, 2 if wanted == "relation" else 1)
     objects: list[SceneObject] = []
     for index, (x, y) in enumerate(centres):
@@ -160,7 +160,7 @@ def _any_scene(rng: random.Random, wanted: str | None) -> Scene:
             look = {key: value for key, value in objects[-1].items() if key != "box"}
         else:
             size = rng.choice(("small", "large", "large"))
-            # A pattern on a small object would be a matter of two or three pixels.
+            # The pattern of a small object would have two or three pixels only.
             textures = ("plain", "striped", "dotted") if size == "large" else ("plain",)
             look = {
                 "shape": rng.choice(SHAPES),
@@ -196,7 +196,7 @@ def _centres(rng: random.Random, least: int) -> list[tuple[int, int]]:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The picture of a scene: background, objects, noise; shades and noise come from `rng`."""
+    """Draws a scene: background, objects, noise. `rng` determines shades and noise."""
     noise = np.random.default_rng(rng.getrandbits(64))
     picture = _background(scene["background"], rng)
     for item in scene["objects"]:
@@ -232,7 +232,7 @@ def _background(background: dict[str, str], rng: random.Random) -> NDArray[np.fl
 
 @lru_cache
 def _texture(texture: str, side: int) -> NDArray[np.float32]:
-    """How much of its colour each pixel of an object keeps, (side, side)."""
+    """Brightness of each pixel of an object, (side, side)."""
     y, x = np.mgrid[0:side, 0:side]
     if texture == "striped":
         dark = (x + y) // 5 % 2 == 1
@@ -245,7 +245,7 @@ def _texture(texture: str, side: int) -> NDArray[np.float32]:
 
 @lru_cache
 def _mask(shape: str, side: int) -> NDArray[np.float32]:
-    """How much of each pixel a shape covers, (side, side); it touches all four sides."""
+    """Coverage of each pixel by a shape, (side, side); the shape touches all four sides."""
     fine = side * 4
     image = Image.new("L", (fine, fine))
     pen = ImageDraw.Draw(image)
@@ -261,7 +261,7 @@ def _mask(shape: str, side: int) -> NDArray[np.float32]:
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape, stretched to fill the unit square; y runs down."""
+    """Corners of a shape, scaled to fill the unit square; y points down."""
     if shape == "square":
         points = [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)]
     elif shape == "triangle":

@@ -1,4 +1,4 @@
-"""What a web server answers, read within bounds: whatever it sends, and however slowly."""
+"""Reads answers of a web server within limits on size and time, whatever it sends."""
 
 import threading
 import time
@@ -13,15 +13,15 @@ import urllib3
 from handler.errors import UserError
 
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
-# Above the time between two reads, so that only a server that keeps sending reaches it.
+# Longer than the read timeout: only a server that keeps sending bytes can exceed it.
 HEAD_S = 90.0
-SLOWEST = 2**15  # bytes a second of a body
+SLOWEST = 2**15  # bytes per second of a body
 REDIRECTS = 5
 CHUNK = 2**18
 
 
 class Session(requests.Session):
-    """Leaves redirects to `answer`: requests would read their bodies, endless or not."""
+    """Leaves redirects to `answer`: requests would read their bodies, which may be endless."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         return None
@@ -29,12 +29,12 @@ class Session(requests.Session):
 
 @contextmanager
 def answer(session: Session, url: str, headers: Mapping[str, str]) -> Iterator[requests.Response]:
-    """The answer to a GET of `url`, its body unread, after up to `REDIRECTS` redirects.
+    """The answer to a GET of `url`, its body unread, after at most `REDIRECTS` redirects.
 
-    Raises UserError for redirects in a circle, a compressed body and headers that do not end;
-    requests.RequestException where another try may succeed.
+    Raises UserError for too many redirects, a compressed body and endless headers;
+    requests.RequestException if another attempt may succeed.
     """
-    # identity: a compressed body would be another file's bytes.
+    # identity: byte ranges of a compressed body are not those of the file.
     headers = {**headers, "Accept-Encoding": "identity"}
     target = url
     for _ in range(REDIRECTS + 1):
@@ -46,7 +46,7 @@ def answer(session: Session, url: str, headers: Mapping[str, str]) -> Iterator[r
             if coding != "identity":
                 raise UserError(
                     f"{url}: the server compresses its answers (Content-Encoding {coding[:40]}); "
-                    "switch that off for these files"
+                    "turn that off for these files"
                 )
             yield response
             return
@@ -57,11 +57,13 @@ def _joined(url: str, target: str, location: str) -> str:
     try:
         return urljoin(target, location)
     except ValueError:
-        raise UserError(f"{url}: the server redirects to {location[:80]!r}, no URL") from None
+        raise UserError(
+            f"{url}: the server redirects to {location[:80]!r}, which is not a URL"
+        ) from None
 
 
 def _ask(session: Session, url: str, target: str, headers: Mapping[str, str]) -> requests.Response:
-    """Waits for the headers in a thread: a read's timeout begins anew with every byte."""
+    """Receives the headers in a thread: the timeout of a read restarts with every byte."""
     outcome: Future[requests.Response] = Future()
 
     def ask() -> None:
@@ -75,17 +77,17 @@ def _ask(session: Session, url: str, target: str, headers: Mapping[str, str]) ->
         return outcome.result(HEAD_S)
     except TimeoutError:
         raise UserError(
-            f"{url}: no whole header of an answer within {HEAD_S:.0f} s; check the server"
+            f"{url}: the server sent no complete header within {HEAD_S:.0f} s; check the server"
         ) from None
     except urllib3.exceptions.HTTPError as error:
         raise requests.ConnectionError(type(error).__name__) from error
 
 
 def body(response: requests.Response, url: str, length: int) -> Iterator[bytes]:
-    """The body as it comes; it may end early, never late.
+    """Yields the chunks of the body, of at most `length` bytes; the body may end before.
 
-    Raises UserError where it is longer than `length` bytes or slower than `SLOWEST`, and
-    requests.RequestException where the connection breaks.
+    Raises UserError if it is longer than `length` bytes or slower than `SLOWEST`, and
+    requests.RequestException if the connection breaks.
     """
     if int(length_of(response) or 0) > length:
         raise UserError(f"{url}: the server sends more than the {length} bytes asked for")
@@ -101,11 +103,11 @@ def body(response: requests.Response, url: str, length: int) -> Iterator[bytes]:
         if done > length:
             raise UserError(f"{url}: the server sends more than the {length} bytes asked for")
         if time.monotonic() - start > HEAD_S + done / SLOWEST:
-            raise UserError(f"{url}: the server sends {done} bytes in {HEAD_S:.0f} s; too slow")
+            raise UserError(f"{url}: the server is too slow: {done} bytes in {HEAD_S:.0f} s")
         yield chunk
 
 
 def length_of(response: requests.Response) -> int | None:
-    """The header Content-Length; None where it is absent or no length."""
+    """The value of the header Content-Length; None if it is missing or invalid."""
     text = response.headers.get("Content-Length", "")
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None

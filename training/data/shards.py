@@ -1,13 +1,13 @@
-"""Shards in the webdataset format: plain tars in which a photo and its captions stand side by side
-under one key, `000123.jpg` and `000123.json` (`.txt`: captions alone, one a line).
+"""Shards in the webdataset format: plain tars in which a photo and its captions follow each other
+under one key, such as `000123.jpg` and `000123.json` (or `.txt`: only captions, one per line).
 
-They are read where they lie, in a folder or on a server, never unpacked. One pass finds where in
-its tar every photo begins and ends; from then on each is read by itself, in any order, so that
-order, sharing among processes and resuming are those of photos in a folder. (The package
-`webdataset` reads a stream instead, whose place it cannot restore with several workers.)
+They are read in place, in a folder or on a server, and never unpacked. One pass finds the offset
+of every photo in its tar. After that, each photo is read separately and in any order, so that
+shuffling, distribution over processes and resuming work as for photos in a folder. (The package
+`webdataset` reads a stream instead, whose position it cannot restore with several workers.)
 
-Captions are in the fields that `training.data.folder` knows; `id`, `split` and `scene` are taken
-where they are given, as `training.shards` writes them.
+Captions are in the same fields as in `training.data.folder`. The optional fields `id`, `split` and
+`scene` are those that `training.shards` writes.
 """
 
 import io
@@ -36,30 +36,30 @@ from training.data.source import (
 from training.data.tar import BLOCK, DamagedTar, Entry, read_entries
 
 CAPTION_SUFFIXES = (".json", ".txt")
-READ_AHEAD = 4 * 2**20  # bytes a request, when a whole shard is read from a server
+READ_AHEAD = 4 * 2**20  # bytes per request when a whole shard is read from a server
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file within a tar and its bytes, of a larger one than a photo may be only the first."""
+    """A file within a tar and its first `MAX_BYTES` + 1 bytes: a photo may not be larger."""
 
     entry: Entry
     content: bytes
 
 
 class RepeatedKey(UserError):
-    """A key that a shard holds twice."""
+    """A key occurs twice in a shard."""
 
     def __init__(self, key: str, entry: Entry) -> None:
         super().__init__(
             f"key {key!r} occurs a second time, with {entry.name!r} at byte "
-            f"{entry.offset - BLOCK}; a shard must hold every key once, its members side by side"
+            f"{entry.offset - BLOCK}; a shard must have every key once, its members side by side"
         )
 
 
 @dataclass(frozen=True)
 class ShardPhoto:
-    """A photo as its shard tells of it, and where in the tar its bytes are: (offset, length)."""
+    """A photo as its shard describes it, and its bytes in the tar: (offset, length)."""
 
     shard: str
     photo: Photo
@@ -68,74 +68,74 @@ class ShardPhoto:
 
 
 def find_shards(source: str) -> tuple[Path | str, list[str]]:
-    """The folder or URL below which shards lie, and their names: every tar of a folder, or those of
-    URLs such as `https://host/coco-{000000..000112}.tar`, several of them divided by `::`, as
-    webdataset writes them."""
+    """The folder or URL that contains the shards, and their names. `source` is a folder, of which
+    every tar is a shard, or URLs as in webdataset: `https://host/coco-{000000..000112}.tar`,
+    several of them separated by `::`."""
     if not is_url(source):
         folder = Path(source)
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; SOURCE must name the one with the shards")
+            raise UserError(f"{folder}: no such folder; SOURCE must be the folder of the shards")
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
         if not names:
-            raise UserError(f"{folder}: no .tar in it; SOURCE must name the folder with the shards")
+            raise UserError(f"{folder}: contains no .tar; SOURCE must be the folder of the shards")
         return folder, names
     urls = [url for part in re.split("::(?=https?://)", source) for url in _expand(part)]
     for url in urls:
         if not url.endswith(".tar"):
-            raise UserError(f"{url}: must name shards, https://host/name-{{000000..000112}}.tar")
+            raise UserError(f"{url}: not a shard; give https://host/name-{{000000..000112}}.tar")
     root = os.path.commonprefix([url.rpartition("/")[0] + "/" for url in urls]).rpartition("/")[0]
     if not root.partition("://")[2]:
-        raise UserError(f"{source}: the shards must lie on one server")
+        raise UserError(f"{source}: all shards must be on one server")
     return root, [url.removeprefix(root + "/") for url in urls]
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """`{08..10}` counted out: 08, 09, 10."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
+    """Expands `{08..10}` to 08, 09, 10."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
         yield pattern
         return
-    first, last = found[1], found[2]
+    first, last = match[1], match[2]
     for number in range(int(first), int(last) + 1):
-        for rest in _expand(pattern[found.end() :]):
-            yield pattern[: found.start()] + str(number).zfill(len(first)) + rest
+        for rest in _expand(pattern[match.end() :]):
+            yield pattern[: match.start()] + str(number).zfill(len(first)) + rest
 
 
 def read_shard(root: Path | str, shard: str) -> tuple[list[ShardPhoto], list[tuple[str, str]]]:
-    """Reads a shard once from front to back, and decodes every photo.
+    """Reads a shard once from front to back and decodes every photo.
 
     Returns its photos and the faults (name, reason) of those that cannot be used. Raises UserError
-    naming the shard where it is no whole tar or holds a key twice.
+    naming the shard if it is not a complete tar or contains a key twice.
     """
-    place = f"{root}/{shard}" if isinstance(root, str) else root / shard
+    location = f"{root}/{shard}" if isinstance(root, str) else root / shard
     photos: list[ShardPhoto] = []
     faults: list[tuple[str, str]] = []
     try:
-        with _open(place) as file:
+        with _open(location) as file:
             for key, members in _samples(file, _size(file)):
                 try:
                     photos.append(_read_sample(shard, key, members))
                 except UserError as error:
                     faults.append((f"{shard}/{key}", str(error)))
     except DamagedTar as error:
-        raise UserError(f"{place}: no whole tar ({error}); copy the shard again") from None
+        raise UserError(f"{location}: not a complete tar ({error}); copy the shard again") from None
     except RepeatedKey as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{location}: {error}") from None
     except OSError as error:
-        raise UserError(f"{place}: {error.strerror or error}") from None
+        raise UserError(f"{location}: {error.strerror or error}") from None
     return photos, faults
 
 
-def _open(place: Path | str) -> BinaryIO:
-    if isinstance(place, str):
-        return io.BufferedReader(RangedFile(place), READ_AHEAD)  # type: ignore[return-value]
-    if not place.is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{place}: this is not a file")
-    return open(place, "rb")
+def _open(location: Path | str) -> BinaryIO:
+    if isinstance(location, str):
+        return io.BufferedReader(RangedFile(location), READ_AHEAD)
+    if not location.is_file():  # opening a pipe would never return
+        raise UserError(f"{location}: this is not a file")
+    return open(location, "rb")
 
 
 def _size(file: Any) -> int:
-    """Of the whole, in bytes."""
+    """The size of the whole file in bytes."""
     if isinstance(file.raw, RangedFile):
         file.peek(1)
         return file.raw.size or 0
@@ -143,9 +143,9 @@ def _size(file: Any) -> int:
 
 
 def _samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, members by suffix): members in a row whose names are the same up to the first dot of
-    the last part belong together. Raises RepeatedKey for a second sample of the same key, or a
-    second member of the same suffix: whose caption it is cannot be known."""
+    """Yields (key, members by suffix). Consecutive members belong to one sample if their names are
+    equal up to the first dot of the last part. Raises RepeatedKey for a second sample with the same
+    key and for a second member with the same suffix, because its captions cannot be assigned."""
     current, members = "", dict[str, Member]()
     ended = set[str]()
     for entry in read_entries(file, size):
@@ -172,7 +172,7 @@ def _samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]
 
 
 def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto:
-    """A sample's photo and captions; UserError says what is wrong with it."""
+    """The photo and captions of a sample. Raises UserError with the reason if it is unusable."""
     suffix = next((s for s in PHOTO_SUFFIXES if s in members), None)
     if suffix is None:
         raise UserError("has no photo")
@@ -180,7 +180,7 @@ def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto
         raise UserError("photo has no captions (.json or .txt)")
     entry, content = members[suffix].entry, members[suffix].content
     if not is_header(entry.header, entry.name, entry.size):
-        raise UserError("name is too long or not in the form of a plain tar (ustar)")
+        raise UserError("name is too long, or not in the ustar format of a plain tar")
     kind = CAPTION_SUFFIXES[0] if CAPTION_SUFFIXES[0] in members else CAPTION_SUFFIXES[1]
     record = _read_record(members)
     captions = tuple(captions_of(record, kind))
@@ -192,7 +192,7 @@ def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto
         decode(content)
     except InvalidImage as error:
         raise UserError(str(error)) from None
-    # A key is unique within its shard alone.
+    # A key is unique only within its shard.
     return ShardPhoto(
         shard,
         Photo(
@@ -207,8 +207,8 @@ def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto
 
 
 def _read_record(members: dict[str, Member]) -> dict[str, Any]:
-    """The fields of a sample's `.json`; the captions are those of its `.txt`, one a line, where
-    there is no `.json` or it has none."""
+    """The fields of a sample's `.json`. If it has no captions, or there is no `.json`, the captions
+    are the lines of the `.txt`."""
     record: dict[str, Any] = {}
     if ".json" in members:
         record = parse_json(_text(members, ".json"), ".json")
@@ -227,13 +227,13 @@ def _text(members: dict[str, Member], kind: str) -> str:
 
 
 def split_of_shards(shards: list[str]) -> dict[str, str] | None:
-    """The split of each shard where every name says one (`cc3m-train-0000.tar`) and they say more
-    than one."""
-    said = {
+    """The split of each shard by its name (`cc3m-train-0000.tar`); None if a name contains no or
+    several splits, or all contain the same one."""
+    named = {
         shard: {SPLIT_NAMES[w] for w in re.split("[^a-z]+", shard.lower()) if w in SPLIT_NAMES}
         for shard in shards
     }
-    if any(len(splits) != 1 for splits in said.values()):
+    if any(len(splits) != 1 for splits in named.values()):
         return None
-    found = {shard: next(iter(splits)) for shard, splits in said.items()}
-    return found if len(set(found.values())) > 1 else None
+    split_of = {shard: next(iter(splits)) for shard, splits in named.items()}
+    return split_of if len(set(split_of.values())) > 1 else None

@@ -1,4 +1,4 @@
-"""What every source gives, and how all of them read the files that people have."""
+"""What a source returns (`Source`), and helpers with which all of them read their files."""
 
 import codecs
 import csv
@@ -17,7 +17,7 @@ from handler.errors import UserError
 from handler.image_preprocess import PHOTO_SUFFIXES
 from training.data.manifest import SPLITS, check_inside
 
-# How people call the three splits; Karpathy's `restval` are COCO photos that he adds to training.
+# Common names of the three splits; Karpathy's `restval` are COCO photos that belong to train.
 SPLIT_NAMES = {
     **{split: split for split in SPLITS},
     "training": "train",
@@ -34,11 +34,11 @@ Json = TypeVar("Json", str, int, list[Any], dict[str, Any])
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo as its source tells of it, not opened yet. `image` is relative to the image root,
-    `captions` are raw (perhaps empty), `split` is None where no list names the photo.
+    """One photo as its source describes it, not opened yet. `image` is relative to the image root,
+    `captions` are raw (a caption may be empty), `split` is None if the photo is in no split.
 
-    A caption that a photo has twice stays twice: two people may have written the same, and scores
-    are comparable only against the references as published."""
+    Duplicate captions of a photo are kept: two people may have written the same one, and scores
+    are comparable only with the references as published."""
 
     id: str
     image: str
@@ -48,8 +48,8 @@ class Photo:
 
 @dataclass(frozen=True)
 class Source:
-    """A source's photos. `faults` are (name, reason), counted against the limit; `known` are
-    defects of the published data, listed but not counted."""
+    """The photos of a source. `faults` are (name, reason) and count against `--max-skipped`;
+    `known` are defects of the published data, which are listed but not counted."""
 
     image_root: Path
     photos: list[Photo]
@@ -59,8 +59,8 @@ class Source:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without byte-order mark, or UTF-16 with one, as spreadsheets write it;
-    line ends are left as they are."""
+    """Reads UTF-8, with or without byte-order mark, or UTF-16 with one, as spreadsheets write it.
+    Line ends are not changed."""
     try:
         data = path.read_bytes()
         utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -69,7 +69,7 @@ def read_text(path: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; SOURCE must hold it") from None
+        raise UserError(f"{path}: missing; SOURCE must contain it") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if "\0" in text:
@@ -79,20 +79,20 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(where, line) of every line that is not blank."""
-    # Not str.splitlines, which would also cut at U+2028 or a form feed inside a caption.
+    """Yields (where, line) for every line that is not blank."""
+    # str.splitlines also splits at U+2028 and form feeds, which a caption may contain.
     for number, line in enumerate(re.split("\r\n|\n|\r", read_text(path)), start=1):
         if line.strip():
             yield f"{path}, line {number}", line
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object; UserError names line and column of the damage."""
+    """Parses a JSON object. Raises UserError naming line and column of the error."""
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        place = f"{where}, line {error.lineno}" if "\n" in text else where
-        raise UserError(f"{place}: not JSON at column {error.colno}: {error.msg}") from None
+        location = f"{where}, line {error.lineno}" if "\n" in text else where
+        raise UserError(f"{location}: not JSON at column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
         raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict):
@@ -104,7 +104,7 @@ def take(record: Any, name: str, kind: type[Json], where: str) -> Json:
     """`record[name]`, which must be of type `kind`."""
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+        kinds = {str: "a string", int: "an integer", list: "a list", dict: "an object"}
         raise UserError(f"{where}: field '{name}' must be {kinds[kind]}")
     if isinstance(value, str):
         check_unicode(value, f"{where}: field '{name}'")
@@ -112,17 +112,17 @@ def take(record: Any, name: str, kind: type[Json], where: str) -> Json:
 
 
 def check_unicode(text: str, what: str) -> None:
-    """Refuses what JSON can spell and UTF-8 cannot: half a surrogate pair."""
+    """Refuses half a surrogate pair, which JSON can encode and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{what} holds half a surrogate pair") from None
+        raise UserError(f"{what} contains half a surrogate pair") from None
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, record) of every row below the header line; names are in lower case, names and values
-    are stripped. Commas divide them, or what the header has more of: semicolons (spreadsheets in
-    Europe), tabs."""
+    """Yields (where, record) for every row below the header. Names are in lower case; names and
+    values are stripped. The delimiter is the most frequent one in the header: comma, semicolon (as
+    in European spreadsheets) or tab."""
     text = read_text(path)
     delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -138,11 +138,11 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             if not header:
                 header = [cell.lower() for cell in cells]
                 if len(set(header)) < len(header):
-                    raise UserError(f"{where}: a column's name occurs more than once")
+                    raise UserError(f"{where}: a column name occurs more than once")
                 continue
             if len(cells) != len(header):
                 raise UserError(
-                    f"{where}: {len(cells)} fields where the header has {len(header)}; "
+                    f"{where}: {len(cells)} fields, but the header has {len(header)}; "
                     "a caption with a comma needs quotes"
                 )
             yield where, dict(zip(header, cells, strict=True))
@@ -153,7 +153,7 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def image_name(name: str, where: str) -> str:
-    """A photo's name as the manifest writes it; UserError where it leads out of its folder."""
+    """The name of a photo as in the manifest. Raises UserError if it leads out of its folder."""
     if not name.strip():
         raise UserError(f"{where}: the photo's name is empty")
     check_inside(name, f"{where}: the photo")
@@ -162,31 +162,31 @@ def image_name(name: str, where: str) -> str:
 
 
 def locate(root: Path, images: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """The file below `root` of every image that has one, and all files in the same folders.
+    """Finds the file below `root` for every image; also returns all files in the same folders.
 
-    The names may differ in the case of the suffix (cameras write `.JPG`) and in how an accent is
-    encoded (macOS writes it as a character of its own, NFD).
+    A name may differ from its file in the case of the suffix (cameras write `.JPG`) and in the
+    encoding of accents (macOS writes NFD).
     """
     images = list(images)
     folders = {
         folder: _real_folder(root, folder)
         for folder in {PurePosixPath(image).parent for image in images}
     }
-    there = {
+    files = {
         (real / name).as_posix()
         for real in folders.values()
         if real is not None
         for name in os.listdir(root / real)
     }
-    alike = {_plain(name): name for name in sorted(there, reverse=True)}
-    found = {}
+    by_plain_name = {_plain(name): name for name in sorted(files, reverse=True)}
+    file_of = {}
     for image in images:
         real = folders[PurePosixPath(image).parent]
         name = (real / PurePosixPath(image).name).as_posix() if real is not None else image
-        file = name if name in there else alike.get(_plain(name))
+        file = name if name in files else by_plain_name.get(_plain(name))
         if file is not None:
-            found[image] = file
-    return found, there
+            file_of[image] = file
+    return file_of, files
 
 
 def _plain(name: str) -> str:
@@ -195,7 +195,7 @@ def _plain(name: str) -> str:
 
 
 def _real_folder(root: Path, folder: PurePosixPath) -> PurePosixPath | None:
-    """The folder as it is spelled on disk; None where there is none."""
+    """The folder as it is spelled on disk; None if it does not exist."""
     real = PurePosixPath()
     for part in folder.parts:
         if not os.path.isdir(root / real / part):
@@ -223,8 +223,8 @@ def split_name(name: str, where: str) -> str | None:
 
 
 def split_by_hash(ids: Iterable[str]) -> dict[str, str]:
-    """A split for every id that does not change when photos are added: 10 % val, 10 % test. Where
-    chance left val or train empty, the photo nearest to it moves there."""
+    """Assigns a split to every id (10 % val, 10 % test) that does not change when photos are added.
+    If val or train would be empty, the photo with the nearest hash is moved there."""
     position = {
         key: int.from_bytes(hashlib.sha256(key.encode(errors="replace")).digest()[:8]) / 2**64
         for key in ids
@@ -243,16 +243,16 @@ def split_by_hash(ids: Iterable[str]) -> dict[str, str]:
 
 
 def find_file(source: Path, name: str) -> Path:
-    """`name` in `source` or, where an archive brought its own folder, in one below; the first of
-    these where there is none."""
+    """`name` in `source` or in a folder in it (archives often contain one); `source / name` if the
+    file does not exist."""
     below = [folder / name for folder in _folders(source)]
     return next((path for path in (source / name, *below) if path.is_file()), source / name)
 
 
 def find_folder(source: Path, names: Iterable[str]) -> Path:
-    """The folder of photos: one of `names`, in `source` or in a folder below, or `source` itself.
+    """The folder of the photos: one of `names`, in `source` or in a folder in it, or `source`.
 
-    One that holds photos is preferred, since archives often nest one of the same name within.
+    A folder that contains photos is preferred: archives often nest a second one of the same name.
     """
     names = list(names)
     folders = [
@@ -265,7 +265,7 @@ def find_folder(source: Path, names: Iterable[str]) -> Path:
         if has_photos(folder):
             return folder
     if not folders:
-        raise UserError(f"{source}: no photos there; they must lie in {' or '.join(names)}")
+        raise UserError(f"{source}: no photos found; they must be in {' or '.join(names)}")
     return folders[0]
 
 
@@ -275,7 +275,7 @@ def has_photos(folder: Path) -> bool:
 
 
 def _folders(source: Path) -> list[Path]:
-    """The folders in `source`, less the hidden ones and what macOS puts into zips."""
+    """The folders in `source`, except hidden ones and `__MACOSX`, which macOS adds to zips."""
     return sorted(
         path for path in source.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))
     )

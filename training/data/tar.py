@@ -1,7 +1,7 @@
-"""The members of a tar, found from front to back in bounded time and memory.
+"""Lists the members of a tar from front to back in bounded time and memory.
 
-Not `tarfile.open`, which goes round in circles at a negative size, reads a header of any size into
-memory, and takes a tar that was cut between two members for a whole one. The formats are POSIX
+`tarfile.open` is not used because it loops forever at a negative size, reads headers of any size
+into memory, and does not detect a tar that was cut off between two members. The formats are POSIX
 ustar and pax, and GNU's long names; see `man 5 tar` of libarchive.
 """
 
@@ -13,7 +13,7 @@ from typing import BinaryIO
 from handler.errors import UserError
 
 BLOCK = tarfile.BLOCKSIZE
-# No name or attribute that a photo needs is longer; more would only fill the memory.
+# No name or attribute of a photo is longer; larger headers would only fill the memory.
 LONGEST_HEADER = 2**20
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -21,7 +21,7 @@ COMPRESSED = {
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-# No content follows their header, whatever size it gives.
+# Types whose header is followed by no content, whatever its size field says.
 BARE = (
     *(tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE),
     *(tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE),
@@ -31,7 +31,7 @@ LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 class DamagedTar(UserError):
-    """Says at which byte a tar is damaged, and how; the caller adds which tar."""
+    """How and at which byte a tar is damaged; the caller adds the name of the tar."""
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(f"{reason}; at byte {offset}")
@@ -39,8 +39,7 @@ class DamagedTar(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A file within a tar: `offset` and `size` of its content, in bytes, and the header block
-    before it."""
+    """A file within a tar: `offset` and `size` of its content in bytes, and its header block."""
 
     name: str
     offset: int
@@ -49,10 +48,11 @@ class Entry:
 
 
 def read_entries(file: BinaryIO, size: int) -> Iterator[Entry]:
-    """The plain files of a tar of `size` bytes, in order; folders, links and devices are left out.
+    """Yields the regular files of a tar of `size` bytes in order; folders, links and devices are
+    skipped.
 
-    Raises DamagedTar for anything else than a whole, uncompressed tar. The caller may read `file`
-    elsewhere between two entries.
+    Raises DamagedTar for anything but a complete, uncompressed tar. The caller may seek in `file`
+    between two entries.
     """
     offset = 0
     long_name: str | None = None
@@ -70,11 +70,7 @@ def read_entries(file: BinaryIO, size: int) -> Iterator[Entry]:
         if info.isfile() and "size" in attributes:
             length = _size(attributes["size"], offset)
         name = attributes.get("path") or long_name or info.name
-        if length < 0:
-            raise DamagedTar(offset, f"the size of {name[:80]!r} is {length}")
-        if content + length > size:
-            left = size - content
-            raise DamagedTar(offset, f"cut off within {name[:80]}: {left} of its {length} bytes")
+        _check_length(offset, name, length, size - content)
         if info.type in (*PAX, *LONG):
             if length > LONGEST_HEADER:
                 raise DamagedTar(offset, f"a header of {length} bytes")
@@ -85,11 +81,20 @@ def read_entries(file: BinaryIO, size: int) -> Iterator[Entry]:
                 long_name = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
         else:
             if info.type == tarfile.GNUTYPE_SPARSE or any("sparse" in key for key in attributes):
-                raise DamagedTar(offset, f"{name[:80]!r} is a sparse file; pack it without holes")
+                raise DamagedTar(
+                    offset, f"{name[:80]!r} is a sparse file; pack it as a regular file"
+                )
             if info.isfile():
                 yield Entry(name, content, length, header)
             long_name, attributes = None, {}
         offset = content + -(-length // BLOCK) * BLOCK
+
+
+def _check_length(offset: int, name: str, length: int, left: int) -> None:
+    if length < 0:
+        raise DamagedTar(offset, f"the size of {name[:80]!r} is {length}")
+    if length > left:
+        raise DamagedTar(offset, f"cut off within {name[:80]}: {left} of its {length} bytes")
 
 
 def _read(file: BinaryIO, offset: int, length: int) -> bytes:
@@ -104,18 +109,18 @@ def _parse(header: bytes, offset: int) -> tarfile.TarInfo:
         kind = next((k for magic, k in COMPRESSED.items() if header.startswith(magic)), None)
         if kind and not offset:
             raise DamagedTar(0, f"compressed with {kind}; unpack it to a plain .tar") from None
-        raise DamagedTar(offset, f"no header of a tar ({error})") from None
+        raise DamagedTar(offset, f"not a tar header ({error})") from None
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:
-    """Behind the end there may only be zeros, up to a record of 20 blocks."""
+    """After the end there may only be zeros, up to a record of 20 blocks."""
     if _read(file, offset, tarfile.RECORDSIZE).strip(b"\0"):
-        raise DamagedTar(offset, "more data behind the end of the archive; join no tars")
+        raise DamagedTar(offset, "data after the end of the archive; do not concatenate tars")
 
 
 def _size(text: str, offset: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 18):
-        raise DamagedTar(offset, f"the pax size {text[:80]!r} is no number")
+        raise DamagedTar(offset, f"the pax size {text[:80]!r} is not a number")
     return int(text)
 
 
@@ -129,7 +134,7 @@ def _pax(data: bytes, offset: int) -> dict[str, str]:
         record = data[position + len(digits) + 1 : position + length]
         key, equals, value = record.partition(b"=")
         if not equals or not value.endswith(b"\n") or position + length > len(data):
-            raise DamagedTar(offset, "a pax header that is damaged")
+            raise DamagedTar(offset, "a damaged pax header")
         text = value[:-1].decode("utf-8", "surrogateescape")
         attributes[key.decode("utf-8", "surrogateescape")] = text
         position += length

@@ -1,8 +1,8 @@
-"""Memory that training gives back is kept for the next step.
+"""Keeps freed memory for the next training step.
 
-glibc returns large blocks to the system at once and asks for them again at the next step, where
-each page is faulted in and cleared anew: a quarter of a step's time on a CPU. A training process
-needs the same blocks again and again, so it keeps them.
+glibc returns large blocks to the system immediately and requests them again in the next step, in
+which every page causes a fault and is cleared: a quarter of the time of a step on a CPU. A training
+process needs the same blocks in every step, so it keeps them.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc, where there is one, never to use mappings of their own for large blocks, and
-    never to give back the end of the heap."""
+    """On Linux, configures glibc not to allocate large blocks with mmap and not to return the end
+    of the heap to the system."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)

@@ -1,12 +1,13 @@
-"""One process, or several that `torchrun` started, on one machine or many.
+"""Training in one process, or in several that `torchrun` starts on one machine or many.
 
     torchrun --standalone --nproc-per-node 4 -m -- training.train --config NAME
 
-(`--` keeps torchrun from taking `--run` for one of its own options; on several machines
-`--nnodes`, `--rdzv-backend c10d` and `--rdzv-endpoint` stand in place of `--standalone`.)
-Each process trains on its share of every batch and DistributedDataParallel averages their
-gradients, so that N processes make the steps that one would make. The run's folder must be on a
-disk that all of them see; only the first writes to it.
+(Without `--`, torchrun would interpret `--run` as one of its own options. On several machines,
+replace `--standalone` with `--nnodes`, `--rdzv-backend c10d` and `--rdzv-endpoint`.)
+
+Each process trains on its share of every batch, and DistributedDataParallel averages the gradients,
+so that N processes make the same steps as one. The run's folder must be on a disk that all
+processes can read; only the first one writes to it.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from handler.errors import UserError
 
-# The others wait this long for what the first does alone: features, validation.
+# How long the others wait while the first process computes features or validates.
 PATIENCE = timedelta(hours=6)
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place: `rank` of `world`, `local` on its own machine."""
+    """The position of this process: `rank` of `world`, and `local` rank on its machine."""
 
     rank: int = 0
     world: int = 1
@@ -42,11 +43,11 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits until all processes have called it."""
         self.tell(None)
 
     def tell(self, value: T) -> T:
-        """The first one's value, for all."""
+        """Broadcasts the value of the first process."""
         if self.world == 1:
             return value
         box: list[Any] = [value]
@@ -54,29 +55,29 @@ class Processes:
         return box[0]
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of everyone's values, without gradient."""
+        """The sum of the values of all processes, without gradient."""
         value = value.detach().clone()
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def mean(self, total: Tensor, count: Tensor) -> Tensor:
-        """This process's loss, such that the average of all gradients is that of the mean over
-        everything that all of them counted."""
+        """The loss of this process, scaled so that the average of all gradients is the gradient of
+        the mean over the counts of all processes."""
         return total * self.world / self.sum(count)
 
     def share(self, batches: list[list[int]]) -> list[list[int]]:
-        """This process's part of each batch."""
+        """The part of each batch for this process."""
         if min(map(len, batches)) < self.world:
             raise UserError(
                 f"{self.world} processes for a batch of {min(map(len, batches))} photos; "
-                "start fewer, or set batch_photos higher"
+                "start fewer, or increase batch_photos"
             )
         return [batch[self.rank :: self.world] for batch in batches]
 
     def one_first(self, make: Callable[[], T]) -> T:
-        """What `make` makes, where it keeps a file for the next to find: the first process, then
-        one on each machine whose disk is another, then the rest."""
+        """The result of `make`, which writes a file that later calls read. It runs in the first
+        process, then in one per machine, which may have another disk, then in the rest."""
         turn = 0 if self.first else 1 if self.local == 0 else 2
         made: list[T] = []
         for number in range(3 if self.world > 1 else 1):
@@ -90,12 +91,12 @@ class Processes:
 
 
 def join(device: torch.device) -> Processes:
-    """This process's place among those that torchrun started; alone without torchrun."""
+    """The position of this process among those of torchrun; a single process without torchrun."""
     if "WORLD_SIZE" not in os.environ:
         return Processes()
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if world > 1 and not dist.is_initialized():
-        # What is told goes over gloo, gradients on GPUs over NCCL.
+        # Objects are broadcast over gloo, gradients on GPUs over NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
     return Processes(rank, world, local)
@@ -107,7 +108,7 @@ def leave() -> None:
 
 
 def without_exchange(module: nn.Module, when: bool) -> contextlib.AbstractContextManager[None]:
-    """Gradients stay with this process: for all but the last batch of an accumulated step."""
+    """Does not average gradients: for all batches of an accumulated step but the last."""
     if when and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()

@@ -1,5 +1,5 @@
-"""The folder of a run: made beside its place, it takes that place with the first thing that is
-saved. A run that fails before leaves no trace, and what stood there before is as it was."""
+"""The folder of a run. It is created beside its final location and moved there when the first state
+or checkpoint is saved. A run that fails before leaves no files, and an earlier run is unchanged."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from training.folders import CHECKPOINT, LOG_FILE, STATE_FILE, WEIGHTS_FILE
 
 
 class RunFolder:
-    """`final` is where the run will be; `path` is where its files are now."""
+    """`final` is the final location of the run; `path` is where its files are at present."""
 
     def __init__(self, final: Path) -> None:
         self.final = self.path = final
 
     @property
     def previous(self) -> Path:
-        """Where `--overwrite` keeps the run that was replaced."""
+        """Where `--overwrite` keeps the replaced run."""
         return self.final.with_name(f"{self.final.name}.previous")
 
     @property
@@ -28,11 +28,11 @@ class RunFolder:
 
     @contextmanager
     def opened(self, resume: bool, overwrite: bool) -> Iterator[None]:
-        """Holds the run's name for this process. Raises UserError where another process trains
-        under it, and where a run is there that neither `resume` nor `overwrite` is meant for."""
+        """Locks the run's name for this process. Raises UserError if another process trains a run
+        of this name, and if a run exists and neither `resume` nor `overwrite` is set."""
         with locked(self.final):
             if not self.final.exists() and (self._staging / STATE_FILE).is_file():
-                self._staging.rename(self.final)  # killed while it took its place
+                self._staging.rename(self.final)  # killed while it was moved
             shutil.rmtree(self._staging, ignore_errors=True)
             if not resume:
                 self._check_new(overwrite)
@@ -50,26 +50,26 @@ class RunFolder:
             raise UserError(
                 f"{self.final}: a run of this name exists; continue it with --resume (make: "
                 "ARGS=--resume), replace it with --overwrite (make: ARGS=--overwrite), or give the "
-                "new one another name with --run (make: RUN=NAME)"
+                "new run another name with --run (make: RUN=NAME)"
             )
         if taken and not overwrite:
             raise UserError(
-                f"{self.final}: the folder is not empty; replace what is in it with --overwrite "
+                f"{self.final}: the folder is not empty; replace its content with --overwrite "
                 "(make: ARGS=--overwrite), or give the run another name with --run (make: RUN=NAME)"
             )
         check_replaceable(self.final, CHECKPOINT)
         if taken:
-            check_replaceable(self.previous, CHECKPOINT)  # what is there makes room for this run
+            check_replaceable(self.previous, CHECKPOINT)  # will be removed
 
     def publish(self) -> None:
-        """Takes the final place once something is saved, and keeps an older run as `previous`."""
+        """Moves the folder to its final location; an older run is kept as `previous`."""
         if self.path == self.final:
             return
         if self.final.exists() and any(self.final.iterdir()):
             check_replaceable(self.previous, CHECKPOINT)
-            kept = (self.previous / WEIGHTS_FILE).exists()
-            if kept and not (self.final / WEIGHTS_FILE).exists():
-                shutil.rmtree(self.final)  # it never had weights; the one before it has
+            has_previous = (self.previous / WEIGHTS_FILE).exists()
+            if has_previous and not (self.final / WEIGHTS_FILE).exists():
+                shutil.rmtree(self.final)  # it has no weights, but the previous run has
             else:
                 shutil.rmtree(self.previous, ignore_errors=True)
                 self.final.rename(self.previous)

@@ -1,5 +1,5 @@
-"""What a run tells while it trains: a progress bar, and one JSON line for each step and validation.
-Every process calls the same methods; only the first one's log does anything."""
+"""The log of a run: a progress bar, and one line of JSON per step and validation. Every process
+calls the same methods, but only the log of the first one has an effect."""
 
 import json
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from training.folders import LOG_FILE
 
 
 class Log:
-    """Appends to `metrics.jsonl` of a run's folder, and draws the bar of a stage."""
+    """Appends to `metrics.jsonl` in a run's folder and shows the progress bar of a stage."""
 
     def __init__(self, folder: Callable[[], Path]) -> None:
-        """`folder()` is where the run's files are now."""
+        """`folder()` returns the present folder of the run's files."""
         self.folder = folder
         self.bar: tqdm[Any] = tqdm(disable=True)
 
     def begin(self, stage: str, photos: int, done: int) -> None:
-        """A new bar: `photos` in all epochs of the stage, `done` of them already."""
+        """Starts a bar: `photos` in all epochs of the stage, of which `done` are done."""
         self.bar = tqdm(total=photos, initial=done, desc=stage, unit="photo", smoothing=0.05)
 
     def step(self, shown: dict[str, float], photos: int) -> None:
@@ -39,7 +39,7 @@ class Log:
 
 
 class NullLog(Log):
-    """The log of every other process."""
+    """A log that does nothing, for all processes but the first."""
 
     def begin(self, stage: str, photos: int, done: int) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Rates, parameter groups, the average of the weights, gradient checkpointing."""
+"""Learning rates, parameter groups, the average of the weights, gradient checkpointing."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ from training.model import CaptioningModel
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the share `warmup` of the steps, then half a cosine to zero."""
+    """Linear warm-up over the share `warmup` of the steps, then cosine decay to zero."""
     ramp = max(1, round(warmup * steps))
     if step < ramp:
         return (step + 1) / ramp
@@ -21,8 +21,9 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def learning_rate(name: str, stage: Stage, encoder_layers: int) -> float:
-    """A parameter's highest rate. In the encoder it falls by `encoder_layer_decay` from layer to
-    layer, down from its last norm (Clark et al. 2020, as in BEiT's fine-tuning)."""
+    """The peak learning rate of a parameter. In the encoder it is multiplied by
+    `encoder_layer_decay` for each layer below the last norm (Clark et al. 2020, as in BEiT's
+    fine-tuning)."""
     part, *rest = name.split(".")
     if part == "decoder":
         return stage.decoder_lr
@@ -34,8 +35,8 @@ def learning_rate(name: str, stage: Stage, encoder_layers: int) -> float:
 
 
 def parameter_groups(model: CaptioningModel, stage: Stage) -> list[dict[str, Any]]:
-    """AdamW's groups, by their rates; vectors (biases, norms) and embeddings of positions are
-    without weight decay."""
+    """Parameter groups for AdamW by learning rate. Vectors (biases, norms) and position embeddings
+    have no weight decay."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.") and stage.encoder == "frozen":
@@ -54,8 +55,8 @@ def parameter_groups(model: CaptioningModel, stage: Stage) -> list[dict[str, Any
 
 
 def set_checkpointing(model: CaptioningModel, on: bool) -> None:
-    """Gradient checkpointing (Chen et al. 2016): each block's inside is computed again in the
-    backward pass instead of being kept."""
+    """Gradient checkpointing (Chen et al. 2016): the activations within a block are recomputed in
+    the backward pass instead of being kept."""
     for block in [*model.encoder.blocks, *model.decoder.blocks]:
         vars(block).pop("forward", None)
         if on:
@@ -66,8 +67,8 @@ def set_checkpointing(model: CaptioningModel, on: bool) -> None:
 def update_average(
     average: CaptioningModel, model: CaptioningModel, decay: float, step: int
 ) -> None:
-    """Exponential moving average of the weights; short-sighted at first, so that the random
-    beginning is soon forgotten."""
+    """Exponential moving average of the weights. The decay is smaller in the first steps, so that
+    the random initial weights soon have no influence."""
     decay = min(decay, (1 + step) / (10 + step))
     ours = [p.data for p in average.parameters()]
     theirs = [p.data for p in model.parameters()]

@@ -1,7 +1,8 @@
-"""Where a run stands: its parts, its folder, what it logs and what `--resume` needs.
+"""The state of a run: its parts, its folder, its log, and what `--resume` needs.
 
-All that is random in training (order, augmentation, dropout, samples) is derived from the seed and
-the place in the run, so that no random state is kept: a resumed run draws what it would have drawn.
+All random numbers in training (order, augmentation, dropout, samples) are derived from the seed and
+the position in the run, so no random state is saved: a resumed run draws the same numbers as an
+uninterrupted one.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import load_model, save_checkpoint, update_training
+from training.checkpoint import encoder_config, load_model, save_checkpoint, update_training
 from training.config import TrainConfig
 from training.data.manifest import Manifest
 from training.folders import LOG_FILE, STATE_FILE, WEIGHTS_FILE
@@ -26,18 +27,20 @@ from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
 from training.loop.log import Log, NullLog
 from training.loop.student import Student
-from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.model import CaptioningModel, DecoderConfig
+from training.scores.metrics import Tokenizer as MetricTokenizer
 
-# What `Run` counts, and keeps in its state.
+# Attributes of `Run` that are saved in its state.
 PROGRESS = (
     *("stage", "step", "seconds", "seconds_before"),
-    *("best", "best_before", "since_best", "stages"),
+    *("at_start", "best", "best_before", "since_best", "stages"),
+    "metric_tokenizer",
 )
 
 
 def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
-    """The device, and whether to run in bfloat16 there. Raises UserError for one that is not
-    there."""
+    """The device, and whether to use bfloat16 on it. Raises UserError for a GPU that this machine
+    does not have."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,8 +48,8 @@ def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        there = torch.cuda.device_count()
-        raise UserError(f"device {name}: this machine has {there} GPUs; set device: auto or cpu")
+        count = torch.cuda.device_count()
+        raise UserError(f"device {name}: this machine has {count} GPUs; set device: auto or cpu")
     if config.precision != "auto":
         return device, config.precision == "bf16"
     if device.type == "cuda":
@@ -56,7 +59,7 @@ def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
 
 
 class Run:
-    """Where a run stands: everything that a resumed run needs, and its folder."""
+    """The state of a run: everything that a resumed run needs, and its folder."""
 
     def __init__(self, config: TrainConfig, manifest: Manifest, folder: RunFolder) -> None:
         self.config, self.manifest, self.folder = config, manifest, folder
@@ -70,12 +73,16 @@ class Run:
         self.processes: Processes = join(self.device)
         self.log = (Log if self.processes.first else NullLog)(lambda: folder.path)
         self.stage = self.epoch = self.step = 0
-        self.seconds = self.seconds_before = 0.0  # of all steps, and of the stages before this one
-        self.best: dict[str, Any] | None = None  # validation figures of the checkpoint
+        self.seconds = self.seconds_before = 0.0  # in all steps; before this stage
+        # Validation figures of the checkpoint that the run starts from, and of the run's own.
+        self.at_start: dict[str, Any] | None = None
+        self.best: dict[str, Any] | None = None
         self.best_before: dict[str, Any] | None = None  # the same when the stage began
         self.since_best = 0  # validations without a better figure
-        # What each finished stage gained.
+        # The scores before and after each finished stage.
         self.stages: list[dict[str, Any]] = []
+        # Chosen once, because the scores of a run are compared with each other.
+        self.metric_tokenizer: MetricTokenizer = "python"
         self.model: CaptioningModel
         self.average: CaptioningModel
         self.tokenizer: CaptionTokenizer
@@ -88,7 +95,7 @@ class Run:
         return {"max_new_tokens": self.config.decoder.max_tokens - 1, **self.config.decoding}
 
     def captioner(self) -> Captioner:
-        """The averaged model, ready to caption."""
+        """A captioner with the averaged weights."""
         model = self.average.eval()
         config = {
             "model": {"encoder": dataclasses.asdict(model.encoder_config)},
@@ -98,7 +105,7 @@ class Run:
         return Captioner(model.encoder, model.decoder, self.tokenizer, config, self.device)
 
     def student(self) -> Student:
-        """The model as its teachers see it."""
+        """What the teachers are checked against."""
         return Student(
             self.model,
             self.tokenizer,
@@ -114,23 +121,20 @@ class Run:
         self.log.write({"stage": stage, "epoch": self.epoch, **entry})
 
     def log_step(self, entry: dict[str, Any], shown: dict[str, float], photos: int) -> None:
-        """Logs a step over so many photos; `shown` stands beside the bar."""
+        """Logs a step over `photos` photos; `shown` is displayed beside the bar."""
         self.write(entry)
         self.log.step(shown, photos)
 
     def save_state(self, optimizer: torch.optim.Optimizer, epoch: int, step_in_epoch: int) -> None:
-        """Everything for `--resume`, replaced at once. A resumed run starts `step_in_epoch` batches
-        into `epoch`."""
+        """Saves everything for `--resume` atomically. A resumed run skips the first `step_in_epoch`
+        batches of `epoch`."""
         state = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
             "encoder": dataclasses.asdict(self.model.encoder_config),
             "decoder": dataclasses.asdict(self.model.decoder_config),
             "preprocessing": self.preprocessing.to_dict(),
-            "tokenizer": [
-                *(getattr(self.tokenizer, f"{i}_id") for i in ("begin", "end", "pad")),
-                self.tokenizer.suppressed_ids,
-            ],
+            "tokenizer": list(self.tokenizer.settings.values()),
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
             **{name: getattr(self, name) for name in PROGRESS},
@@ -143,12 +147,12 @@ class Run:
         with atomic_path(path) as temporary:
             try:
                 torch.save(state, temporary)
-            except RuntimeError as error:  # all that torch says of a disk that is full
+            except RuntimeError as error:  # how torch reports a full disk
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         self.folder.publish()
 
     def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """Goes back to where `save_state` was called; what was logged since is cut off."""
+        """Restores the state that `save_state` has saved; later lines of the log are removed."""
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -159,7 +163,7 @@ class Run:
                 file.truncate(state["log_bytes"])
 
     def begin_stage(self) -> None:
-        """Each stage goes on from the best weights so far."""
+        """Each stage starts from the best weights so far."""
         self.step = self.since_best = 0
         self.seconds_before, self.best_before = self.seconds, self.best
         if self.stage and (self.folder.final / WEIGHTS_FILE).exists():
@@ -168,7 +172,7 @@ class Run:
             self.average.load_state_dict(best.state_dict())
 
     def finish_stage(self) -> None:
-        """Says what the stage gained, in print and in the checkpoint's `config.json`."""
+        """Prints what the stage gained, and writes it to the checkpoint's `config.json`."""
         assert self.best is not None, "the last epoch of a stage is validated"
         name = self.config.stages[self.stage].name
         minutes = (self.seconds - self.seconds_before) / 60
@@ -182,14 +186,19 @@ class Run:
         update_training(self.folder.final, {"stages": self.stages})
 
     def consider(self, result: dict[str, Any]) -> None:
-        """Makes the averaged weights the checkpoint where no earlier ones were better, by the
-        figure that `result["chosen_by"]` names. Equal figures are no reason to stay with weights
-        that have seen less, and none to train on for long."""
+        """Saves the averaged weights as the checkpoint unless earlier ones were better by the
+        figure `result["chosen_by"]`. If both are equal, the later ones are saved because they have
+        been trained for longer (the start's are replaced only at a lower loss), but `since_best` is
+        reset only by better ones."""
         self.since_best += 1
         if self.best is not None and goodness(result) < goodness(self.best):
             return
         if self.best is None or goodness(result) > goodness(self.best):
             self.since_best = 0
+        elif self.best == self.at_start and result["loss"] >= self.best["loss"]:
+            return
+        if self.config.start is not None and self.best is None:
+            self.at_start = result
         self.best = result
         save_checkpoint(
             self.folder.path,
@@ -203,28 +212,29 @@ class Run:
                 "stages": self.stages,
                 "step": self.step,
                 "minutes": round(self.seconds / 60, 1),
+                **({} if self.at_start is None else {"validation_at_start": self.at_start}),
             },
         )
         self.folder.publish()
 
 
 def goodness(result: dict[str, Any]) -> float:
-    """The figure that chooses a checkpoint, higher for a better one."""
+    """The figure by which a checkpoint is chosen; higher is better."""
     return float(result["CIDEr"] if result["chosen_by"] == "CIDEr" else -result["loss"])
 
 
 def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """The saved state of a killed run. Its config must be the one given, but for its name and its
-    `workers`, which change no weight; further stages may have been added to the end of a run."""
+    """Reads the saved state of a run. `config` must equal the saved one, except for `name` and
+    `workers`, which do not influence the weights; stages may have been appended to it."""
     path = folder / STATE_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: nothing to resume; train without --resume") from error
-    except Exception as error:  # torch.load raises whatever the damage leads to
+    except Exception as error:  # damaged files raise exceptions of many types
         raise UserError(f"{path}: damaged; train again with --overwrite") from error
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
-        raise UserError(f"{path}: not a state of training; train again with --overwrite")
+        raise UserError(f"{path}: not a saved training state; train again with --overwrite")
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: written by another version; train again with --overwrite")
     if missing := set(PROGRESS) - state.keys():
@@ -233,14 +243,16 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
     for fields in (given, saved):
         fields["stages"] = fields["stages"][: state["stage"] + 1]
     if (name := changed_field(given, saved)) is not None:
-        raise UserError(f"{path}: field {name!r} of the config has changed; resume as it was")
+        raise UserError(
+            f"{path}: field {name!r} of the config has changed; resume with its old value"
+        )
     return dict(state)
 
 
 def changed_field(given: dict[str, Any], saved: dict[str, Any]) -> str | None:
-    """The first field of a config as a dict that differs from the saved one's, of those that change
-    a weight: `name` and `workers` do not."""
-    # A tuple is a list in JSON.
+    """The first field in which a config (as a dict) differs from the saved one, of those that
+    influence the weights: `name` and `workers` do not."""
+    # JSON turns tuples into lists.
     given, saved = json.loads(json.dumps([given, saved]))
     fields = (name for name in given if name not in ("name", "workers"))
     return next((name for name in fields if saved.get(name) != given[name]), None)
@@ -249,7 +261,7 @@ def changed_field(given: dict[str, Any], saved: dict[str, Any]) -> str | None:
 def restore_parts(
     folder: Path, state: dict[str, Any]
 ) -> tuple[CaptioningModel, PreprocessConfig, CaptionTokenizer]:
-    """Model (without its weights yet), preprocessing and tokenizer of a run that is resumed."""
-    model = CaptioningModel(EncoderConfig(**state["encoder"]), DecoderConfig(**state["decoder"]))
+    """Model (still without its weights), preprocessing and tokenizer of a resumed run."""
+    model = CaptioningModel(encoder_config(state["encoder"]), DecoderConfig(**state["decoder"]))
     tokenizer = CaptionTokenizer.load(folder / "tokenizer.json", *state["tokenizer"])
     return model, PreprocessConfig.from_dict(state["preprocessing"]), tokenizer

@@ -1,4 +1,4 @@
-"""One stage of training: steps, logs, validates, saves."""
+"""One stage of training: its steps, log, validation and saved states."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from handler.errors import UserError
 from training.config import Stage
 from training.data.captions import Batch, Captions
-from training.data.features import FeatureCache
+from training.data.features import FeatureCache, FrozenEncoder
 from training.data.photos import Augment, PhotoDataset, epoch_order, photo_batches, shard_numbers
 from training.data.seeds import seed_of
 from training.loop.distributed import without_exchange
@@ -28,12 +28,12 @@ from training.loop.teachers import load_teachers
 from training.objectives.objective import Objective, make_loss
 
 FEATURES = Path("build/features")
-# A killed run loses at most this much (an epoch's end always saves).
+# A killed run loses at most this much (the state is also saved at the end of each epoch).
 SAVE_EVERY_SECONDS = 120.0
 
 
 class Work:
-    """What a stage works with: its optimizer, its objective and its photos."""
+    """The optimizer, the objective and the photos of a stage."""
 
     def __init__(self, run: Run, captions: Captions, features: FeatureCache | None) -> None:
         stage = run.config.stages[run.stage]
@@ -57,8 +57,8 @@ class Work:
         return epoch_order(self.shard_of_N, self.stage.batch_photos, self.seed, epoch)
 
     def epoch(self, epoch: int, skip: int) -> tuple[list[int], Iterator[Batch]]:
-        """How many batches each remaining step of an epoch has, and these batches; the first `skip`
-        batches are left out. The last step takes what is left over."""
+        """The number of batches of each remaining step of an epoch, and these batches, without the
+        first `skip`. The last step may have fewer batches."""
         run, most = self.run, self.stage.accumulate
         order = run.processes.share(self._order(epoch))[skip:]
         sizes = [min(most, len(order) - start) for start in range(0, len(order), most)]
@@ -69,7 +69,7 @@ class Work:
         return sizes, photo_batches(dataset, self.captions, order, run.workers)
 
     def set_rates(self) -> float:
-        """Sets the rates of the next step; returns the decoder's."""
+        """Sets the learning rates of the next step; returns that of the decoder."""
         factor = learning_rate_factor(self.run.step, self.steps, self.stage.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -82,7 +82,7 @@ def run_stage(
     state: dict[str, Any] | None,
     validate: Callable[[Run], None],
 ) -> None:
-    """One stage: batch, loss, step, log, save, validate. `state` is where a resumed run goes on."""
+    """One stage: batch, loss, step, log, save, validate. `state` is that of a resumed run."""
     stage = run.config.stages[run.stage]
     run.model.encoder.requires_grad_(stage.encoder == "trained")
     set_checkpointing(run.model, stage.gradient_checkpointing)
@@ -94,6 +94,8 @@ def run_stage(
     work = Work(run, captions, features_of(run, stage, first))
     if state is not None:
         run.restore(state, work.optimizer)
+    if run.config.start is not None and run.best is None:
+        score_start(work, validate)
     photos = len(run.train_rows)
     run.log.begin(
         stage.name, stage.epochs * photos, first * photos + min(photos, skip * stage.batch_photos)
@@ -118,8 +120,19 @@ def run_stage(
     run.processes.wait()
 
 
+def score_start(work: Work, validate: Callable[[Run], None]) -> None:
+    """Validates the checkpoint that a run starts from, which is then the one to beat."""
+    run = work.run
+    if run.processes.first:
+        run.save_state(work.optimizer, 0, 0)  # validation may fail
+        validate(run)
+        run.save_state(work.optimizer, 0, 0)
+    run.best = run.best_before = run.processes.tell(run.best)
+    run.since_best = 0
+
+
 def train_epoch(work: Work, skip: int) -> int:
-    """The steps of an epoch behind its first `skip` batches; returns how many batches it has."""
+    """The steps of an epoch after its first `skip` batches; returns its number of batches."""
     run, stage, processes = work.run, work.stage, work.run.processes
     sizes, batches = work.epoch(run.epoch, skip)
     work.whole.set_mode()
@@ -129,7 +142,7 @@ def train_epoch(work: Work, skip: int) -> int:
         rate, loss, figures, photos = work.set_rates(), torch.zeros((), device=run.device), {}, 0
         for pending in range(size - 1, -1, -1):
             batch = next(batches).to(run.device)
-            # Dropout's own seed for each batch, so that a resumed run drops what it would have.
+            # A seed for each batch, so that a resumed run has the same dropout.
             torch.manual_seed(seed_of(work.seed, "dropout", run.epoch, number, processes.rank))
             with without_exchange(work.objective, pending > 0):
                 with run.autocast():
@@ -140,7 +153,7 @@ def train_epoch(work: Work, skip: int) -> int:
             photos += len(batch.indices) * processes.world
             number += 1
         norm = nn.utils.clip_grad_norm_(work.trained, stage.clip)
-        # The one wait for the device in a step.
+        # The only synchronization with the device in a step.
         loss_value, norm_value = torch.stack([processes.sum(loss) / processes.world, norm]).tolist()
         check_finite(run, stage, loss_value)
         work.optimizer.step()
@@ -176,8 +189,8 @@ def stage_seed(run: Run) -> int:
 
 
 def features_of(run: Run, stage: Stage, first_epoch: int) -> FeatureCache | None:
-    """The frozen encoder's outputs; None where the encoder is trained, and where a finished run
-    only gets a further stage."""
+    """The frozen encoder's outputs; None if the encoder is trained, and if all epochs of the stage
+    are done (a stage was appended to the run)."""
     if stage.encoder == "trained" or first_epoch >= stage.epochs:
         return None
     return run.processes.one_first(lambda: make_features(run, stage))
@@ -185,7 +198,7 @@ def features_of(run: Run, stage: Stage, first_epoch: int) -> FeatureCache | None
 
 def make_features(run: Run, stage: Stage) -> FeatureCache:
     encoder = run.model.encoder
-    # All that changes a feature; the precision does, too.
+    # Everything that influences a feature, including the precision.
     choices = (stage.views, stage.augment, stage.flip, run.config.seed, run.bf16, run.device.type)
     fingerprint = hashlib.sha256(repr(choices).encode())
     fingerprint.update(repr((run.preprocessing, encoder.config)).encode())
@@ -197,14 +210,12 @@ def make_features(run: Run, stage: Stage) -> FeatureCache:
         with run.autocast():
             return encoder.eval()(images_B3SS.to(run.device))
 
-    shape = (encoder.config.memory_tokens, encoder.config.width)
+    shape = (encoder.config.memory_tokens, encoder.config.memory_width)
     return FeatureCache(
         FEATURES,
-        fingerprint.hexdigest(),
+        FrozenEncoder(fingerprint.hexdigest(), encode, shape),
         run.manifest,
         run.train_rows,
-        encode,
-        shape,
         stage.views,
         Augment(run.preprocessing, stage.augment, stage.flip),
         run.config.seed,

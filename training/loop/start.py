@@ -1,26 +1,28 @@
-"""What a new run starts from: its tokenizer, its model and the preprocessing of its encoder."""
+"""Creates the parts of a new run: tokenizer, model, and the preprocessing of its encoder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from handler.caption_tokenizer import CaptionTokenizer, is_written_without_spaces
+from handler.caption_tokenizer import (
+    SPACELESS_SHARE,
+    CaptionTokenizer,
+    is_written_without_spaces,
+)
 from handler.captioner import check_config, load_tokenizer, read_config
 from handler.errors import UserError
-from handler.image_preprocess import PreprocessConfig
+from handler.image_preprocess import Interpolation, PreprocessConfig
 from training.config import TokenizerChoice, TrainConfig
 from training.data.manifest import Row
-from training.model import CaptioningModel, DecoderConfig, Encoder, EncoderConfig
+from training.model import CaptioningModel, DecoderConfig, EncoderConfig, EncoderShape, ImageEncoder
 from training.weights.encoders import load_encoder
-
-# From this share of captions without spaces on, a vocabulary of words is of no use for a dataset.
-SPACELESS_SHARE = 0.05
 
 
 def make_tokenizer(
     choice: TokenizerChoice, rows: Sequence[Row], say: Callable[[str], None] = print
 ) -> CaptionTokenizer:
-    """The tokenizer of a new run, whose training photos are `rows`. `say` is told what was chosen
-    for the user. Raises UserError where a vocabulary of words cannot hold the captions."""
+    """The tokenizer of a new run with the training photos `rows`. `say` is called with a message if
+    byte pairs are chosen automatically. Raises UserError if a vocabulary of words does not fit the
+    captions."""
     if choice.checkpoint is not None:
         folder = Path(choice.checkpoint)
         config = read_config(folder)
@@ -33,12 +35,14 @@ def make_tokenizer(
         what = f"{without_spaces} of {len(captions)} captions are written without spaces"
         if choice.kind == "word":
             raise UserError(
-                f"{what}, so a word is a whole sentence; set tokenizer: {{kind: bpe}} or leave "
-                "tokenizer.kind out"
+                f"{what}, so each sentence would be one word; set tokenizer: {{kind: bpe}}, or "
+                "leave tokenizer.kind out"
             )
-        say(f"{what}: the vocabulary is of byte pairs (tokenizer: {{kind: bpe}})")
+        say(f"{what}: the vocabulary consists of byte pairs (tokenizer: {{kind: bpe}})")
         kind = "bpe"
-    tokenizer = CaptionTokenizer.train(captions, kind, choice.vocab_size, choice.min_count)
+    tokenizer = CaptionTokenizer.train(
+        captions, kind, choice.vocab_size, choice.min_count, choice.lowercase
+    )
     empty = sum(set(tokenizer.encode(text)) <= {tokenizer.unknown_id} for text in captions)
     if empty > len(captions) / 2:
         raise UserError(
@@ -52,11 +56,12 @@ def make_tokenizer(
 def make_model(
     config: TrainConfig, tokenizer: CaptionTokenizer, weights: Path | None
 ) -> tuple[CaptioningModel, PreprocessConfig]:
-    """A new model with the preprocessing that its encoder wants."""
+    """A new model and the preprocessing for its encoder."""
     source, shape = config.encoder, config.decoder
     mean = std = (0.5, 0.5, 0.5)
-    interpolation = "bicubic"
-    encoder: Encoder | None = None
+    interpolation: Interpolation = "bicubic"
+    encoder: ImageEncoder | None = None
+    encoder_config: EncoderShape
     if source.pretrained is not None:
         pretrained = load_encoder(source.pretrained, weights, source.image_size)
         encoder = pretrained.encoder
@@ -94,7 +99,7 @@ def make_model(
         image_size=encoder_config.image_size,
         mean=mean,
         std=std,
-        resize=config.resize,  # type: ignore[arg-type]  # refused there when it is none of the two
-        interpolation=interpolation,  # type: ignore[arg-type]
+        resize=config.resize,
+        interpolation=interpolation,
     )
     return model, preprocessing

@@ -1,4 +1,4 @@
-"""What a run shows to the teachers of its stages."""
+"""What the teachers of a run are checked against."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from training.model import CaptioningModel
 
 
 class Student(NamedTuple):
-    """The model that a run trains, and what its teachers must share with it. `folders` are those
-    that the run writes."""
+    """The model that a run trains, and what its teachers must have in common with it. `folders` are
+    those that the run writes."""
 
     model: CaptioningModel
     tokenizer: CaptionTokenizer

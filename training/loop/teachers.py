@@ -1,4 +1,4 @@
-"""The teachers of a run: checkpoints that are read and checked against the student."""
+"""The teachers of a run: loads their checkpoints and checks them against the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from training.objectives.ensemble import Ensemble, encoder_difference
 
 @dataclass(frozen=True)
 class Interface:
-    """What captioners must share so that one can learn from the others' distributions. `vocab_size`
-    is the decoder's, which may have more rows than its tokenizer has entries."""
+    """What captioners must have in common so that one can learn from the distributions of others.
+    `vocab_size` is that of the decoder, which may be larger than that of the tokenizer."""
 
     owner: str
     tokenizer: CaptionTokenizer
@@ -28,19 +28,19 @@ class Interface:
 
 
 def check_teachers(config: TrainConfig, student: Student) -> None:
-    """Refuses at the start of a run what one of its stages would refuse hours later."""
+    """Finds errors at the start of a run that one of its stages would raise hours later."""
     for number, stage in enumerate(config.stages):
         if stage.distillation is not None:
-            as_it_is = all(s.encoder == "frozen" for s in config.stages[: number + 1])
-            load_teachers(stage, student, as_it_is)
+            shared_encoder = all(s.encoder == "frozen" for s in config.stages[: number + 1])
+            load_teachers(stage, student, shared_encoder)
 
 
 def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensemble:
     """The teachers of a stage.
 
-    With `shared_encoder` all teachers must have the student's encoder, which is frozen, because
-    its features are all that they see. Raises UserError naming the teacher's file and field that
-    do not fit the student, and for a teacher that the run itself would overwrite.
+    With `shared_encoder`, all teachers must have the student's frozen encoder, because they get its
+    features as input. Raises UserError naming the file and field of a teacher that does not fit the
+    student, and for a teacher that the run itself would overwrite.
     """
     assert stage.distillation is not None
     folders = [Path(folder) for folder in stage.distillation.teachers]
@@ -49,7 +49,7 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
         if folder.resolve() in written:
             raise UserError(
                 f"{folder}: teacher of stage {stage.name!r}, but this run would overwrite it; give "
-                "the run another name"
+                "the run another name with --run (make: RUN=NAME)"
             )
     vocab_size = student.model.decoder_config.vocab_size
     shared = Interface("the student", student.tokenizer, vocab_size, student.preprocessing)
@@ -61,7 +61,7 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
         if decoder.max_positions < longest:
             raise UserError(
                 f"{folder / 'config.json'}: field 'model.decoder.max_positions' is "
-                f"{decoder.max_positions}, and the student's captions have up to {longest} tokens; "
+                f"{decoder.max_positions}, but the student's captions have up to {longest} tokens; "
                 "lower decoder.max_tokens"
             )
         if not shared_encoder:
@@ -74,8 +74,8 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
                 else f"{folder / 'config.json'}: field 'model.encoder.{difference}' is"
             )
             raise UserError(
-                f"{what} not the student's, whose features are all that there is with a frozen "
-                f"encoder; set encoder: trained in stage {stage.name!r}"
+                f"{what} not that of the student, but with a frozen encoder they must share its "
+                f"features; set encoder: trained in stage {stage.name!r}"
             )
     return ensemble.to(student.device)
 
@@ -83,11 +83,11 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
 def load_ensemble(
     folders: Sequence[Path], like: Interface | None = None
 ) -> tuple[Ensemble, Interface, dict[str, Any]]:
-    """The checkpoints in `folders` as one, for inference; what they share, and the config of the
-    first.
+    """The checkpoints in `folders` as one ensemble for inference, what they have in common, and the
+    config of the first.
 
-    They must share it with `like`, or else with the first of them. Raises UserError naming the
-    file and the field that is another.
+    They must agree with `like`, or without it with the first of them. Raises UserError naming the
+    file and the field that differs.
     """
     models = []
     configs = []
@@ -105,13 +105,13 @@ def load_ensemble(
 
 
 def refuse_difference(folder: Path, own: Interface, like: Interface) -> None:
-    """UserError, naming file and field, for a checkpoint that has another vocabulary or another
-    preprocessing than `like`."""
+    """Raises UserError, naming file and field, for a checkpoint whose vocabulary or preprocessing
+    differs from `like`."""
     tokenizer, config = folder / "tokenizer.json", folder / "config.json"
     if own.tokenizer.vocabulary != like.tokenizer.vocabulary:
         raise UserError(
-            f"{tokenizer}: field 'model.vocab' is not that of {like.owner}, and words can only be "
-            "compared in one vocabulary; train one with tokenizer.checkpoint set to the other"
+            f"{tokenizer}: field 'model.vocab' is not that of {like.owner}, but they must have the "
+            "same vocabulary; train one with tokenizer.checkpoint set to the other"
         )
     for name in ("begin_id", "end_id"):
         mine, theirs = getattr(own.tokenizer, name), getattr(like.tokenizer, name)
@@ -129,12 +129,11 @@ def refuse_difference(folder: Path, own: Interface, like: Interface) -> None:
         if value != theirs[name]:
             raise UserError(
                 f"{config}: field 'preprocessing.{name}' is {value}, {like.owner} has "
-                f"{theirs[name]}; both look at the same pixels, so the field must be the same"
+                f"{theirs[name]}; both get the same pixels, so the field must be the same"
             )
 
 
 def ensemble_captioner(folders: Sequence[Path]) -> Captioner:
-    """The captioner of one checkpoint or of several as one, with the decoding defaults of the
-    first."""
+    """A captioner of one or several checkpoints, with the decoding defaults of the first."""
     ensemble, shared, config = load_ensemble(folders)
     return Captioner(ensemble.encode_flat, ensemble, shared.tokenizer, config)

@@ -1,10 +1,12 @@
-"""A config and a manifest in, a checkpoint out: the stages of a run in order.
+"""Trains a checkpoint from a config and a manifest: the stages of a run in order.
 
-One or more stages (see `training.config.Stage`) of teacher-forced cross-entropy, of distillation or
-of self-critical training, validated by generated captions; the best by CIDEr is kept (by the loss
-where there are too few validation photos for CIDEr), and each stage goes on from it. A run that was
-killed goes on with `--resume` and ends with the very same weights as one that was not. Several
-processes that torchrun started train as one (see `training.loop.distributed`).
+A stage (see `training.config.Stage`) trains with teacher-forced cross-entropy, distillation or
+self-critical training. It is validated by generated captions; the weights with the best CIDEr are
+kept (with the best loss if there are too few validation photos for CIDEr), and the next stage
+starts from them. A run that fine-tunes a checkpoint is also validated before its first step, and
+reports at its end what it gained. A killed run can be continued with `--resume` and ends with the
+same weights as an uninterrupted one. Several processes of torchrun train one model (see
+`training.loop.distributed`).
 """
 
 import contextlib
@@ -19,12 +21,19 @@ from training.data.captions import Captions
 from training.data.manifest import Manifest
 from training.folders import STATE_FILE
 from training.loop.distributed import leave
+from training.loop.fine_tuning import check_start, load_start
 from training.loop.folder import RunFolder
 from training.loop.run import Run, read_state, restore_parts
 from training.loop.stage import run_stage
 from training.loop.start import make_model, make_tokenizer
 from training.loop.teachers import check_teachers
-from training.loop.validation import announce, validate, warn_of_little_learnt
+from training.loop.validation import (
+    announce,
+    choose_metric_tokenizer,
+    tell_gain,
+    validate,
+    warn_of_little_learnt,
+)
 
 
 def train(
@@ -35,14 +44,15 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Trains and returns the checkpoint's folder. A run that is there already is continued with
-    `resume` and replaced with `overwrite`.
+    """Trains and returns the checkpoint's folder. An existing run is continued with `resume` and
+    replaced with `overwrite`.
 
-    Raises UserError for what the user gave wrong, for a run of this name that neither was asked
-    for, and for a loss that is no number; what was there before is then as it was.
+    Raises UserError for bad input, for an existing run without `resume` or `overwrite`, and for a
+    loss that is not finite; existing files are then unchanged.
     """
     torch.manual_seed(config.seed)
     run_folder = RunFolder(folder)
+    check_start(config, (run_folder.final, run_folder.previous))
     run = Run(config, manifest, run_folder)
     with contextlib.ExitStack() as stack:
         if run.processes.first:
@@ -55,39 +65,46 @@ def train(
             raise KeyboardInterrupt(
                 "interrupted; continue with --resume (make: ARGS=--resume)"
                 if saved
-                else "interrupted before anything was saved; nothing is changed"
+                else "interrupted before anything was saved; no files were changed"
             ) from None
         finally:
-            run.log.end()  # what is printed next stands on a line of its own
+            run.log.end()  # the next message starts on a new line
     leave()
     return folder
 
 
 def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | None:
-    """Makes or reads back the parts of a run; returns the state that a resumed one goes on from."""
+    """Creates or reads the parts of a run; returns the state of a resumed one."""
     state: dict[str, Any] | None = None
     if resume:
         state = read_state(run.folder.final, run.config)
         run.model, run.preprocessing, run.tokenizer = restore_parts(run.folder.final, state)
     else:
-        run.tokenizer = make_tokenizer(run.config.tokenizer, run.train_rows, run.log.say)
-        run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
+        if run.config.start is not None:
+            run.model, run.preprocessing, run.tokenizer = load_start(
+                run.config, weights, run.train_rows
+            )
+        else:
+            run.tokenizer = make_tokenizer(run.config.tokenizer, run.train_rows, run.log.say)
+            run.model, run.preprocessing = make_model(run.config, run.tokenizer, weights)
         check_teachers(run.config, run.student())
         if run.processes.first:
-            # What --resume needs before the first validation has written a checkpoint.
+            # For --resume before the first validation, which writes the checkpoint.
             run.tokenizer.save(run.folder.path / "tokenizer.json")
+    if run.processes.first:
+        choose_metric_tokenizer(run, state)
     run.processes.wait()
     run.model.to(run.device)
     run.average = copy.deepcopy(run.model).requires_grad_(False).eval()
-    run.captioner().options(num_beams=run.config.validation.num_beams).limits(
-        run.model.decoder.vocab_size, run.model.decoder.max_positions
-    )
+    # Defaults that this model cannot decode by are an error now, not at the first validation.
+    run.captioner().options(num_beams=run.config.validation.num_beams)
     return state
 
 
 def train_stages(run: Run, state: dict[str, Any] | None) -> None:
     captions = Captions(run.train_rows, run.tokenizer, run.config.decoder.max_tokens)
-    for note in captions.notes():
+    borrowed = run.config.tokenizer.checkpoint
+    for note in captions.notes(run.decoding()["max_new_tokens"], borrowed):
         run.log.say(note)
     announce(run)
     first = 0 if state is None else state["stage"]
@@ -102,3 +119,4 @@ def train_stages(run: Run, state: dict[str, Any] | None) -> None:
         f"{run.seconds / 60:.1f} minutes"
     )
     warn_of_little_learnt(run)
+    tell_gain(run)

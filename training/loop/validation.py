@@ -1,5 +1,5 @@
-"""Captions of the validation photos by the averaged weights, their scores, and which weights become
-the checkpoint.
+"""Validation: generates captions of the validation photos with the averaged weights, scores them,
+and decides which weights become the checkpoint.
 
 Dimension key: B photos, P memory tokens, D width.
 """
@@ -11,48 +11,77 @@ from torch import Tensor
 from tqdm import tqdm
 
 from handler.captioner import Captioner
+from handler.errors import UserError
 from training.data.captions import Captions
 from training.data.manifest import Row
 from training.data.photos import read_photo
 from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.scores.claims import score_claims
-from training.scores.habits import little_learnt
-from training.scores.metrics import score
+from training.scores.habits import distinct, little_learnt
+from training.scores.metrics import choose_tokenizer, score
 
 BATCH = 50
-# CIDEr weighs a word by how few of the photos have it: log(photos / photos with the word). Among
-# one photo every weight is 0, among a few nearly every word has one of two or three weights.
+# CIDEr weights a word by log(photos / photos with the word). With one photo, all weights are 0;
+# with a few, nearly all words have one of two or three weights.
 LEAST_PHOTOS_FOR_CIDER = 10
 
 
 def validate(run: Run) -> None:
-    """Scores the averaged weights; where they are no worse than the best so far, they become the
-    checkpoint. The figure is CIDEr, or the loss where there are too few photos for CIDEr."""
+    """Scores the averaged weights. If they are not worse than the best so far, they become the
+    checkpoint. The figure is CIDEr, or the loss if there are too few photos for CIDEr."""
     captioner, rows = run.captioner(), run.val_rows
     predictions, loss = caption_and_loss(run, captioner, rows)
     references = {row.id: row.captions for row in rows}
-    scores = score(predictions, references, metrics=("bleu", "cider"))
+    scores = score(predictions, references, ("bleu", "cider"), run.metric_tokenizer)
     result: dict[str, Any] = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
-    result |= {"loss": loss, "distinct_captions": len(set(predictions.values()))}
+    result |= {"loss": loss, "distinct_captions": distinct(list(predictions.values()))}
     if all(row.scene is not None for row in rows):
         claims = score_claims(predictions, rows)
         result |= {name: claims[name] for name in ("claims_true", "captions_true")}
     run.write({"step": run.step, "seconds": run.seconds, "val": result})
     figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
     samples = "; ".join(predictions[row.id] for row in rows[:3])
-    run.log.say(f"epoch {run.epoch} of {run.config.stages[run.stage].name}: {figures}")
+    stage = run.config.stages[run.stage].name
+    when = f"epoch {run.epoch} of {stage}" if run.step else f"{run.config.start}, before any step"
+    run.log.say(f"{when}: {figures}")
     run.log.say(f"  e.g. {samples}")
     run.consider({**result, "photos": len(rows), "split": "val", "chosen_by": chosen_by(rows)})
 
 
 def chosen_by(rows: list[Row]) -> str:
-    """The figure that chooses the checkpoint: "CIDEr" or "loss"."""
+    """The figure by which the checkpoint is chosen: "CIDEr" or "loss"."""
     return "CIDEr" if len(rows) >= LEAST_PHOTOS_FOR_CIDER else "loss"
 
 
+def choose_metric_tokenizer(run: Run, state: dict[str, Any] | None) -> None:
+    """Chooses how captions are split into words in the validations of a run: by the PTB tokenizer,
+    without Java by a simple rule, or into characters. A resumed run keeps the choice in its
+    `state`. Raises UserError if this needs a Java that is missing now or does not work."""
+    available = choose_tokenizer([caption for row in run.val_rows for caption in row.captions])
+    run.metric_tokenizer = available if state is None else state["metric_tokenizer"]
+    if run.metric_tokenizer == "ptb" and available == "python":
+        raise UserError(
+            f"{run.folder.final}: its scores are computed with the PTB tokenizer, but no Java is "
+            "found; make setup installs one"
+        )
+
+
 def announce(run: Run) -> None:
-    """Says what chooses the checkpoint, where it is not CIDEr."""
+    """Prints how captions are split into words and, if not by CIDEr, how the checkpoint is
+    chosen."""
+    if run.metric_tokenizer == "ptb":
+        run.log.say("validation: scores with the PTB tokenizer")
+    elif run.metric_tokenizer == "characters":
+        run.log.say(
+            "validation: scores on characters, because the captions are written without spaces and "
+            "the PTB tokenizer would treat a sentence as one word"
+        )
+    else:
+        run.log.say(
+            "validation: scores on simply split words, because no Java was found when the run "
+            "began; compare them only with each other (make setup installs Java)"
+        )
     if chosen_by(run.val_rows) == "loss":
         run.log.say(
             f"{len(run.val_rows)} validation photos are too few for CIDEr (at least "
@@ -65,13 +94,35 @@ def warn_of_little_learnt(run: Run) -> None:
         run.log.say(f"warning: {reason}")
 
 
+def tell_gain(run: Run) -> None:
+    """Says what fine-tuning gained over the checkpoint that the run started from."""
+    before, after = run.at_start, run.best
+    if before is None or after is None:
+        return
+    line = f"{run.folder.final}: fine-tuning {run.config.start} gained "
+    if before == after:
+        figure = before["chosen_by"]
+        line += (
+            f"nothing: no validation {figure} was better than its {before[figure]:.3f}, and its "
+            "weights are kept; try other rates or more photos"
+        )
+    else:
+        line += "on validation photos: " + ", ".join(
+            f"{figure} {before[figure]:.3f} -> {after[figure]:.3f}" for figure in ("CIDEr", "loss")
+        )
+    run.log.say(line)
+
+
 @torch.inference_mode()
 def caption_and_loss(
     run: Run, captioner: Captioner, rows: list[Row]
 ) -> tuple[dict[str, str], float]:
-    """One caption for each row's photo by its id, and the mean cross-entropy of the references in
-    nats a token."""
-    options = captioner.options(num_beams=run.config.validation.num_beams)
+    """One caption for each row by its id, and the mean cross-entropy of the references in nats per
+    token."""
+    # Samples would choose a checkpoint by luck.
+    options = captioner.options(
+        num_beams=run.config.validation.num_beams, num_return_sequences=1, do_sample=False
+    )
     captions = Captions(rows, run.tokenizer, run.config.decoder.max_tokens)
     cross_entropy = CrossEntropyLoss(smoothing=0.0)
     predictions: dict[str, str] = {}
@@ -80,8 +131,8 @@ def caption_and_loss(
         part = rows[start : start + BATCH]
         images = [captioner.preprocess(read_photo(run.manifest, row)) for row in part]
         memory_BPD: Tensor = captioner.encode(torch.stack(images))
-        found = captioner.caption_memory(memory_BPD, [options] * len(part))
-        predictions |= {row.id: best[0].text for row, best in zip(part, found, strict=True)}
+        results = captioner.caption_memory(memory_BPD, [options] * len(part))
+        predictions |= {row.id: best[0].text for row, best in zip(part, results, strict=True)}
         indices = range(start, start + len(part))
         batch = captions.batch(memory_BPD, indices, [False] * len(part)).to(run.device)
         total, tokens, _ = cross_entropy(captioner.decoder, memory_BPD, batch, 0)

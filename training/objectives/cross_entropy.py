@@ -1,11 +1,11 @@
-"""Teacher-forced cross-entropy with label smoothing, summed over tokens, a slice of the logits at
-a time.
+"""Teacher-forced cross-entropy with label smoothing, summed over tokens, computed one slice of the
+logits at a time.
 
-The logits are the largest tensor of a decoder's step: some thousand tokens by the vocabulary.
-`torch.nn.functional.cross_entropy` goes over all of them about ten times, in float32, and keeps
-several copies; slices stay in the processor's cache, and only the logits themselves are kept.
+The logits are the largest tensor of a training step: thousands of tokens by the vocabulary.
+`torch.nn.functional.cross_entropy` makes about ten passes over them in float32 and keeps several
+copies. A slice fits into the processor's cache, and only the logits are kept for the backward pass.
 
-Dimension key: B photos, P memory tokens, D width, Q packed tokens of a photo, N tokens that are no
+Dimension key: B photos, P memory tokens, D width, Q packed tokens of a photo, N tokens without
 padding, n those of a slice, V vocabulary.
 """
 
@@ -19,12 +19,12 @@ from torch.autograd.function import once_differentiable
 from training.data.captions import IGNORED, Batch
 from training.model import Decoder
 
-# Numbers in a slice: half a megabyte of float32.
+# Elements in a slice: half a megabyte of float32.
 SLICE = 2**17
 
 
 class CrossEntropyLoss:
-    """The objective of an ordinary stage: the next token of each caption of a photo."""
+    """The default objective: predict the next token of each caption of a photo."""
 
     dropout = True
 
@@ -34,8 +34,8 @@ class CrossEntropyLoss:
     def __call__(
         self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Cross-entropy summed over the caption tokens of a batch, and their number; padding is
-        left out."""
+        """Cross-entropy summed over the caption tokens of a batch, and the number of these tokens;
+        padding does not count."""
         real_BQ = batch.targets != IGNORED
         hidden_ND = decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, real_BQ)
         total = summed_cross_entropy(
@@ -45,9 +45,10 @@ class CrossEntropyLoss:
 
 
 def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:
-    """As `F.cross_entropy(..., label_smoothing=smoothing, reduction="sum")` of float32 logits, to
-    the rounding; the gradient comes in the type of the logits."""
-    return _SummedCrossEntropy.apply(logits_NV, targets_N, smoothing)
+    """`F.cross_entropy(..., label_smoothing=smoothing, reduction="sum")` of float32 logits, equal
+    up to rounding. The gradient has the data type of the logits."""
+    total: Tensor = _SummedCrossEntropy.apply(logits_NV, targets_N, smoothing)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _slices(logits_NV: Tensor) -> Iterator[slice]:

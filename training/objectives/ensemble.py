@@ -1,32 +1,32 @@
-"""Several captioners as one: the mean of their word distributions (Hinton et al. 2015,
-arXiv:1503.02531, section 1; one captioner is the case of n = 1).
+"""An ensemble of captioners: the mean of their word distributions (Hinton et al. 2015,
+arXiv:1503.02531, section 1). It may have a single member.
 
-They must have one vocabulary and one preprocessing; encoders and decoders may be of any shape. The
-search sees an ensemble as one decoder: keys and values of all members stand in one list, and the
-memory that the search hands from the encoder to `begin` is those of all encoders laid end to end.
+All members must have the same vocabulary and the same preprocessing; encoders and decoders may have
+any shape. The search uses an ensemble as one decoder: the keys and values of all members are in one
+list, and the memory that the search passes to `begin` is the concatenation of all memories.
 
-Dimension key: B photos, Q queries, S slots, P memory tokens, D width, V vocabulary, N the numbers
+Dimension key: B photos, Q queries, S slots, P memory tokens, D width, V vocabulary, N the elements
 of all memories of a photo.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from handler.beam_search import KeysValues
-from training.model import CaptioningModel, Encoder
+from training.model import CaptioningModel, Decoder, ImageEncoder
 
 
 class Ensemble:
     """The members' `encoders`, each once, and `decoders`; `encoder_of` says which memory a decoder
-    reads. `begin`, `new_cache`, `step`, `vocab_size` and `max_positions` are those that
+    reads. `begin`, `new_cache`, `prefill`, `step`, `vocab_size` and `max_positions` are those that
     `handler.beam_search.search` asks of a decoder."""
 
     def __init__(self, models: Sequence[CaptioningModel]) -> None:
-        self.encoders: list[Encoder] = []
+        self.encoders: list[ImageEncoder] = []
         self.encoder_of: list[int] = []
         for model in models:
             differences = [encoder_difference(model.encoder, encoder) for encoder in self.encoders]
@@ -55,7 +55,7 @@ class Ensemble:
         memories: Sequence[Tensor],
         temperature: float = 1.0,
     ) -> Tensor:
-        """Teacher forcing: the logarithm (B, Q, V) of the members' mean distribution, each of them
+        """Teacher forcing: the logarithm (B, Q, V) of the mean of the members' distributions, each
         softened by `temperature`."""
         return mean_log_probs(
             [
@@ -65,7 +65,7 @@ class Ensemble:
         )
 
     def encode_flat(self, images_B3SS: Tensor) -> Tensor:
-        """All memories in one tensor (B, 1, N), as the search wants it."""
+        """All memories in one tensor (B, 1, N), as the search requires."""
         return torch.cat([m.flatten(1) for m in self.encode(images_B3SS)], dim=1).unsqueeze(1)
 
     def begin(self, memory_B1N: Tensor) -> KeysValues:
@@ -78,6 +78,23 @@ class Ensemble:
     def new_cache(self, photos: int, slots: int) -> KeysValues:
         return _laid_end_to_end([decoder.new_cache(photos, slots) for decoder in self.decoders])
 
+    def prefill(
+        self,
+        tokens_BQ: Tensor,
+        positions_BQ: Tensor,
+        mask_BQQ: Tensor,
+        real_BQ: Tensor,
+        cache: KeysValues,
+        memory: KeysValues,
+    ) -> Tensor:
+        """As `step`, of the tokens that the texts begin with: (B, 1, V)."""
+        return mean_log_probs(
+            [
+                decoder.prefill(tokens_BQ, positions_BQ, mask_BQQ, real_BQ, own_cache, own_memory)
+                for decoder, own_cache, own_memory in self._members(cache, memory)
+            ]
+        )
+
     def step(
         self,
         tokens_BQ: Tensor,
@@ -87,23 +104,30 @@ class Ensemble:
         used: int,
         memory: KeysValues,
     ) -> Tensor:
-        """The logarithm (B, Q, V) of the members' mean distribution, in the place of logits."""
-        logits = []
+        """The logarithm (B, Q, V) of the members' mean distribution, which serves as logits."""
+        return mean_log_probs(
+            [
+                decoder.step(tokens_BQ, positions_BQ, mask_BQS, own_cache, used, own_memory)
+                for decoder, own_cache, own_memory in self._members(cache, memory)
+            ]
+        )
+
+    def _members(
+        self, cache: KeysValues, memory: KeysValues
+    ) -> Iterator[tuple[Decoder, KeysValues, KeysValues]]:
+        """Each decoder with its own part of both."""
         start = 0
         for decoder in self.decoders:
-            end = start + len(decoder.blocks)
+            part = slice(start, start + len(decoder.blocks))
             own_cache, own_memory = (
-                KeysValues(of.keys[start:end], of.values[start:end]) for of in (cache, memory)
+                KeysValues(of.keys[part], of.values[part]) for of in (cache, memory)
             )
-            logits.append(
-                decoder.step(tokens_BQ, positions_BQ, mask_BQS, own_cache, used, own_memory)
-            )
-            start = end
-        return mean_log_probs(logits)
+            yield decoder, own_cache, own_memory
+            start = part.stop
 
 
 def _laid_end_to_end(members: Sequence[KeysValues]) -> KeysValues:
-    """The layers of one member after those of another."""
+    """Concatenates the lists of layers of all members."""
     return KeysValues(
         [keys for member in members for keys in member.keys],
         [values for member in members for values in member.values],
@@ -111,19 +135,19 @@ def _laid_end_to_end(members: Sequence[KeysValues]) -> KeysValues:
 
 
 def mean_log_probs(logits: Sequence[Tensor]) -> Tensor:
-    """The logarithm of the mean of the distributions that the logits (..., V) stand for."""
+    """The logarithm of the mean of the distributions with the logits (..., V)."""
     if len(logits) == 1:
         return logits[0].log_softmax(-1)
     logs = torch.stack([one.log_softmax(-1) for one in logits])
     return logs.logsumexp(0) - math.log(len(logits))
 
 
-def encoder_difference(one: Encoder, other: Encoder) -> str | None:
-    """What keeps two encoders from giving the same memory: a field of their configs, or `weights`;
-    None where nothing does. Dropout counts for nothing in what is not trained."""
+def encoder_difference(one: ImageEncoder, other: ImageEncoder) -> str | None:
+    """The difference due to which two encoders compute different memories: a field of their
+    configs, or `weights`; None if there is none. Dropout is ignored: it is off in inference."""
     theirs = dataclasses.asdict(other.config)
     for name, value in dataclasses.asdict(one.config).items():
-        if value != theirs[name] and name != "dropout":
+        if value != theirs.get(name) and name != "dropout":
             return name
     state = other.state_dict()
     same = all(torch.equal(w.cpu(), state[name].cpu()) for name, w in one.state_dict().items())

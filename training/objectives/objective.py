@@ -1,4 +1,4 @@
-"""What a stage of training learns, as one module: its batch, its loss and its mode.
+"""The objective of a training stage as one module: its batch, its loss and its mode.
 
 Dimension key: B photos, P memory tokens, D width, Q packed tokens of a photo.
 """
@@ -20,8 +20,8 @@ from training.objectives.self_critical import SelfCriticalLoss
 
 
 class Loss(Protocol):
-    """`dropout` says whether the model trains with dropout. A call returns the loss summed over
-    tokens, how many tokens there are, and figures for the log."""
+    """`dropout` is whether the model is trained with dropout. A call returns the loss summed over
+    tokens, the number of tokens, and figures for the log."""
 
     dropout: bool
 
@@ -31,8 +31,8 @@ class Loss(Protocol):
 
 
 class Objective(nn.Module):
-    """A stage's loss in one forward pass, as DistributedDataParallel needs it. With `frozen` a
-    batch's photos are the encoder's outputs (B, P, D), otherwise images (B, 3, S, S)."""
+    """The loss of a stage in one forward pass, as DistributedDataParallel requires. With `frozen`,
+    the photos of a batch are outputs of the encoder (B, P, D); otherwise images (B, 3, S, S)."""
 
     def __init__(self, model: CaptioningModel, loss: Loss, frozen: bool) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def make_loss(
     max_new_tokens: int,
     seed: int,
 ) -> Loss:
-    """The loss of a stage that trains on `rows`; `teachers` where it has distillation."""
+    """The loss of a stage that trains on `rows`. `teachers` are required for distillation."""
     if stage.distillation is not None:
         assert teachers is not None
         frozen = stage.encoder == "frozen"

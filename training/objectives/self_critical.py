@@ -1,25 +1,25 @@
 """Self-critical sequence training (Rennie et al. 2017, arXiv:1612.00563) on CIDEr-D.
 
-For each photo captions are sampled from the model (REINFORCE, Williams 1992); those that earn more
-CIDEr-D than a baseline become likelier, the others less likely:
+For each photo, captions are sampled from the model (REINFORCE, Williams 1992). Samples with more
+CIDEr-D than a baseline become more likely, the others less likely:
 
     loss = - sum over samples (reward - baseline) * log p(sample) / tokens
 
 - The reward is CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726) with the document frequencies of the
-  training split. The end token counts as a word of samples and references alike. Left out, CIDEr-D
-  rewards captions that break off before their last word ("a dog runs through the"), since what
-  follows "the" costs more than it brings; numbers that were trained so are a few points higher and
-  the captions broken.
+  training split. The end token counts as a word of samples and references. Without it, CIDEr-D
+  rewards captions that break off before their last word ("a dog runs through the"), because a wrong
+  word after "the" costs more than a right one gains; scores are then a few points higher, and the
+  captions are truncated.
 - The baseline is the reward of the greedy caption, as in the paper, or for each sample the mean of
-  the other samples of its photo (Luo 2020, arXiv:2003.09971), which needs no further search.
-- The policy is the model's distribution sharpened by a temperature below 1, since it is the sharp
-  end that beam search reads. Label smoothing leaves one token in ten to chance, so that most
-  captions drawn at temperature 1 hold a stray word, and what is learnt from them is to be safe
-  against one's own strays: one epoch on flickr8k then *lowers* the CIDEr of beam search from .60 to
-  .47, where at 0.5 it raises it to .69.
-- Samples come from the shared search, without dropout and without the tokens that are never
-  generated. The gradient is that of the same distribution, one teacher-forced pass over all samples
-  of a photo in one row, but for dropout, without which a small corpus is learnt by heart.
+  the other samples of its photo (Luo 2020, arXiv:2003.09971), which needs no additional search.
+- The policy is the model's distribution sharpened by a temperature below 1, because beam search
+  uses the most likely tokens only. A model trained with label smoothing gives one tenth of the
+  probability to unlikely tokens, so most captions sampled at temperature 1 contain a wrong word,
+  and the model learns to guard against these. On flickr8k, one epoch then *lowers* the CIDEr of
+  beam search from .60 to .47, while a temperature of 0.5 raises it to .69.
+- Samples are drawn by the shared search, without dropout and without the tokens that are never
+  generated. The gradient is computed by one teacher-forced pass over all samples of a photo in one
+  row, from the same distribution but with dropout, without which a small dataset is memorized.
 
 Dimension key: B photos, Q packed tokens of a photo, P memory tokens, D width, V vocabulary.
 """
@@ -47,8 +47,8 @@ END_WORD = "<end>"
 
 
 class SelfCriticalLoss:
-    """The objective of a stage: its reward, and what makes a photo's samples its own. The encoder
-    runs without dropout, and so do the samples."""
+    """The objective of a stage with `self_critical`. The encoder runs without dropout, and so does
+    sampling."""
 
     dropout = False
 
@@ -61,7 +61,7 @@ class SelfCriticalLoss:
         seed: int,
     ) -> None:
         """`rows` are those of the training split. The samples of a photo depend on (seed, epoch,
-        photo) alone, whatever else is in the batch."""
+        photo) only, and not on the other photos in the batch."""
         self.choice, self.rows, self.tokenizer = choice, rows, tokenizer
         self.max_new_tokens, self.seed = max_new_tokens, seed
         self.cider = CiderD([[reward_words(c) for c in row.captions] for row in rows])
@@ -69,15 +69,15 @@ class SelfCriticalLoss:
     def __call__(
         self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The loss summed over all tokens of all samples, their number, and the mean reward (the
-        CIDEr-D of a sample, end token counted)."""
+        """The loss summed over all tokens of all samples, the number of these tokens, and the mean
+        reward (the CIDEr-D of a sample, including the end token)."""
         decoder.eval()
-        # Autocast keeps its copies of the weights: one made here would carry no gradient there.
+        # Autocast caches copies of weights: a copy made in inference would have no gradient later.
         with torch.autocast(memory_BPD.device.type, enabled=False):
             samples, rewards, advantages = self.roll_out(
                 decoder, memory_BPD.detach().float(), batch, epoch
             )
-        # Left so: gradient checkpointing computes the pass again, and must find it as it was.
+        # Not reset after the pass: gradient checkpointing recomputes it in the backward pass.
         decoder.train()
         nll_BQ, lengths = self.neg_log_probs(decoder, memory_BPD, samples)
         weights_BQ = torch.zeros(nll_BQ.shape)
@@ -109,8 +109,8 @@ class SelfCriticalLoss:
             baselines = [[(sum(r) - own) / others for own in r] for r in rewards]
         else:
             greedy = DecodeOptions(num_beams=1, max_new_tokens=self.max_new_tokens)
-            found = self._search(decoder, memory_BPD, [greedy] * len(options))
-            baselines = [r * self.choice.samples for r in self._reward(found, batch)]
+            captions = self._search(decoder, memory_BPD, [greedy] * len(options))
+            baselines = [r * self.choice.samples for r in self._reward(captions, batch)]
         advantages = [
             [own - base for own, base in zip(*pair, strict=True)]
             for pair in zip(rewards, baselines, strict=True)
@@ -120,10 +120,10 @@ class SelfCriticalLoss:
     def neg_log_probs(
         self, decoder: Decoder, memory_BPD: Tensor, samples: Sequence[Sequence[Hypothesis]]
     ) -> tuple[Tensor, list[list[int]]]:
-        """Minus the log-probability of every token of the samples, packed (B, Q) and 0 on padding;
-        and how many tokens each sample has."""
+        """The negative log-probability of every token of the samples, packed (B, Q) and 0 on
+        padding, and the number of tokens of each sample."""
         ids = [[sample.ids for sample in photo] for photo in samples]
-        # A sample that never ended is as long as may be, and its end is cut off as it should be.
+        # A sample without end token has `max_new_tokens`, so packing cuts the end token off.
         tokens_BQ, positions_BQ, targets_BQ, mask_BQQ = (
             t.to(memory_BPD.device) for t in pack_captions(ids, self.tokenizer, self.max_new_tokens)
         )
@@ -139,18 +139,11 @@ class SelfCriticalLoss:
     def _search(
         self, decoder: Decoder, memory_BPD: Tensor, options: Sequence[DecodeOptions]
     ) -> list[list[Hypothesis]]:
-        return search(
-            decoder,
-            memory_BPD,
-            options,
-            begin_id=self.tokenizer.begin_id,
-            end_id=self.tokenizer.end_id,
-            suppress=self.tokenizer.suppressed_ids,
-        )
+        return search(decoder, memory_BPD, options, self.tokenizer.special)
 
-    def _reward(self, found: Sequence[Sequence[Hypothesis]], batch: Batch) -> list[list[float]]:
+    def _reward(self, photos: Sequence[Sequence[Hypothesis]], batch: Batch) -> list[list[float]]:
         rewards = []
-        for hypotheses, index, mirror in zip(found, batch.indices, batch.mirror, strict=True):
+        for hypotheses, index, mirror in zip(photos, batch.indices, batch.mirror, strict=True):
             captions = [
                 reward_words(self.tokenizer.decode(h.ids), ended=h.finished) for h in hypotheses
             ]
@@ -161,7 +154,7 @@ class SelfCriticalLoss:
 
 
 def reward_words(caption: str, ended: bool = True) -> list[str]:
-    """The words that the reward sees, with the end as the last of them."""
-    # The document frequencies keep many grams of few words.
+    """The words of a caption for the reward, followed by END_WORD if it has ended."""
+    # Interned because the document frequencies store many n-grams of few words.
     words = [sys.intern(word) for word in plain_words(caption)]
     return [*words, END_WORD] if ended else words

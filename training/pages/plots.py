@@ -1,16 +1,23 @@
-"""Line and bar charts as inline SVG, drawn here so that a page needs nothing from elsewhere.
+"""Line and bar charts as inline SVG, so that a page needs no other files.
 
-Series are told apart by colour (Okabe and Ito's colour-blind safe blue and orange), by dash, and by
-a legend in words; the text and the axes take the page's own colours.
+Series differ in colour (the colour-blind safe palette of Okabe and Ito) and in dash pattern, and
+have a legend. Text and axes have the colours of the page.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+
+from markupsafe import Markup
+
+from handler.web.page import templates
+
+HERE = Path(__file__).parent
 
 WIDTH, HEIGHT = 640, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 24, 14, 40
-# More room below, where long labels are written aslant.
+# Additional height for long labels, which are rotated.
 ASLANT = 50
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
@@ -21,7 +28,7 @@ Points = Sequence[tuple[float, float]]
 def line_chart(
     title: str, series: Mapping[str, Points], x_label: str, marks: Mapping[str, float] | None = None
 ) -> str:
-    """Lines of (x, y) points by their names; `marks` are named vertical lines."""
+    """A line chart of named series of (x, y) points; `marks` are named vertical lines."""
     drawn = {name: points for name, points in series.items() if points}
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points]
@@ -53,22 +60,22 @@ def line_chart(
 def bar_chart(
     title: str, labels: Sequence[str], series: Mapping[str, Sequence[float]], x_label: str
 ) -> str:
-    """Groups of bars, one group a label; values are shares (0 to 1), shown in percent."""
+    """A bar chart with one group of bars per label; values (0 to 1) are shown in percent."""
     axes = _Axes((0, len(labels)), (0.0, max(max(values) for values in series.values())), True)
     parts = [axes.grid(x_label, x_ticks=False)]
     width = 0.8 / len(series)
     slanted = len(labels) > 12 and any(len(label) > 3 for label in labels)
     for number, (name, values) in enumerate(series.items()):
-        for place, value in enumerate(values):
-            x0, x1 = (axes.x(place + 0.1 + (number + end) * width) for end in (0, 1))
+        for index, value in enumerate(values):
+            x0, x1 = (axes.x(index + 0.1 + (number + end) * width) for end in (0, 1))
             top = axes.y(value)
             parts.append(
                 f'<rect x="{x0:.1f}" y="{top:.1f}" width="{x1 - x0 - 0.5:.1f}" '
                 f'height="{HEIGHT - BOTTOM - top:.1f}" fill="{COLOURS[number]}">'
-                f"<title>{escape(name)}, {escape(labels[place])}: {value:.1%}</title></rect>"
+                f"<title>{escape(name)}, {escape(labels[index])}: {value:.1%}</title></rect>"
             )
-    for place, label in enumerate(labels):
-        x, y = axes.x(place + 0.5), HEIGHT - BOTTOM + 14
+    for index, label in enumerate(labels):
+        x, y = axes.x(index + 0.5), HEIGHT - BOTTOM + 14
         turn = f' transform="rotate(-60 {x:.1f} {y})" text-anchor="end"' if slanted else ""
         anchor = "" if slanted else ' text-anchor="middle"'
         parts.append(f'<text x="{x:.1f}" y="{y}"{turn}{anchor}>{escape(label)}</text>')
@@ -80,7 +87,7 @@ def bar_chart(
 
 
 class _Axes:
-    """From values to the drawing's coordinates, with round ticks."""
+    """Converts values to coordinates of the drawing and draws round ticks."""
 
     def __init__(
         self, across: tuple[float, float], up: tuple[float, float], percent: bool = False
@@ -117,7 +124,7 @@ class _Axes:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers from low to high."""
+    """About five round numbers between low and high."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5.5)
     first = math.ceil(low / step - 1e-9)
@@ -131,15 +138,12 @@ def _stroke(number: int) -> str:
 
 
 def _figure(title: str, parts: Sequence[str], keys: Mapping[str, str], height: int = HEIGHT) -> str:
-    """The chart with its title and, for several series, its legend: `keys` are what each name's
-    line or bar looks like."""
-    legend = "".join(
-        f'<span><svg viewBox="0 0 26 10" aria-hidden="true">{key}</svg>{escape(name)}</span>'
-        for name, key in keys.items()
-    )
-    legend = f'<p class="legend">{legend}</p>' if len(keys) > 1 else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{legend}'
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, True)}">'
-        f"{''.join(parts)}</svg></figure>"
-    )
+    """The chart with its legend; `keys` are the samples of line or bar for each name."""
+    content = {
+        "title": title,
+        "keys": {name: Markup(key) for name, key in keys.items()},
+        "drawing": Markup("".join(parts)),
+        "width": WIDTH,
+        "height": height,
+    }
+    return Markup(templates(HERE / "templates").get_template("chart.html").render(content))

@@ -1,38 +1,88 @@
-"""The report as HTML: a section each for scores, training, mistakes, words, and photos."""
+"""The report as HTML, with sections for scores, training, mistakes, words, and photos."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from handler.web.page import HEAT, HEAT_LEGEND, page, words_html
-from handler.web.word_maps import FUNCTION_WORDS, Word
+from handler.image_preprocess import Box, seen_region
+from handler.web.page import HEAT, Photo, page
+from handler.web.word_maps import FUNCTION_WORDS, Word, prompt_of
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart
 from training.pages.system import System
 from training.scores.captions import training_captions
-from training.scores.habits import copied
-from training.scores.intervals import CONFIDENCE, interval
+from training.scores.habits import copied, distinct
+from training.scores.intervals import CONFIDENCE, interval, interval_of_score
 from training.scores.metrics import plain_words
 from training.scores.mistakes import Mistakes
 
-STYLE = Path(__file__).with_name("report.css")
-# Points of a loss curve: each is the mean of as many steps as it takes.
+HERE = Path(__file__).parent
+# Points of a loss curve; each is the mean of several steps.
 CURVE_POINTS = 200
 LONGEST, FREQUENT, CONFUSIONS = 24, 20, 6
-# Validation figures that are on another scale than the scores.
+# Validation figures whose scale differs from that of the scores.
 NOT_SCORES = ("loss", "distinct_captions")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A photo of the report: its HTML, and for each system the words of each of its captions."""
+    """A photo of the report, its size (width, height) and, for each system, the words of each
+    caption."""
 
-    photo: str
+    photo: Photo
+    size: tuple[int, int]
     words: list[list[list[Word]]]
+
+
+class Cell(NamedTuple):
+    """A cell of a table; one that stands out is set in bold."""
+
+    text: str
+    stands_out: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """`numbers` are the right-aligned columns; a row is its name and its cells."""
+
+    head: Sequence[str]
+    numbers: Sequence[int]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+class ShownCaption(NamedTuple):
+    """A caption: the prompt that it begins with, the words behind it, and its score."""
+
+    prompt: str
+    words: list[Word]
+    score: float
+
+
+class Entry(NamedTuple):
+    """The captions of one system for a photo, best first."""
+
+    name: str
+    seen: Box
+    captions: list[ShownCaption]
+    cider: float
+    wrong: list[str]
+
+
+class Card(NamedTuple):
+    row: Row
+    photo: Photo
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
+class Section:
+    notes: str = ""
+    table: Table | None = None
+    charts: Sequence[str] = ()
+    cards: Sequence[Card] = field(default_factory=tuple)
 
 
 def render(
@@ -45,7 +95,6 @@ def render(
 ) -> str:
     """The whole document."""
     names = " and ".join(system.name for system in systems)
-    title = f"Captions of {names} on {manifest.name}, {split}"
     sections = {
         "Scores": scores_section(systems),
         "Training": training_section(systems),
@@ -53,115 +102,101 @@ def render(
         "Words": words_section(systems, manifest, rows),
     }
     for heading, group in groups.items():
-        cards = "".join(card(systems, row, photos[row.id]) for row in group)
-        sections[heading] = f'<div class="cards">{cards}</div>' if group else ""
-    sections = {heading: html for heading, html in sections.items() if html}
-    anchors = {heading: f"section-{number}" for number, heading in enumerate(sections)}
-    links = "".join(f'<li><a href="#{anchors[h]}">{escape(h)}</a></li>' for h in sections)
-    body = "".join(
-        f'<section aria-labelledby="{anchors[heading]}"><h2 id="{anchors[heading]}">'
-        f"{escape(heading)}</h2>{html}</section>"
-        for heading, html in sections.items()
+        if group:
+            sections[heading] = Section(cards=[card(systems, r, photos[r.id]) for r in group])
+    return page(
+        HERE / "templates" / "report.html",
+        [HERE / "report.css"],
+        [HEAT],
+        title=f"Captions of {names} on {manifest.name}, {split}",
+        systems=systems,
+        facts=[facts(system, len(rows)) for system in systems],
+        sections=sections,
     )
-    body = (
-        f"<header><h1>{escape(title)}</h1>{facts(systems, rows)}{HEAT_LEGEND}</header>"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav><main>{body}</main>'
-    )
-    return page(title, body, [STYLE], [HEAT])
 
 
-def facts(systems: Sequence[System], rows: Sequence[Row]) -> str:
-    lines = []
-    for system in systems:
-        options = system.decoding
-        training = system.captioner.config.get("training", {})
-        said = [
-            f"{len(rows):,} photos",
-            "sampled" if options.do_sample else f"{options.beams} beams",
-        ]
-        if "minutes" in training:
-            said.append(f"trained for {training['minutes']:g} minutes")
-        if "precision" in system.captioner.config:
-            said.append(f"export in {system.captioner.config['precision']}")
-        folder = escape(system.folder.as_posix())
-        lines.append(f"<b>{escape(system.name)}</b> ({folder}): {escape(', '.join(said))}")
-    return f'<p class="quiet">{"<br>".join(lines)}</p>'
+def facts(system: System, photos: int) -> list[str]:
+    """How a system was trained and decoded."""
+    options, config = system.decoding, system.captioner.config
+    known = [
+        f"{photos:,} photos",
+        "sampled" if options.do_sample else f"{options.beams} beams",
+    ]
+    if "minutes" in config.get("training", {}):
+        known.append(f"trained for {config['training']['minutes']:g} minutes")
+    if "precision" in config:
+        known.append(f"export in {config['precision']}")
+    return known
 
 
 # ------------------------------------------------------------------------------------- scores
 
 
-def scores_section(systems: Sequence[System]) -> str:
-    """Every score with its interval; beside another system, the paired difference too."""
+def scores_section(systems: Sequence[System]) -> Section:
+    """Every score with its interval; for two systems, also the paired difference."""
     first = systems[0]
-    head = "".join(
-        f'<th class="number">{escape(s.name)}</th><th class="number">{CONFIDENCE:.0%} interval</th>'
-        for s in systems
-    )
+    head = ["score"]
+    for system in systems:
+        head += [system.name, f"{CONFIDENCE:.0%} interval"]
     if len(systems) == 2:
-        head += '<th class="number">difference</th><th class="number">its interval</th>'
+        head += ["difference", "its interval"]
     lines = []
     for name, score in first.scores.items():
         if not isinstance(score, float):
             continue
-        cells = "".join(_score_cells(system, name) for system in systems)
+        cells = [cell for system in systems for cell in _score_cells(system, name)]
         if len(systems) == 2:
             cells += _difference_cells(systems, name)
-        lines.append(f"<tr><th scope=row>{escape(score_name(name))}</th>{cells}</tr>")
-    note = (
-        "Corpus scores of pycocoevalcap"
-        + (" after its PTB tokenizer" if first.scores["tokenizer"] == "ptb" else
-           " on plainly split words, since no Java was found: they compare only with each other")
-        + "; intervals by bootstrap over the photos."
-    )  # fmt: skip
+        lines.append((score_name(name), cells))
+    tokens = {
+        "ptb": " after its PTB tokenizer",
+        "characters": " on characters, because the captions are written without spaces",
+        "python": " on simply split words, because no Java was found; compare them only with each "
+        "other",
+    }[first.scores["tokenizer"]]
+    note = f"Corpus scores of pycocoevalcap{tokens}; intervals by bootstrap over the photos."
     if len(systems) == 2:
-        note += " A difference in bold is one whose interval leaves out zero."
-    return (
-        f'<div class="wide"><table><thead><tr><th>score</th>{head}</tr></thead>'
-        f'<tbody>{"".join(lines)}</tbody></table></div><p class="quiet">{note}</p>'
-    )
+        note += " A difference is in bold if its interval does not contain zero."
+    return Section(note, Table(head, range(1, len(head)), lines))
 
 
 def score_name(name: str) -> str:
-    """`claims_true_colour` for people."""
+    """The name of a score as it is shown: `claims_true_colour` becomes "true claims: colour"."""
     if name.startswith("claims_true_"):
         return f"true claims: {name.removeprefix('claims_true_')}"
     return {"claims_true": "true claims", "captions_true": "entirely true captions"}.get(name, name)
 
 
-def _score_cells(system: System, name: str) -> str:
+def _score_cells(system: System, name: str) -> tuple[Cell, Cell]:
     score = system.scores.get(name)
     if score is None:
-        return '<td class="number">–</td><td></td>'
+        return Cell("–"), Cell("")
     between = ""
     if name in system.resamples:
-        between = "{:.3f} to {:.3f}".format(*interval(system.resamples[name]))
-    return f'<td class="number">{score:.3f}</td><td class="number">{between}</td>'
+        between = "{:.3f} to {:.3f}".format(*interval_of_score(name, system.resamples[name]))
+    return Cell(f"{score:.3f}"), Cell(between)
 
 
-def _difference_cells(systems: Sequence[System], name: str) -> str:
+def _difference_cells(systems: Sequence[System], name: str) -> tuple[Cell, Cell]:
     first, second = systems
     if name not in second.scores:
-        return "<td></td><td></td>"
+        return Cell(""), Cell("")
     difference = second.scores[name] - first.scores[name]
-    between, apart = "", ""
+    between, apart = "", False
     if name in first.resamples and name in second.resamples:
         low, high = interval(second.resamples[name] - first.resamples[name])
-        between = f"{low:+.3f} to {high:+.3f}"
-        apart = " apart" if low > 0 or high < 0 else ""
-    return (
-        f'<td class="number{apart}">{difference:+.3f}</td><td class="number{apart}">{between}</td>'
-    )
+        between, apart = f"{low:+.3f} to {high:+.3f}", low > 0 or high < 0
+    return Cell(f"{difference:+.3f}", apart), Cell(between, apart)
 
 
 # ----------------------------------------------------------------------------------- training
 
 
-def training_section(systems: Sequence[System]) -> str:
+def training_section(systems: Sequence[System]) -> Section:
     """Loss, learning rate and validation scores over the steps of all stages."""
     logs = {system.name: _in_one_row(system.log) for system in systems if system.log}
     if not logs:
-        return '<p class="quiet">No training log lies beside an export; its checkpoint has it.</p>'
+        return Section("An export has no training log; see the report on its checkpoint.")
     starts = {}
     if len(logs) == 1:
         [entries] = logs.values()
@@ -185,22 +220,22 @@ def training_section(systems: Sequence[System]) -> str:
     charts.append(line_chart("Validation", values, "step", starts))
     rates = {name: _curve(entries, "lr") for name, entries in logs.items()}
     charts.append(line_chart("Learning rate of the decoder", rates, "step", starts))
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return Section(charts=charts)
 
 
 def _in_one_row(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries with `x`, a step that goes on counting where a stage begins anew."""
-    found, before, stage, last = [], 0, None, 0
+    """The entries with `x`, the step counted over all stages."""
+    entries, before, stage, last = [], 0, None, 0
     for entry in log:
         if stage is not None and entry["stage"] != stage:
             before += last
         stage, last = entry["stage"], entry["step"]
-        found.append({**entry, "x": before + entry["step"]})
-    return found
+        entries.append({**entry, "x": before + entry["step"]})
+    return entries
 
 
 def _curve(entries: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """At most CURVE_POINTS means of one figure."""
+    """A curve of one figure with at most CURVE_POINTS points, which are means."""
     points = [(entry["x"], entry[name]) for entry in entries if name in entry]
     size = -(-len(points) // CURVE_POINTS) or 1
     parts = [points[start : start + size] for start in range(0, len(points), size)]
@@ -212,45 +247,40 @@ def _curve(entries: Sequence[dict[str, Any]], name: str) -> list[tuple[float, fl
 # ----------------------------------------------------------------------------------- mistakes
 
 
-def mistakes_section(systems: Sequence[System], rows: Sequence[Row]) -> str:
-    """How often each kind of word is wrong, and what was said instead of what."""
+def mistakes_section(systems: Sequence[System], rows: Sequence[Row]) -> Section:
+    """How often each kind of word is wrong, and the most common confusions."""
     kinds = dict.fromkeys(kind for system in systems for kind in system.mistakes)
     lines = []
     for kind in kinds:
         for system in systems:
-            found = system.mistakes.get(kind, Mistakes())
-            share = f"{len(found.photos) / found.judged:.0%}" if found.judged else "–"
+            mistakes = system.mistakes.get(kind, Mistakes())
+            share = f"{len(mistakes.photos) / mistakes.judged:.0%}" if mistakes.judged else "–"
             pairs = "; ".join(
-                f"{escape(said)}{' for ' + escape(true) if true else ''} ({count})"
-                for (said, true), count in found.confusions.most_common(CONFUSIONS)
+                f"{wrong}{' instead of ' + true if true else ''} ({count})"
+                for (wrong, true), count in mistakes.confusions.most_common(CONFUSIONS)
             )
-            name = escape(system.name) if len(systems) == 2 else ""
-            lines.append(
-                f'<tr><th scope=row>{escape(kind)} {name}</th><td class="number">'
-                f'{len(found.photos):,} of {found.judged:,}</td><td class="number">{share}</td>'
-                f"<td>{pairs}</td></tr>"
-            )
+            name = f"{kind} {system.name}" if len(systems) == 2 else kind
+            count = f"{len(mistakes.photos):,} of {mistakes.judged:,}"
+            lines.append((name, [Cell(count), Cell(share), Cell(pairs)]))
     truth = (
         "Each claim of a caption is checked against the drawn scene."
         if all(row.scene is not None for row in rows)
-        else "By simple word classes: a word is wrong where no reference says it and the "
-        "references say another word of its class."
+        else "By simple word classes: a word is wrong if it is in no reference and the references "
+        "have another word of its class."
     )
-    return (
-        f'<p class="quiet">{truth}</p><div class="wide"><table><thead><tr><th>wrong</th>'
-        '<th class="number">captions</th><th class="number">share</th><th>said (times)</th></tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
+    return Section(
+        truth, Table(["kind", "wrong captions", "share", "words (times)"], (1, 2), lines)
     )
 
 
 # -------------------------------------------------------------------------------------- words
 
 
-def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[Row]) -> str:
-    """Lengths and vocabulary beside those of the references."""
-    said = {system.name: list(system.best.values()) for system in systems}
-    said["references"] = [caption for row in rows for caption in row.captions]
-    words = {name: [plain_words(text) for text in texts] for name, texts in said.items()}
+def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[Row]) -> Section:
+    """Lengths and vocabulary of the captions and of the references."""
+    captions_of = {system.name: list(system.best.values()) for system in systems}
+    captions_of["references"] = [caption for row in rows for caption in row.captions]
+    words = {name: [plain_words(text) for text in texts] for name, texts in captions_of.items()}
     lengths = [str(n) for n in range(1, LONGEST)] + [f"{LONGEST}+"]
     by_length = {
         name: _shares([min(LONGEST, max(1, len(w))) for w in texts], range(1, LONGEST + 1))
@@ -265,72 +295,52 @@ def words_section(systems: Sequence[System], manifest: Manifest, rows: Sequence[
         name: [counts[word] / max(1, len(words[name])) for word in frequent]
         for name, counts in presence.items()
     }
-    learnt = training_captions(manifest)
+    training = training_captions(manifest)
     lines = []
     for name, texts in words.items():
         flat = [word for text in texts for word in text]
-        captions = said[name]
-        lines.append(
-            f'<tr><th scope=row>{escape(name)}</th><td class="number">{len(set(flat)):,}</td>'
-            f'<td class="number">{len(flat) / len(texts):.1f}</td>'
-            f'<td class="number">{len(set(captions)) / len(captions):.0%}</td>'
-            f'<td class="number">{copied(captions, learnt):.0%}</td></tr>'
-        )
-    table = (
-        '<div class="wide"><table><thead><tr><th></th><th class="number">different words</th>'
-        '<th class="number">words a caption</th><th class="number">different captions</th>'
-        '<th class="number">stand in the training captions</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-    charts = bar_chart("Length of captions", lengths, by_length, "words")
+        captions = captions_of[name]
+        shares = (distinct(captions) / len(captions), copied(captions, training))
+        figures = [f"{len(set(flat)):,}", f"{len(flat) / len(texts):.1f}"]
+        figures += [f"{share:.0%}" for share in shares]
+        lines.append((name, [Cell(figure) for figure in figures]))
+    head = ["", "different words", "words per caption", "different captions"]
+    table = Table([*head, "copied from training"], (1, 2, 3, 4), lines)
+    charts = [bar_chart("Length of captions", lengths, by_length, "words")]
     if frequent:
-        charts += bar_chart("Captions with a word", frequent, by_word, "")
-    return f'{table}<div class="charts">{charts}</div>'
+        charts.append(bar_chart("Captions with a word", frequent, by_word, ""))
+    return Section(table=table, charts=charts)
 
 
-def _shares(values: Sequence[int], places: Sequence[int]) -> list[float]:
+def _shares(values: Sequence[int], bins: Sequence[int]) -> list[float]:
     counts = Counter(values)
-    return [counts[place] / max(1, len(values)) for place in places]
+    return [counts[each] / max(1, len(values)) for each in bins]
 
 
 # ------------------------------------------------------------------------------------- photos
 
 
-def card(systems: Sequence[System], row: Row, shown: Shown) -> str:
-    """One photo with what every system says of it, and what people said."""
-    parts = []
+def card(systems: Sequence[System], row: Row, shown: Shown) -> Card:
+    """One photo with the captions of every system and its references."""
+    entries = []
     for system, words in zip(systems, shown.words, strict=True):
         captions = system.captions[row.id]
-        fit = system.captioner.preprocessing.resize
-        name = f"<b>{escape(system.name)}</b>, " if len(systems) == 2 else ""
-        others = "".join(
-            f"<li>{words_html(w, fit)}<span class=quiet>score {caption.score:.2f}</span></li>"
-            for caption, w in list(zip(captions, words, strict=True))[1:]
-        )
-        parts.append(
-            f'<div class="system">{words_html(words[0], fit)}<p class="quiet">{name}'
-            f"CIDEr {system.each[row.id]['CIDEr']:.2f}, score {captions[0].score:.2f}"
-            f"{_wrong(system, row)}</p>"
-            + (
-                f"<details><summary>next best</summary><ul>{others}</ul></details>"
-                if others
-                else ""
-            )
-            + "</div>"
-        )
-    references = "".join(f"<li>{escape(caption)}</li>" for caption in row.captions)
-    return (
-        f'<article class="card">{shown.photo}<div class="text">{"".join(parts)}'
-        f"<details><summary>references</summary><ul>{references}</ul></details>"
-        f'<p class="quiet">{escape(row.id)}</p></div></article>'
-    )
+        shown_captions = [
+            ShownCaption(prompt_of(caption.text, caption.tokens), of_caption, caption.score)
+            for caption, of_caption in zip(captions, words, strict=True)
+        ]
+        seen = seen_region(shown.size, system.captioner.preprocessing)
+        cider = system.each[row.id]["CIDEr"]
+        wrong = list(_wrong(system, row))
+        entries.append(Entry(system.name, seen, shown_captions, cider, wrong))
+    return Card(row, shown.photo, entries)
 
 
-def _wrong(system: System, row: Row) -> str:
-    """What is wrong with a caption, in a few words."""
-    if row.scene is not None:
-        claims = check(system.best[row.id], row.scene)
-        wrong = [f"{claim.kind} “{claim.text}”" for claim in claims if not claim.true]
+def _wrong(system: System, row: Row) -> Iterator[str]:
+    """The mistakes of a caption, each in a few words."""
+    if row.scene is None:
+        yield from (kind for kind, wrong in system.mistakes.items() if row.id in wrong.photos)
     else:
-        wrong = [kind for kind, found in system.mistakes.items() if row.id in found.photos]
-    return f'; <span class="false">wrong: {escape(", ".join(wrong))}</span>' if wrong else ""
+        for claim in check(system.best[row.id], row.scene):
+            if not claim.true:
+                yield f"{claim.kind} “{claim.text}”"

@@ -1,5 +1,5 @@
-// The rating sheet: one photo at a time; ratings are kept in this browser until they are saved as a
-// file. Digits rate the first caption of the photo that has no rating yet, or the focused one.
+// The rating sheet: one photo at a time. Ratings are stored in this browser until they are saved as
+// a file. A digit rates the focused caption, or else the first caption without a rating.
 "use strict";
 {
   const main = document.querySelector("main"), items = [...document.querySelectorAll(".item")];
@@ -21,7 +21,7 @@
     status.textContent = `Photo ${shown + 1} of ${items.length}; ${done} rated.${all}`;
   };
 
-  // A private window may forbid storage; the sheet works without, until it is closed.
+  // A private window may forbid storage; ratings are then lost when it is closed.
   const keep = () => {
     try {
       localStorage.setItem(store, JSON.stringify({ rater: rater.value, ratings: ratings() }));
@@ -30,16 +30,16 @@
 
   const restore = () => {
     try {
-      const kept = JSON.parse(localStorage.getItem(store));
-      rater.value = kept.rater;
-      for (const [name, value] of Object.entries(kept.ratings))
+      const stored = JSON.parse(localStorage.getItem(store));
+      rater.value = stored.rater;
+      for (const [name, value] of Object.entries(stored.ratings))
         main.querySelector(`input[name="${name}"][value="${value}"]`).checked = true;
     } catch {}
   };
 
   const show = (number) => {
     shown = Math.min(items.length - 1, Math.max(0, number));
-    items.forEach((item, place) => (item.hidden = place !== shown));
+    items.forEach((item, index) => (item.hidden = index !== shown));
     document.getElementById("back").disabled = shown === 0;
     document.getElementById("next").disabled = shown === items.length - 1;
     tell();

@@ -1,10 +1,11 @@
-"""A blind sheet on which people judge captions.
+"""A blind sheet on which people rate captions.
 
-The captions of several systems (files in COCO's result format, as `make evaluate` writes them) and
-of a person stand under each photo in random order, without their names. The page works offline and
-saves a JSON file of ratings; the key to it lies in a file beside it, and nothing in the page tells
-which caption is whose: captions are written alike (lower case, no full stop), equal ones stand
-there once, and neither the seed nor an order that could be undone is in it.
+Under each photo are the captions of several systems (files in COCO's result format, as written by
+`make evaluate`) and one human caption, in random order and without names. The page works offline
+and saves the ratings as a JSON file. The key, which assigns captions to systems, is a separate
+file, and the page contains nothing from which it could be derived: all captions are in lower case
+without a full stop, equal captions are shown once, and neither the seed nor a reversible order is
+stored.
 """
 
 import hashlib
@@ -13,13 +14,12 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from handler.errors import UserError
 from handler.files import read_object
-from handler.web.page import page, photo_html
+from handler.web.page import page, photo
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.scores.captions import read_predictions
@@ -31,8 +31,8 @@ PHOTO_SIDE = 400
 
 @dataclass(frozen=True)
 class Item:
-    """A photo of the sheet: its captions in the order in which they stand, each with the systems
-    that wrote it, and which of the row's references was the person's."""
+    """A photo of the sheet: its captions in the order on the sheet, each with the systems that
+    wrote it, and the index of the reference that is the human caption."""
 
     row: Row
     captions: list[tuple[str, list[str]]]
@@ -40,15 +40,15 @@ class Item:
 
 
 def plain(caption: str) -> str:
-    """A caption as the sheet shows it, so that its spelling does not tell whose it is."""
+    """A caption as the sheet shows it, so that its spelling does not reveal its system."""
     return re.sub(r"\s+", " ", caption).strip().rstrip(" .").lower()
 
 
 def make_items(
     systems: Mapping[str, Mapping[str, str]], rows: Sequence[Row], photos: int, seed: int
 ) -> list[Item]:
-    """Chooses `photos` rows and orders their captions; the same seed, the same sheet. Raises
-    UserError naming the system and the photo that it has no caption for."""
+    """Chooses `photos` rows and shuffles their captions; the same seed gives the same sheet. Raises
+    UserError naming system and photo if a caption is missing."""
     rng = random.Random(seed)
     chosen = rng.sample(list(rows), min(photos, len(rows)))
     items = []
@@ -69,13 +69,13 @@ def make_items(
 
 
 def sheet_id(items: Sequence[Item]) -> str:
-    """The sheet's name: what its pages show, hashed."""
+    """The id of the sheet: a hash of its content."""
     shown = [(item.row.id, [text for text, _ in item.captions]) for item in items]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def key_of(items: Sequence[Item], manifest: Manifest, split: str) -> dict[str, Any]:
-    """What the scores need to know, and the raters must not."""
+    """The key: what the scores need and the raters must not see."""
     return {
         "sheet": sheet_id(items),
         "data": manifest.name,
@@ -84,7 +84,7 @@ def key_of(items: Sequence[Item], manifest: Manifest, split: str) -> dict[str, A
             {
                 "photo": item.row.id,
                 "captions": [{"text": text, "systems": names} for text, names in item.captions],
-                # The automatic metrics compare with what the person did not write.
+                # Automatic metrics compare with the other references.
                 "references": [
                     caption for n, caption in enumerate(item.row.captions) if n != item.human
                 ],
@@ -96,58 +96,38 @@ def key_of(items: Sequence[Item], manifest: Manifest, split: str) -> dict[str, A
 
 def render(items: Sequence[Item], manifest: Manifest) -> str:
     """The sheet as HTML: one photo at a time, a five-point scale for each caption."""
-    articles = []
+    shown = []
     for number, item in enumerate(items):
-        fields = []
-        for place, (text, _) in enumerate(item.captions):
-            name = f"{number}-{place}"
-            choices = "".join(
-                f'<label><input type="radio" name="{name}" value="{value}">'
-                f'<span>{value}</span><span class="out-of-sight">{escape(said)}</span></label>'
-                for value, said in SCALE.items()
-            )
-            fields.append(
-                f"<fieldset><legend>{escape(text)}</legend>"
-                f'<div class="choices">{choices}</div></fieldset>'
-            )
-        photo = photo_html(read_photo(manifest, item.row), PHOTO_SIDE, f"Photo {number + 1}")
-        articles.append(
-            f'<article class="card item" id="item-{number}" hidden>{photo}'
-            f'<div class="text">{"".join(fields)}</div></article>'
-        )
-    scale = "".join(f"<li>{escape(said)}</li>" for said in SCALE.values())
-    body = (
-        "<header><h1>How well do these captions describe the photo?</h1>"
-        "<p>People and programs wrote them; judge each by the photo alone.</p>"
-        f'<ol class="quiet">{scale}</ol>'
-        '<p><label>Your name or initials <input id="rater" autocomplete="off" maxlength="60">'
-        "</label></p></header>"
-        f'<main data-sheet="{sheet_id(items)}" data-photos="{len(items)}">{"".join(articles)}'
-        '<p class="turn"><button class="action" type="button" id="back">Back</button> '
-        '<button class="action main" type="button" id="next">Next</button> '
-        '<button class="action" type="button" id="save">Save the ratings</button></p>'
-        '<p id="status" role="status" aria-live="polite"></p></main>'
+        image = photo(read_photo(manifest, item.row), PHOTO_SIDE, f"Photo {number + 1}")
+        shown.append((image, [text for text, _ in item.captions]))
+    return page(
+        HERE / "templates" / "review.html",
+        [HERE / "review.css"],
+        [HERE / "review.js"],
+        title="Captions to rate",
+        sheet=sheet_id(items),
+        scale=SCALE,
+        items=shown,
     )
-    return page("Captions to judge", body, [HERE / "review.css"], [HERE / "review.js"])
 
 
 def read_systems(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """Predictions by the name of their system (see `name_of`); of two evaluations of the same one,
-    with other options, by name and folder."""
+    """Predictions by the name of their system (see `name_of`). If two evaluations of one system
+    differ in their options, the folder is appended to the name."""
     names = [name_of(path) for path in paths]
     systems: dict[str, dict[str, str]] = {}
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1 and path.name == "predictions.json":
             name = f"{name}/{path.resolve().parent.name}"
         if name in systems or name == HUMAN:
-            raise UserError(f"{path}: a second system named {name!r}; rename the file")
+            raise UserError(f"{path}: a second system has the name {name!r}; rename the file")
         systems[name] = read_predictions(path)
     return systems
 
 
 def name_of(path: Path) -> str:
-    """NAME of build/evaluate/NAME/DATA-SPLIT/predictions.json, the folder's of any other
-    predictions.json, and of any other file its own."""
+    """The name of a system: NAME for build/evaluate/NAME/DATA-SPLIT/predictions.json, the name of
+    the folder for any other predictions.json, and otherwise the name of the file."""
     if path.name != "predictions.json":
         return path.stem
     folder = path.resolve().parent

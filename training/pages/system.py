@@ -1,5 +1,5 @@
-"""What a report knows of one model: its captions on a split, how they score and on every bootstrap
-resample, its mistakes, its training log."""
+"""The data of one model in a report: its captions on a split, their scores (also on every bootstrap
+resample), its mistakes, and its training log."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ N_BEST = 3
 
 @dataclass
 class System:
-    """One model on the split: what it wrote, how that scored, and on every resample."""
+    """One model on the split: its captions and their scores, also on every resample."""
 
     name: str
     folder: Path
@@ -52,7 +52,7 @@ class System:
 
 
 def load_system(folder: Path, device: str = "cpu") -> System:
-    """A checkpoint or an export, told by what lies in its folder."""
+    """Loads a checkpoint or an export, which is detected from the files in the folder."""
     if (folder / "encoder.pt").is_file() and not (folder / WEIGHTS_FILE).is_file():
         captioner = Captioner.load(folder, device)
     else:
@@ -61,37 +61,39 @@ def load_system(folder: Path, device: str = "cpu") -> System:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The training log of a checkpoint; nothing for an export. The last line may be half of one,
-    where the run still writes."""
+    """The training log of a checkpoint; empty for an export. An incomplete last line, which a
+    running training may be writing, is ignored."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise UserError(f"{path}: not JSON lines ({error}); move it away to do without") from error
+        raise UserError(
+            f"{path}: not JSON lines ({error}); move it away to omit the training log"
+        ) from error
 
 
 def caption_split(
     system: System, manifest: Manifest, rows: Sequence[Row], options: Mapping[str, Any]
 ) -> None:
-    """Writes the N_BEST captions of every photo into `system`, and how they were searched for."""
+    """Generates the N_BEST captions of every photo; stores them and the options in `system`."""
     chosen = system.captioner.options(**options)
     if "num_return_sequences" not in options:
-        # One more caption never changes the best one.
+        # The number of returned captions does not change the best one.
         chosen = system.captioner.options(**options, num_return_sequences=min(N_BEST, chosen.beams))
     system.decoding = chosen
     with tqdm(total=len(rows), desc=f"captions of {system.name}", unit="photo") as bar:
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             photos = [system.captioner.preprocess(read_photo(manifest, row)) for row in part]
-            found = system.captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
-            system.captions |= {row.id: best for row, best in zip(part, found, strict=True)}
+            captions = system.captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
+            system.captions |= {row.id: best for row, best in zip(part, captions, strict=True)}
             bar.update(len(part))
 
 
 def score_system(system: System, rows: Sequence[Row]) -> None:
-    """Scores with their resamples, and mistakes."""
+    """Computes scores, their resamples, and mistakes."""
     metrics = METRICS if has_spice() else DEFAULT_METRICS
     tokens = tokenize(system.best, {row.id: row.captions for row in rows})
     system.scores, system.each = score_tokens(tokens, metrics)
@@ -117,18 +119,20 @@ def resampled_claims(best: Mapping[str, str], rows: Sequence[Row]) -> dict[str, 
 
 @torch.inference_mode()
 def maps_of(system: System, manifest: Manifest, rows: Sequence[Row]) -> dict[str, list[list[Word]]]:
-    """The words, with maps, of each caption of each of `rows`: one pass over a batch of photos and
-    all their captions."""
+    """The words with their maps of each caption of each of `rows`, computed in one pass per batch
+    of photos and all their captions."""
     captioner = system.captioner
-    found: dict[str, list[list[Word]]] = {}
+    words_by_id: dict[str, list[list[Word]]] = {}
     for start in tqdm(range(0, len(rows), BATCH), desc=f"maps of {system.name}", unit="batch"):
         part = rows[start : start + BATCH]
         photos = [captioner.preprocess(read_photo(manifest, row)) for row in part]
         memory_BPD = captioner.encode(torch.stack(photos))
         pairs = [(i, c) for i, row in enumerate(part) for c in system.captions[row.id]]
         photo_of = torch.tensor([i for i, _ in pairs], device=captioner.device)
-        maps = captioner.attention_memory(memory_BPD[photo_of], [c.ids for _, c in pairs])
+        maps = captioner.attention_memory(
+            memory_BPD[photo_of], [c.ids for _, c in pairs], [c.prompt_ids for _, c in pairs]
+        )
         for (i, caption), maps_Tgg in zip(pairs, maps, strict=True):
             words = words_of(caption.tokens, caption.token_log_probs, maps_Tgg)
-            found.setdefault(part[i].id, []).append(words)
-    return found
+            words_by_id.setdefault(part[i].id, []).append(words)
+    return words_by_id

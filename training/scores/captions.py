@@ -1,4 +1,5 @@
-"""The captions of a split: generated, written and read in COCO's result format, and scored."""
+"""Generates the captions of a split, writes and reads them in COCO's result format, and scores
+them."""
 
 import dataclasses
 import json
@@ -24,8 +25,8 @@ BATCH = 50
 def caption_rows(
     captioner: Captioner, manifest: Manifest, rows: Sequence[Row], **options: Any
 ) -> dict[str, list[str]]:
-    """The captions of each row's photo, best first, by id: as many as there are beams, where
-    `options` ask for no other number. UserError names a photo that is broken."""
+    """Generates the captions of each row's photo, best first, by id: as many as there are beams,
+    unless `options` has num_return_sequences. Raises UserError naming a damaged photo."""
     chosen = captioner.options(**options)
     if "num_return_sequences" not in options:
         chosen = dataclasses.replace(chosen, num_return_sequences=chosen.beams)
@@ -34,18 +35,18 @@ def caption_rows(
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             photos = [captioner.preprocess(read_photo(manifest, row)) for row in part]
-            found = captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
-            for row, best in zip(part, found, strict=True):
+            results = captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
+            for row, best in zip(part, results, strict=True):
                 captions[row.id] = [caption.text for caption in best]
             bar.update(len(part))
     return captions
 
 
 def dataset_of(captioner: Captioner, folder: Path, data: str | None) -> Manifest:
-    """The dataset that was named, or else the one that the model of `folder` was trained on."""
+    """The dataset `data`, or by default the one that the model in `folder` was trained on."""
     data = data or captioner.config.get("training", {}).get("config", {}).get("data")
     if data is None:
-        raise UserError(f"{folder}: its config names no dataset; give one with DATA=")
+        raise UserError(f"{folder}: its config names no dataset; set one with DATA=")
     return read_manifest(data_folder(data))
 
 
@@ -55,12 +56,12 @@ def score_rows(
     metrics: Sequence[str],
     training: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Scores of one caption for each of `rows`, on drawn scenes what is true of them, and habits
-    (see `training.scores.habits`); `training` holds the captions of the training split."""
+    """Scores one caption for each of `rows`: metrics, habits (see `training.scores.habits`) and, on
+    drawn scenes, the share of true claims. `training` are the captions of the training split."""
     if missing := [row.id for row in rows if row.id not in predictions]:
         raise UserError(
             f"predictions: no caption for photo {missing[0]!r} ({len(missing)} of {len(rows)}); "
-            "scores compare only on all photos of a split"
+            "scores are comparable only on all photos of a split"
         )
     if unknown := predictions.keys() - {row.id for row in rows}:
         raise UserError(f"predictions: photo {min(unknown)!r} is not in the split")
@@ -78,8 +79,8 @@ def training_captions(manifest: Manifest) -> list[str]:
 
 
 def write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
-    """COCO's result format. Ids that are numbers (COCO's) are written as numbers, as its own tools
-    want them."""
+    """Writes COCO's result format. Numeric ids (COCO's) are written as numbers, which COCO's tools
+    require."""
     results = [
         {"image_id": int(key) if key == str(_number(key)) else key, "caption": caption}
         for key, caption in predictions.items()
@@ -92,8 +93,8 @@ def _number(key: str) -> int | None:
 
 
 def read_captions(path: Path, field: str | None = None) -> dict[str, list[str]]:
-    """Captions by photo from COCO's files: a list of {"image_id", "caption"}, under `field` where
-    the file is an object (its annotations)."""
+    """Reads captions by photo from a file of COCO: a list of {"image_id", "caption"}, or an object
+    with this list in `field` (annotations)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         captions: dict[str, list[str]] = {}
@@ -112,7 +113,7 @@ def read_captions(path: Path, field: str | None = None) -> dict[str, list[str]]:
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """One caption a photo, from COCO's result format."""
+    """Reads one caption per photo from COCO's result format."""
     captions = read_captions(path)
     if twice := [key for key, texts in captions.items() if len(texts) > 1]:
         raise UserError(f"{path}: photo {twice[0]!r} has {len(captions[twice[0]])} captions")

@@ -10,7 +10,7 @@ Gram = tuple[str, ...]
 
 
 def count_grams(words: Sequence[str]) -> Counter[Gram]:
-    """How often each run of one to four words occurs."""
+    """The number of occurrences of each n-gram of one to four words."""
     return Counter(
         tuple(words[start : start + n])
         for n in range(1, LONGEST_GRAM + 1)
@@ -19,26 +19,26 @@ def count_grams(words: Sequence[str]) -> Counter[Gram]:
 
 
 class CiderD:
-    """CIDEr-D over lists of words, equal to what pycocoevalcap calls CIDEr (which clips, and damps
-    by length, as CIDEr-D does) but for where the document frequencies come from.
+    """CIDEr-D over lists of words. It is equal to what pycocoevalcap calls CIDEr (which clips and
+    damps by length as CIDEr-D does), except for the source of the document frequencies.
 
-    As there, the length in the damping factor counts pairs of neighbouring words.
+    As in pycocoevalcap, the length in the damping factor is the number of bigrams.
     """
 
     def __init__(self, documents: Sequence[Sequence[Sequence[str]]]) -> None:
-        """`documents` [photo][caption][word]: a gram's document frequency is the number of photos
-        that have it in a caption."""
+        """`documents` is [photo][caption][word]. The document frequency of an n-gram is the number
+        of photos that have it in a caption."""
         frequency: Counter[Gram] = Counter()
         for captions in documents:
             frequency.update({gram for words in captions for gram in count_grams(words)})
         self.log_documents = math.log(len(documents))
-        # A gram of a single photo weighs as much as one of none, and most are such.
+        # Not stored for one photo: log 1 is 0, the default, and most n-grams occur in one only.
         self.log_frequency = {gram: math.log(n) for gram, n in frequency.items() if n > 1}
 
     def scores(
         self, captions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
     ) -> list[float]:
-        """The score of each of a photo's captions against all of its references, 0 to 10."""
+        """The score of each caption of a photo against all references of the photo, 0 to 10."""
         truths = [self._vector(words) for words in references]
         return [self._score(self._vector(words), truths) for words in captions]
 
@@ -65,7 +65,7 @@ class CiderD:
             for gram, weight in weights.items():
                 true = true_weights.get(gram)
                 if true is not None:
-                    # Clipped: saying a word more often than the reference gains nothing.
+                    # Clipped: repeating a word more often than the reference does not help.
                     products[len(gram) - 1] += min(weight, true) * true
             cosines = sum(
                 product / (norm * true_norm)

@@ -1,4 +1,4 @@
-"""What captions claim about drawn scenes, whose truth is known."""
+"""Scores of captions of drawn scenes, whose ground truth is known."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from training.data.scenes import check
 
 
 def score_claims(predictions: Mapping[str, str], rows: Sequence[Row]) -> dict[str, float]:
-    """On drawn scenes: the share of claims that are true of the picture, by kind, and of captions
-    that make some claim and only true ones."""
+    """The share of claims that are true for the picture, in total and by kind, and the share of
+    captions that make at least one claim and only true ones."""
     by_kind: dict[str, list[bool]] = defaultdict(list)
     entirely = []
     for row in rows:

@@ -1,17 +1,19 @@
-"""How well a word's map finds what the word names, for each way of
-making maps, on drawn scenes, whose truth is known.
+"""How well the map of a word locates the object that the word names, for several ways of computing
+maps, on drawn scenes, whose ground truth is known.
 
-Counted are the words of the model's own captions that name a shape which is there. Pointing game
-(Zhang et al. 2016, arXiv:1608.00507): the share whose map peaks inside the box of such an object.
-Overlap: the mean intersection over union of the map's box with the nearest such object's.
+The words that count are those in the model's own captions that name a shape in the picture. Two
+figures are computed. Pointing game (Zhang et al. 2016, arXiv:1608.00507): the share of words whose
+map has its peak inside the box of such an object. Overlap: the mean intersection over union of the
+map's box and the box of such an object, the best one.
 
-Ways: the cross-attention of each layer and head, the mean of a layer's heads, the mean of all; read
-where the word was written (the query that predicts it) or where it was read (the query that has it
-as input); each as it is, over the memory, or rolled out through the encoder to the patches of the
-photo (Abnar and Zuidema 2020, arXiv:2005.00928: the product of its layers' attention, averaged over
-heads, half of it the residual path).
+The ways differ in three respects. Weights: the cross-attention of each layer and head, the mean of
+a layer's heads, or the mean of all. Query: the one that predicts the word ("written"), or the one
+that has it as input ("read"). Target: the memory tokens, or the patches of the photo, by rolling
+out attention through the encoder (Abnar and Zuidema 2020, arXiv:2005.00928: the product of the
+layers' attention, averaged over heads and then with the identity for the residual path).
 
-Dimension key, beside training.model's: L layers, T tokens, g cells along one side of a map.
+Dimension key, in addition to that of training.model: L layers, T tokens, g cells along one side of
+a map.
 """
 
 from collections import defaultdict
@@ -23,7 +25,8 @@ from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.web.word_maps import box, peak, words_of
+from handler.image_preprocess import seen_region
+from handler.web.word_maps import WHOLE, box, on_photo, peak, words_of
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
 from training.data.scene_language import SceneObject, caption_words, referents
@@ -33,11 +36,11 @@ BATCH = 50
 
 
 def rollout(encoder: Encoder, images_B3SS: Tensor) -> tuple[Tensor, Tensor]:
-    """The memory (B, P, D), and how much of each of its tokens comes from each input token,
-    (B, P, P), rows summing to 1."""
+    """The memory (B, P, D), and the share of each input token in each memory token, (B, P, P); the
+    rows sum to 1."""
     inputs: list[Tensor] = []
     handles = [
-        block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
         for block in encoder.blocks
     ]
     try:
@@ -55,7 +58,7 @@ def rollout(encoder: Encoder, images_B3SS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ways(weights_LHQP: Tensor, mixed_PP: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Every way of making maps, by name: weights (Q, P) over all memory tokens."""
+    """Yields the name and the weights (Q, P) over all memory tokens for every way."""
     layers = weights_LHQP.mean(1)
     chosen = {"mean of all": layers.mean(0)}
     for layer, heads_HQP in enumerate(weights_LHQP, start=1):
@@ -67,37 +70,42 @@ def ways(weights_LHQP: Tensor, mixed_PP: Tensor) -> Iterator[tuple[str, Tensor]]
         yield f"{name}, rolled out", weights_QP @ mixed_PP
 
 
-def overlap(found: Sequence[float], truth: Sequence[float]) -> float:
+def overlap(first: Sequence[float], second: Sequence[float]) -> float:
     """Intersection over union of two boxes (x0, y0, x1, y1)."""
-    width = min(found[2], truth[2]) - max(found[0], truth[0])
-    height = min(found[3], truth[3]) - max(found[1], truth[1])
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
     both = max(0.0, width) * max(0.0, height)
-    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (found, truth))
+    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (first, second))
     return both / (areas - both)
 
 
 def judge(
-    map_gg: Tensor, objects: Sequence[SceneObject], size: Sequence[int]
+    map_gg: Tensor,
+    objects: Sequence[SceneObject],
+    size: Sequence[int],
+    seen: Sequence[float] = WHOLE,
 ) -> tuple[bool, float]:
-    """Whether a map peaks in one of the objects, and its box's overlap with the nearest."""
-    x, y = peak(map_gg)
+    """Whether the peak of a map is inside one of the objects, and the best overlap of its box.
+    `size` is that of the picture, `seen` the region of it that the map covers."""
+    x, y = on_photo(peak(map_gg), seen)
     width, height = size
     boxes = [(x0 / width, y0 / height, x1 / width, y1 / height)
              for x0, y0, x1, y1 in (item["box"] for item in objects)]  # fmt: skip
     inside = any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in boxes)
-    return inside, max(overlap(box(map_gg), truth) for truth in boxes)
+    return inside, max(overlap(on_photo(box(map_gg), seen), truth) for truth in boxes)
 
 
 @torch.inference_mode()
 def all_maps(
     captioner: Captioner, image_3SS: Tensor, caption: Caption
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every way's maps of a caption's tokens, (T, g, g)."""
+    """Yields the name of every way and its maps of a caption's tokens, (T, g, g)."""
     grid = captioner.encoder.config.grid
     prefix = captioner.encoder.config.prefix_tokens
     memory_1PD, mixed_1PP = rollout(captioner.encoder, image_3SS.unsqueeze(0))
-    tokens_1Q = torch.tensor([[captioner.tokenizer.begin_id, *caption.ids]])
-    # The last token is read by nobody where the model has no position for it.
+    first = len(caption.prompt_ids)
+    tokens_1Q = torch.tensor([[captioner.tokenizer.begin_id, *caption.prompt_ids, *caption.ids]])
+    # If the model has no position for the last token, no query has it as input.
     tokens_1Q = tokens_1Q[:, : captioner.decoder.max_positions]
     queries = tokens_1Q.size(1)
     positions_1Q = torch.arange(queries).unsqueeze(0)
@@ -107,38 +115,44 @@ def all_maps(
         maps_Qgg = weights_QP[:, prefix:].unflatten(1, (grid, grid))
         maps_Qgg = maps_Qgg / maps_Qgg.sum((1, 2), keepdim=True)
         count = len(caption.ids)
-        yield f"{name}, written", maps_Qgg[:count]
-        yield f"{name}, read", maps_Qgg[[*range(1, queries), *([queries - 1] * count)][:count]]
+        yield f"{name}, written", maps_Qgg[first:][:count]
+        read = [*range(first + 1, queries), *([queries - 1] * count)][:count]
+        yield f"{name}, read", maps_Qgg[read]
 
 
 def measure(
     captioner: Captioner, manifest: Manifest, rows: Sequence[Row]
 ) -> tuple[dict[str, tuple[float, float]], int, int]:
-    """Pointing accuracy and mean overlap of each way; how many words were counted, and how many
-    were not because the model named what is not there."""
+    """Pointing accuracy and mean overlap of each way, the number of words that count, and the
+    number of words that name a shape that is not in the picture."""
     results: dict[str, list[tuple[bool, float]]] = defaultdict(list)
     counted = absent = 0
     options = captioner.options()
     for start in tqdm(range(0, len(rows), BATCH), desc="grounding", unit="batch"):
         part = rows[start : start + BATCH]
         images = torch.stack([captioner.preprocess(read_photo(manifest, row)) for row in part])
-        found = captioner.caption_tensors(images, [options] * len(part))
-        for row, image_3SS, [caption, *_] in zip(part, images, found, strict=True):
+        captions = captioner.caption_tensors(images, [options] * len(part))
+        for row, image_3SS, [caption, *_] in zip(part, images, captions, strict=True):
             scene = row.scene or {}
             named = referents(caption.text, scene)
             absent += sum(not objects for _, objects in named)
-            named = [(place, objects) for place, objects in named if objects]
+            # A prompt's words were given: they have no maps.
+            given = len(caption_words(captioner.tokenizer.decode(caption.prompt_ids)))
+            named = [(index - given, objects) for index, objects in named if objects]
+            named = [(index, objects) for index, objects in named if index >= 0]
             counted += len(named)
             if not named:
                 continue
+            size = scene["size"]
+            seen = seen_region(size, captioner.preprocessing)
             for way, maps_Tgg in all_maps(captioner, image_3SS, caption):
                 words = words_of(caption.tokens, caption.token_log_probs, maps_Tgg)
                 owner = [word for word in words for _ in caption_words(word.text)]
                 results[way] += [
-                    judge(owner[place].map_gg, objects, scene["size"]) for place, objects in named
+                    judge(owner[index].map_gg, objects, size, seen) for index, objects in named
                 ]
     if not counted:
-        raise UserError("no caption names anything that is there: train the model further first")
+        raise UserError("no caption names a shape that is in its picture; train the model further")
     table = {
         way: (sum(i for i, _ in judged) / counted, sum(o for _, o in judged) / counted)
         for way, judged in results.items()

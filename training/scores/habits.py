@@ -1,7 +1,8 @@
-"""What BLEU and CIDEr hide: which words are never said, and how captions repeat and break off.
+"""Properties of captions that BLEU and CIDEr do not show: how varied they are, which words are
+missing, and how often they repeat words or break off.
 
-Words are those of `training.scores.metrics.plain_words`, compared as they are written: "dogs" is
-another word than "dog".
+Words are those of `training.scores.metrics.plain_words`, without stemming: "dogs" and "dog" are
+different words.
 """
 
 from collections import Counter
@@ -16,15 +17,15 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words after which a caption is not over. What is a preposition here and an adverb there ("a man
-# looks up", "two dogs run around") is not among them.
+# Words that cannot end a caption. Words that may also be adverbs ("a man looks up", "two dogs run
+# around") are not in the list.
 DANGLING = _words("""
     a an the and or nor but than as at against among amid atop during for from in into like of on
     onto to toward towards until upon via with within without because if when where while which who
     whom whose is are was were be being am has have had having do does did can could will would
     shall should may might must another every either neither her his its my our these their your
 """)
-# Words that bear no content.
+# Words without content.
 FUNCTION_WORDS = DANGLING | _words("""
     about above across after along apart around aside away back before behind below beneath beside
     between beyond by down forward here inside near nearby off out outside over past round there
@@ -32,7 +33,7 @@ FUNCTION_WORDS = DANGLING | _words("""
     itself many me mine more most much one ones other others she several some someone something that
     theirs them themselves they this those us we what you yours not no too very also just only so
 """)
-# Lower ends of the bins of how often training had a word.
+# Lower bounds of the bins of a word's number of occurrences in training.
 BINS = (0, 1, 10, 100, 1000)
 
 
@@ -41,39 +42,46 @@ def describe(
     references: Mapping[str, Sequence[str]],
     training: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Figures on one caption a photo:
+    """Figures on one caption per photo:
 
-    distinct_captions   how many different ones
-    vocabulary          how many different words they use
-    mean_length         words a caption
-    ending_in_function_word, repeated_bigrams   shares of captions: that break off ("a dog on a");
-                        that say the same two words twice
-    and, with the captions of the training split:
-    copied_captions     share of captions that stand in training, word by word
-    recall_by_training_count   of the content words that a photo's references agree on (two of them
-                        at least, where there are two), the share that its caption says, by how
-                        often training had the word: {"1-9": {"recall": .1, "words": 50}, ...}
+    distinct_captions   number of different captions
+    vocabulary          number of different words
+    mean_length         words per caption
+    ending_in_function_word   share of captions that break off ("a dog on a")
+    repeated_bigrams    share of captions in which a pair of words occurs twice
+
+    With the captions of the training split, also:
+
+    copied_captions     share of captions that occur in training, word by word
+    recall_by_training_count   share of the content words in a photo's references (in at least two
+                        of them, if there are two) that its caption contains, by the word's number
+                        of occurrences in training: {"1-9": {"recall": .1, "words": 50}, ...}
     """
     words = {photo: plain_words(text) for photo, text in predictions.items()}
     spoken = list(words.values())
     count = max(1, len(spoken))
     result: dict[str, Any] = {
-        "distinct_captions": len(set(map(tuple, spoken))),
+        "distinct_captions": distinct(list(predictions.values())),
         "vocabulary": len({word for caption in spoken for word in caption}),
         "mean_length": sum(map(len, spoken)) / count,
         "ending_in_function_word": sum(c[-1:] != [] and c[-1] in DANGLING for c in spoken) / count,
         "repeated_bigrams": sum(map(repeats_a_bigram, spoken)) / count,
     }
     if training:
-        learnt = [plain_words(caption) for caption in training]
+        known = [plain_words(caption) for caption in training]
         result["copied_captions"] = copied(list(predictions.values()), training)
-        frequency = Counter(word for caption in learnt for word in caption)
+        frequency = Counter(word for caption in known for word in caption)
         result["recall_by_training_count"] = recall_by_count(words, references, frequency)
     return result
 
 
+def distinct(captions: Sequence[str]) -> int:
+    """The number of different captions, ignoring capitals and punctuation."""
+    return len({tuple(plain_words(text)) for text in captions})
+
+
 def copied(captions: Sequence[str], training: Sequence[str]) -> float:
-    """The share of captions that stand in training, word by word."""
+    """The share of captions that occur in training, word by word."""
     known = {tuple(plain_words(caption)) for caption in training}
     return sum(tuple(plain_words(text)) in known for text in captions) / max(1, len(captions))
 
@@ -89,28 +97,28 @@ def recall_by_count(
     frequency: Mapping[str, int],
 ) -> dict[str, dict[str, float]]:
     """See `describe`; bins without words are left out."""
-    said: Counter[int] = Counter()
-    asked: Counter[int] = Counter()
+    recalled: Counter[int] = Counter()
+    total: Counter[int] = Counter()
     for photo, caption in words.items():
         mentions = Counter(word for text in references[photo] for word in set(plain_words(text)))
         least = min(2, len(references[photo]))
         for word, times in mentions.items():
             if times >= least and word not in FUNCTION_WORDS:
                 low = max(low for low in BINS if low <= frequency.get(word, 0))
-                asked[low] += 1
-                said[low] += word in caption
+                total[low] += 1
+                recalled[low] += word in caption
     names = ["0", *(f"{low}-{high - 1}" for low, high in pairwise(BINS[1:])), f"{BINS[-1]}+"]
     return {
-        name: {"recall": said[low] / asked[low], "words": asked[low]}
+        name: {"recall": recalled[low] / total[low], "words": total[low]}
         for low, name in zip(BINS, names, strict=True)
-        if asked[low]
+        if total[low]
     }
 
 
 def little_learnt(
     distinct_captions: int, photos: int, CIDEr: float | None = None, **_: Any
 ) -> str | None:
-    """Why captions look like those of a model that has learnt little, or None."""
+    """The reason why captions look like those of an undertrained model; None if they do not."""
     if photos > 1 and distinct_captions < max(2, photos / 10):
         how = "the same caption" if distinct_captions == 1 else f"{distinct_captions} captions"
         return f"{how} for all {photos} photos: the model has learnt little; train it longer"

@@ -1,9 +1,9 @@
-"""How far a score can be trusted: percentile bootstrap over photos (Efron 1979; for BLEU and for
+"""Confidence intervals of scores: percentile bootstrap over photos (Efron 1979; for BLEU and for
 differences of two systems on the same photos, Koehn 2004).
 
 BLEU is recomputed on every resample from its n-gram counts. The other scores are means of the
-photos' own (METEOR's corpus score is close to, not equal to, that mean, so its interval is shifted
-to the score); CIDEr's document frequencies stay those of all photos.
+scores of the photos. METEOR's corpus score is close but not equal to this mean, so its interval is
+shifted to the corpus score. CIDEr's document frequencies are those of all photos.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from training.scores.metrics import DEFAULT_METRICS, Tokens, check_metrics, scor
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 BLEU = tuple(f"BLEU-{n}" for n in range(1, 5))
-# pycocoevalcap's own, against division by zero.
+# Constants of pycocoevalcap against division by zero.
 TINY, SMALL = 1e-15, 1e-9
 
 Floats = NDArray[np.float64]
@@ -26,8 +26,8 @@ HIGHEST = {"CIDEr": 10.0}
 
 
 def resampled(photos: int, seed: int = 0) -> NDArray[np.float64]:
-    """How often each photo is drawn in each resample: (RESAMPLES, photos). The same for every
-    system, so that the differences of two systems are paired."""
+    """How often each photo is drawn in each resample, (RESAMPLES, photos). All systems have the
+    same resamples, so that the differences of two systems are paired."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(photos, np.full(photos, 1 / photos), size=RESAMPLES).astype(np.float64)
 
@@ -37,18 +37,18 @@ def score_with_intervals(
     references: Mapping[str, Sequence[str]],
     metrics: Sequence[str] = DEFAULT_METRICS,
 ) -> dict[str, Any]:
-    """As `training.scores.metrics.score`, and under "intervals" [low, high] of each score."""
+    """As `training.scores.metrics.score`, with [low, high] of each score in "intervals"."""
     check_metrics(metrics)
     tokens = tokenize(predictions, references)
     scores, each = score_tokens(tokens, metrics)
     found = bootstrap_scores(tokens, scores, each)
-    return {**scores, "intervals": {name: list(interval(v)) for name, v in found.items()}}
+    return {**scores, "intervals": {n: list(interval_of_score(n, v)) for n, v in found.items()}}
 
 
 def bootstrap_scores(
     tokens: Tokens, scores: Mapping[str, Any], each: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Floats]:
-    """Every score of `score_tokens` on every resample, (RESAMPLES,) each."""
+    """Each score of `score_tokens` on every resample, (RESAMPLES,)."""
     ids = list(tokens.hypotheses)
     draws_RN = resampled(len(ids))
     found: dict[str, Floats] = {}
@@ -57,22 +57,27 @@ def bootstrap_scores(
     for name, score in scores.items():
         if isinstance(score, float) and name not in found and name in each[ids[0]]:
             own_N = np.array([each[i][name] for i in ids])
-            # The corpus score need not be the mean of the photos' own; moved there, a resample
-            # stays within what the metric can be.
-            moved_R = draws_RN @ own_N / len(ids) + (score - own_N.mean())
-            found[name] = moved_R.clip(0, HIGHEST.get(name, 1.0))
+            # The corpus score need not be the mean of the scores of the photos.
+            found[name] = draws_RN @ own_N / len(ids) + (score - own_N.mean())
     return found
 
 
 def interval(values: Floats) -> tuple[float, float]:
-    """The middle CONFIDENCE of the resampled values."""
+    """The interval that contains the middle CONFIDENCE of the resampled values."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 
+def interval_of_score(name: str, values: Floats) -> tuple[float, float]:
+    """As `interval`, clipped to the range of the metric, which shifted resamples may exceed.
+    Differences of two systems are computed from unclipped resamples."""
+    low, high = np.clip(interval(values), 0, HIGHEST.get(name, 1.0))
+    return float(low), float(high)
+
+
 def bleu_counts(tokens: Tokens) -> Floats:
-    """By photo: correct and guessed n-grams of 1 to 4 words, own and closest reference length;
-    (photos, 10)."""
+    """(photos, 10): matching and generated n-grams of 1 to 4 words, the length of the caption and
+    that of the closest reference."""
     from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     rows = []

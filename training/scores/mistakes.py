@@ -1,11 +1,11 @@
-"""The commonest mistakes of captions, by simple word classes: how many, which colour, who, what.
+"""The most common mistakes of captions in four word classes: count, colour, gender, object.
 
-A caption is wrong in a class where it says a word of the class that no reference says, while the
-references do say something of that class: "a black dog" against "a brown dog", "a dog with brown
-fur". Nobody's grammar is read, so a word may be judged that was said of another thing; objects are
-compared by the groups below (after CHAIR, Rohrbach et al. 2018, arXiv:1809.02156), and a kind and
-its particular (person and man) do not contradict each other. On drawn scenes, whose truth is known,
-`training.data.scenes.check` judges instead.
+A caption is wrong in a class if it has a word of the class that is in no reference, while the
+references have other words of the class: "a black dog" and the references "a brown dog", "a dog
+with brown fur". Grammar is ignored, so a word may be compared although it describes something else.
+Objects are compared by the groups below (after CHAIR, Rohrbach et al. 2018, arXiv:1809.02156);
+general and specific words (person and man) do not contradict each other. On drawn scenes, whose
+ground truth is known, `training.data.scenes.check` is used instead.
 """
 
 import re
@@ -22,7 +22,7 @@ def _groups(lines: str) -> dict[str, str]:
     return {word: line.split()[0] for line in lines.splitlines() for word in line.split()}
 
 
-# Each class, a group of words that say the same on each line.
+# The classes. The words on one line have the same meaning.
 COUNTS = _groups("""\
 one single lone alone
 two both pair couple twins
@@ -141,7 +141,7 @@ fountain
 tent
 sign
 fire""")
-# Objects on one line are no contradiction of each other: a ball may be a football.
+# Objects on one line do not contradict each other: a ball may be a football.
 AKIN = [
     set(line.split())
     for line in """\
@@ -157,14 +157,14 @@ snow skis snowboard sled
 bicycle motorcycle
 building house""".splitlines()
 ]
-# The kinds of mistakes, and their words: word -> what it says.
+# The kinds of mistakes, with the meaning of each of their words.
 CLASSES = {"count": COUNTS, "colour": COLOURS, "gender": GENDERS, "object": OBJECTS}
 
 
 @dataclass
 class Mistakes:
-    """What went wrong in one kind: `judged` captions said something of it that could be judged;
-    `photos` are those that were wrong; `confusions` count (said, instead of)."""
+    """The mistakes of one kind: the number of captions that were `judged`, the `photos` whose
+    captions were wrong, and the number of `confusions` (wrong word, expected word)."""
 
     judged: int = 0
     photos: list[str] = field(default_factory=list)
@@ -172,8 +172,9 @@ class Mistakes:
 
 
 def find_mistakes(predictions: Mapping[str, str], rows: Sequence[Row]) -> dict[str, Mistakes]:
-    """The mistakes of one caption a photo, by kind; on drawn scenes by the checker's own kinds."""
-    found: dict[str, Mistakes] = defaultdict(Mistakes)
+    """The mistakes of one caption per photo, by kind; on drawn scenes, the kinds are those of the
+    checker."""
+    mistakes: dict[str, Mistakes] = defaultdict(Mistakes)
     for row in rows:
         caption = predictions[row.id]
         judged: Mapping[str, list[tuple[str, str]] | None]
@@ -184,46 +185,46 @@ def find_mistakes(predictions: Mapping[str, str], rows: Sequence[Row]) -> dict[s
         for kind, confusions in judged.items():
             if confusions is None:
                 continue
-            found[kind].judged += 1
-            found[kind].confusions.update(set(confusions))
+            mistakes[kind].judged += 1
+            mistakes[kind].confusions.update(set(confusions))
             if confusions:
-                found[kind].photos.append(row.id)
-    return dict(found)
+                mistakes[kind].photos.append(row.id)
+    return dict(mistakes)
 
 
 def word_mistakes(
     caption: str, references: Sequence[str], kind: str
 ) -> list[tuple[str, str]] | None:
-    """(said, instead of) for each word of a class that the references contradict; None where
-    caption or references say nothing of it. An object stands for no other one: "" for it."""
+    """(wrong word, expected word) for each word of a class that the references contradict; None if
+    caption or references have no word of the class. For objects the expected word is ""."""
     meaning = CLASSES[kind]
-    said = _meanings(caption, meaning)
+    own = _meanings(caption, meaning)
     true = Counter(m for reference in references for m in _meanings(reference, meaning))
-    if not said or not true:
+    if not own or not true:
         return None
     commonest = true.most_common(1)[0][0]
     wrong = []
-    for word in said:
+    for word in own:
         relatives = set().union(*(kin for kin in AKIN if word in kin)) if kind == "object" else ()
         if word not in true and not true.keys() & set(relatives):
-            # The reference's word that the caption leaves out is the one it was taken for.
-            missed = next((m for m, _ in true.most_common() if m not in said), commonest)
+            # Expected is the most common word of the references that the caption lacks.
+            missed = next((m for m, _ in true.most_common() if m not in own), commonest)
             wrong.append((word, "" if kind == "object" else missed))
     return wrong
 
 
 def scene_mistakes(caption: str, scene: Scene) -> dict[str, list[tuple[str, str]]]:
-    """False claims by kind, each with what it said; the truth is a whole scene, so that nothing
-    stands for "instead of"."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    """The texts of the false claims by kind, in the form of `word_mistakes`; there is no expected
+    word."""
+    mistakes: dict[str, list[tuple[str, str]]] = {}
     for claim in check(caption, scene):
-        wrong = found.setdefault(claim.kind, [])
+        wrong = mistakes.setdefault(claim.kind, [])
         if not claim.true:
             wrong.append((claim.text, ""))
-    return found
+    return mistakes
 
 
 def _meanings(text: str, meaning: Mapping[str, str]) -> list[str]:
-    """What the words of a text say in a class, each once, in order."""
+    """The meanings of the words of a text that are in a class, each once, in order."""
     words = re.findall(r"[a-z]+", text.lower())
     return list(dict.fromkeys(meaning[word] for word in words if word in meaning))

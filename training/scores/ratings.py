@@ -1,8 +1,9 @@
-"""What the ratings of a review sheet say: means and preferences of the systems with intervals,
-agreement between the raters, and how well each automatic metric follows them.
+"""Evaluates the ratings of a review sheet: means and preferences of the systems with intervals,
+agreement between the raters, and the correlation of each automatic metric with the ratings.
 
-Intervals are percentile bootstrap over photos: raters see the same photos, and photos are what is
-sampled. A preference compares two captions of one photo by one rater; equal ratings are ties.
+Intervals are percentile bootstrap over photos, because photos are what is sampled; all raters see
+the same ones. A preference compares the ratings of two captions of one photo by one rater; equal
+ratings are ties.
 """
 
 import math
@@ -34,14 +35,14 @@ SCALE = {
 
 @dataclass(frozen=True)
 class Ratings:
-    """One rater's file: ratings by the place of their caption, (photo, caption)."""
+    """The file of one rater: ratings by (photo, caption), indices on the sheet."""
 
     rater: str
     given: dict[tuple[int, int], int]
 
 
 def read_ratings(path: Path) -> tuple[str, Ratings]:
-    """The sheet's name and the ratings of a file that the sheet saved."""
+    """Reads a file that the sheet saved: the id of the sheet, and the ratings."""
     content = read_object(path)
     try:
         sheet, rater = str(content["sheet"]), str(content["rater"])
@@ -52,15 +53,15 @@ def read_ratings(path: Path) -> tuple[str, Ratings]:
                 raise ValueError(f"rating {value!r}")
             given[int(photo), int(caption)] = int(value)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: no ratings of a review sheet ({error}); save it again") from error
+        raise UserError(f"{path}: not a file of ratings ({error}); save it again") from error
     if not given:
-        raise UserError(f"{path}: it holds no rating")
+        raise UserError(f"{path}: contains no ratings")
     return sheet, Ratings(rater, given)
 
 
 def find_key(sheet: str, key: Path | None) -> tuple[Path, dict[str, Any]]:
-    """The key of a sheet: the one given or one beside it, of an earlier sheet; any under
-    build/review where none is given."""
+    """The key of a sheet: `key` or, for an earlier sheet, a file beside it; without `key`, any file
+    under build/review."""
     beside = sorted(key.parent.glob("key-*.json")) if key else sorted(REVIEWS.glob("*/key*.json"))
     for path in [key, *beside] if key else beside:
         try:
@@ -72,16 +73,16 @@ def find_key(sheet: str, key: Path | None) -> tuple[Path, dict[str, Any]]:
         if content.get("sheet") == sheet:
             return path, content
     where = key or REVIEWS
-    raise UserError(f"{where}: no key of sheet {sheet}; name its key.json with KEY=")
+    raise UserError(f"{where}: no key of sheet {sheet}; set KEY= to its key.json")
 
 
 def by_system(
     key: Mapping[str, Any], ratings: Sequence[Ratings]
 ) -> dict[str, list[dict[str, int]]]:
-    """For each system, each photo's ratings by rater. Raises UserError for a rating of a caption
-    that the sheet does not have."""
+    """For each system, the ratings of each photo by rater. Raises UserError for a rating of a
+    caption that is not on the sheet."""
     items = key["items"]
-    found: dict[str, list[dict[str, int]]] = defaultdict(lambda: [{} for _ in items])
+    rated: dict[str, list[dict[str, int]]] = defaultdict(lambda: [{} for _ in items])
     for one in ratings:
         for (photo, caption), value in one.given.items():
             try:
@@ -89,8 +90,8 @@ def by_system(
             except IndexError as error:
                 raise UserError(f"ratings of {one.rater}: no caption {photo}-{caption}") from error
             for name in names:
-                found[name][photo][one.rater] = value
-    return dict(found)
+                rated[name][photo][one.rater] = value
+    return dict(rated)
 
 
 def mean_of(photos: Sequence[Mapping[str, int]]) -> dict[str, Any]:
@@ -104,8 +105,8 @@ def mean_of(photos: Sequence[Mapping[str, int]]) -> dict[str, Any]:
 def preference(
     first: Sequence[Mapping[str, int]], second: Sequence[Mapping[str, int]]
 ) -> dict[str, Any] | None:
-    """How often the first was rated above the second, with its interval, and how often alike; None
-    where nobody rated both."""
+    """The share of ratings in which the first is above the second, with its interval, and the share
+    of ties; None if no rater rated both."""
     counts = []
     for a, b in zip(first, second, strict=True):
         both = a.keys() & b.keys()
@@ -126,11 +127,11 @@ def preference(
 
 
 def agreement(ratings: Sequence[Ratings]) -> dict[str, float]:
-    """Krippendorff's alpha over the captions as they stood on the sheet."""
+    """Krippendorff's alpha over the captions on the sheet."""
     units: dict[tuple[int, int], list[float]] = defaultdict(list)
     for one in ratings:
-        for place, value in one.given.items():
-            units[place].append(value)
+        for location, value in one.given.items():
+            units[location].append(value)
     return {
         "ordinal": krippendorff_alpha(list(units.values()), "ordinal"),
         "interval": krippendorff_alpha(list(units.values()), "interval"),
@@ -138,22 +139,22 @@ def agreement(ratings: Sequence[Ratings]) -> dict[str, float]:
 
 
 def correlations(key: Mapping[str, Any], ratings: Sequence[Ratings]) -> dict[str, dict[str, float]]:
-    """Of the mean rating of each caption with each automatic metric of it, over all captions of all
-    systems and the person's; each is compared with the other references of its photo."""
+    """Correlations of each automatic metric with the mean rating, over the captions of all systems
+    and of the human. Each caption is scored against the other references of its photo."""
     references, captions, human = {}, {}, {}
     for photo, item in enumerate(key["items"]):
-        for place, caption in enumerate(item["captions"]):
-            given = [one.given[photo, place] for one in ratings if (photo, place) in one.given]
-            if given and item["references"]:
-                name = f"{photo}-{place}"
+        for index, caption in enumerate(item["captions"]):
+            values = [one.given[photo, index] for one in ratings if (photo, index) in one.given]
+            if values and item["references"]:
+                name = f"{photo}-{index}"
                 references[name], captions[name] = item["references"], caption["text"]
-                human[name] = float(np.mean(given))
+                human[name] = float(np.mean(values))
     if len(captions) < 2:
         return {}
     _, each = score_each(captions, references, METRICS if has_spice() else DEFAULT_METRICS)
     rated = [human[name] for name in captions]
-    found = {}
+    result = {}
     for metric in next(iter(each.values())):
-        values = [each[name][metric] for name in captions]
-        found[metric] = {"spearman": spearman(rated, values), "kendall": kendall(rated, values)}
-    return found
+        scores = [each[name][metric] for name in captions]
+        result[metric] = {"spearman": spearman(rated, scores), "kendall": kendall(rated, scores)}
+    return result

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from handler.errors import UserError
-from handler.image_preprocess import PreprocessConfig
+from handler.image_preprocess import Interpolation, PreprocessConfig
 from training.checkpoint import load_model
-from training.model import Encoder, EncoderConfig, interpolate_positions
+from training.model import Encoder, EncoderConfig, ImageEncoder, interpolate_positions
 from training.weights.rename import Names, fill, rename
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,10 +62,10 @@ CLASSIFIERS = ("head.", "head_dist.", "heads.", "attn_pool.")
 class PretrainedEncoder:
     """An encoder and the preprocessing that it was trained with."""
 
-    encoder: Encoder
+    encoder: ImageEncoder
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str
+    interpolation: Interpolation
 
 
 def load_encoder(
@@ -102,9 +102,16 @@ def _from_checkpoint(folder: Path, image_size: int | None) -> PretrainedEncoder:
             f"{folder}: its photos are resized to {seen.resize_to} and cut, which no training "
             "here does; give the encoder by its timm name"
         )
-    shape, state = _at_size(model.encoder_config, model.encoder.state_dict(), image_size)
-    encoder = Encoder(shape)
-    encoder.load_state_dict(state)
+    encoder = model.encoder
+    if image_size not in (None, encoder.config.image_size):
+        if not isinstance(encoder, Encoder):
+            raise UserError(
+                f"{folder}: its encoder takes photos of {encoder.config.image_size} pixels alone; "
+                "leave encoder.image_size out"
+            )
+        shape, state = _at_size(encoder.config, encoder.state_dict(), image_size)
+        encoder = Encoder(shape)
+        encoder.load_state_dict(state)
     return PretrainedEncoder(encoder, seen.mean, seen.std, seen.interpolation)
 
 
@@ -150,7 +157,7 @@ def _from_timm(name: str, weights: Path | None, image_size: int | None) -> Pretr
         _rename(name, config, state, prefix, TIMM_NAMES, image_size),
         tuple(cfg["mean"]),
         tuple(cfg["std"]),
-        cfg["interpolation"] if cfg["interpolation"] in ("bicubic", "bilinear") else "bicubic",
+        "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",
     )
 
 
@@ -160,7 +167,7 @@ def _from_torchvision(name: str, weights: Path | None, image_size: int | None) -
 
     if name not in models.list_models(module=models) or not name.startswith("vit_"):
         raise UserError(f"encoder.pretrained: torchvision has no Vision Transformer {name!r}")
-    default = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    default = models.get_model_weights(name).DEFAULT
     try:
         model = models.get_model(name, weights=default if weights is None else None)
         if weights is not None:
@@ -171,7 +178,7 @@ def _from_torchvision(name: str, weights: Path | None, image_size: int | None) -
     config = EncoderConfig(
         width=model.hidden_dim,
         layers=len(model.encoder.layers),
-        heads=model.encoder.layers[0].num_heads,  # type: ignore[index,union-attr]
+        heads=model.encoder.layers[0].num_heads,
         mlp_width=model.mlp_dim,
         image_size=model.image_size,
         patch_size=model.patch_size,

@@ -2,22 +2,28 @@
 itself is not needed. What cannot be represented exactly is refused by the name of its field."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from handler.errors import UserError
-from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.model import CaptioningModel, DecoderConfig, EncoderShape
 from training.weights.blip import BLIP
 from training.weights.family import Config, Family, Weights
+from training.weights.florence import FLORENCE
 from training.weights.git import GIT
 from training.weights.rename import fill, rename
 from training.weights.vision_encoder_decoder import VISION_ENCODER_DECODER
 
 # By the config's `model_type`.
-FAMILIES = {"vision-encoder-decoder": VISION_ENCODER_DECODER, "blip": BLIP, "git": GIT}
+FAMILIES = {
+    "vision-encoder-decoder": VISION_ENCODER_DECODER,
+    "blip": BLIP,
+    "git": GIT,
+    "florence2": FLORENCE,
+}
 
 
 def family_of(config: Config) -> Family:
@@ -35,7 +41,7 @@ def family_of(config: Config) -> Family:
 
 def model_configs(
     config: Config, image_size: int | None = None
-) -> tuple[EncoderConfig, DecoderConfig]:
+) -> tuple[EncoderShape, DecoderConfig]:
     """Our shapes from a parsed `config.json`, for photos of `image_size` pixels where the encoder
     takes any. Raises UserError naming the field that does not fit; a field that is absent has the
     value that transformers gives it."""
@@ -48,15 +54,21 @@ def model_configs(
 
 @torch.no_grad()
 def import_model(
-    config: Config, state: Mapping[str, Tensor], where: str, image_size: int | None = None
+    config: Config,
+    state: Mapping[str, Tensor],
+    where: str,
+    image_size: int | None = None,
+    prompt_ids: Sequence[int] = (),
 ) -> CaptioningModel:
     """Our model, in evaluation mode and float32, from a parsed `config.json` and a state dict.
+    `prompt_ids` is the prompt that its prompt encoder reads where none is given.
 
     Raises UserError: for a field of the config as `model_configs` does, and for a parameter too
     many, too few or of another shape, beginning with `where` (the file that they are from).
     """
     family = family_of(config)
     encoder, decoder = model_configs(config, image_size)
+    decoder = replace(decoder, prompt_ids=tuple(prompt_ids))
     names = family.names(config)
     ours = {name: t.float() for name, t in rename(where, state, names).items()}
     weights = Weights(ours, names, where)
@@ -72,7 +84,7 @@ def import_model(
     return model.eval()
 
 
-def _check_fit(encoder: EncoderConfig, decoder: DecoderConfig, weights: Weights) -> None:
+def _check_fit(encoder: EncoderShape, decoder: DecoderConfig, weights: Weights) -> None:
     """Refuses weights of other sizes than the config's before anything of those is allocated."""
     where, tensors = weights.where, len(weights.ours)
     for part, layers in (("encoder", encoder.layers), ("decoder", decoder.layers)):

@@ -4,14 +4,14 @@ dict becomes ours by a table of names and a few exact changes, such as joining q
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from handler.errors import UserError
-from training.model import DecoderConfig, EncoderConfig
+from training.model import DecoderConfig, EncoderShape
 from training.weights.fields import Section
 from training.weights.rename import Names, their_names
 
@@ -62,15 +62,20 @@ class Family:
     `configs` reads our shapes; `names` is the table of names; `arrange` makes the renamed tensors
     ours; `generation` is the generation config that its `generate` uses, where
     `generation_config.json` holds the second argument (None: there is none); `free_size` says
-    whether the encoder takes photos of any size, the image processor's.
+    whether the encoder takes photos of any size, the image processor's; `tasks` are the words of
+    the prompts that it reads beside the photo, by their names, the default first; `forced` says
+    that its generate may force the first and the last token.
     """
 
     architecture: str
-    configs: Callable[[Config], tuple[EncoderConfig, DecoderConfig]]
+    configs: Callable[[Config], tuple[EncoderShape, DecoderConfig]]
     names: Callable[[Config], Names]
-    arrange: Callable[[Config, Weights, EncoderConfig, DecoderConfig], None]
+    # Of the shapes that `configs` gives, the encoder's being of the family's own kind.
+    arrange: Callable[[Config, Weights, Any, DecoderConfig], None]
     generation: Callable[[Config, Config | None], Config]
     free_size: Callable[[Config], bool] = lambda _: False
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    forced: bool = False
 
 
 def kind_of(section: Section, kinds: Mapping[str, KIND]) -> KIND:

@@ -43,6 +43,16 @@ class Section:
             raise UserError(f"field '{self.prefix}{field}' must be {kind}, not {value!r}")
         return value
 
+    def numbers(self, field: str, default: list[VALUE]) -> tuple[VALUE, ...]:
+        """A list of values of the type of its default's."""
+        values = self.values.get(field, default)
+        kind = type(default[0])
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            raise UserError(
+                f"field '{self.prefix}{field}' must be a list of {kind.__name__}, not {values!r}"
+            )
+        return tuple(values)
+
     def demand(self, field: str, only: VALUE) -> None:
         """Refuses any other value of a field."""
         if self.value(field, only) != only:

@@ -1,8 +1,6 @@
 """The files of a Hugging Face captioner, read as data: no code that comes with a model is run."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +110,3 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path}: holds more than tensors; give the state dict alone")
     return state
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors about fields begin with the file that the fields are from."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error

@@ -33,8 +33,6 @@ UNSUPPORTED = {
     "encoder_repetition_penalty": 1.0,
     "exponential_decay_length_penalty": None,
     "force_words_ids": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
     "guidance_scale": 1.0,
     "max_time": None,
     "num_beam_groups": 1,
@@ -54,15 +52,17 @@ UNSUPPORTED_SAMPLING = {
     "typical_p": 1.0,
 }
 IDS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 GENERATION = {
-    *(*SAME, *SAMPLING, *UNSUPPORTED, *UNSUPPORTED_SAMPLING, *IDS, *LENGTHS, "suppress_tokens")
+    *(*SAME, *SAMPLING, *UNSUPPORTED, *UNSUPPORTED_SAMPLING),
+    *(*IDS, *FORCED, *LENGTHS, "suppress_tokens"),
 }
 
 
 def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """`begin_id`, `end_id`, `pad_id` and `suppressed_ids` of a CaptionTokenizer, as generate finds
-    them. Raises UserError naming the field."""
+    """`begin_id`, `end_id`, `pad_id`, `suppressed_ids`, `first_id` and `forces_end` of a
+    CaptionTokenizer, as generate finds them. Raises UserError naming the field."""
     begin = generation.get("decoder_start_token_id", generation.get("bos_token_id"))
     end = generation.get("eos_token_id")
     if isinstance(end, list) and len(end) == 1:
@@ -77,6 +77,17 @@ def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
     suppressed = generation.get("suppress_tokens", [])
     if not isinstance(suppressed, list) or any(type(i) is not int for i in suppressed):
         raise UserError(f"field 'suppress_tokens' is {suppressed!r}; give a list of ids")
+    first, forced_end = (generation.get(name) for name in FORCED)
+    if first is not None and (type(first) is not int or not 0 <= first < vocab_size):
+        raise UserError(
+            f"field 'forced_bos_token_id' is {first!r}; it must be one id below "
+            f"decoder.vocab_size ({vocab_size})"
+        )
+    if forced_end not in (None, end, [end]):
+        raise UserError(
+            f"field 'forced_eos_token_id' is {forced_end!r}; only 'eos_token_id' ({end}) can be "
+            "forced at the end"
+        )
     return {
         "begin_id": begin,
         "end_id": end,
@@ -84,6 +95,8 @@ def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
         "pad_id": pad if type(pad) is int and 0 <= pad < vocab_size else end,
         # What generate suppresses: neither padding nor the begin token.
         "suppressed_ids": [i for i in suppressed if 0 <= i < vocab_size],
+        "first_id": first,
+        "forces_end": forced_end is not None,
     }
 
 
@@ -101,16 +114,18 @@ def stored_or_legacy(
 
 
 def import_decoding(
-    generation: Mapping[str, Any], positions: int, vocab_size: int
+    generation: Mapping[str, Any], positions: int, vocab_size: int, forced: bool = False
 ) -> dict[str, Any]:
     """Our decoding defaults from a generation config whose nulls are left out. Raises UserError
     naming the field that is not supported or out of its range.
 
     They are what generate does without further arguments: one beam, `early_stopping` false and 20
-    tokens where the config does not say otherwise.
+    tokens where the config does not say otherwise. `forced` tokens are for `import_ids`.
     """
     sampling = generation.get("do_sample", False)
-    refused = {**UNSUPPORTED, **(UNSUPPORTED_SAMPLING if sampling else {})}
+    refused: dict[str, Any] = dict(UNSUPPORTED)
+    refused |= UNSUPPORTED_SAMPLING if sampling else {}
+    refused |= {} if forced else dict.fromkeys(FORCED)
     for name, neutral in refused.items():
         value = generation.get(name)
         if value is not None and value != [] and value != neutral:

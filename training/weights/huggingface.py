@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.errors import UserError
+from handler.errors import UserError, naming
 from handler.files import check_replaceable, replace_folder
 from training.checkpoint import save_checkpoint
 from training.folders import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE
@@ -18,22 +18,21 @@ from training.weights.files import (
     SPECIAL,
     TOKENIZER,
     fetch,
-    naming,
     read_json,
     read_processor,
     read_state,
 )
 from training.weights.generation import import_decoding, import_ids
 from training.weights.image_processor import import_preprocessing
-from training.weights.tokenizer import import_tokenizer
+from training.weights.tokenizer import import_tasks, import_tokenizer
 
 
 def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     """Writes the model as the checkpoint `out`, where an earlier import may be, but no run that was
     trained. Raises UserError naming the file and the field or parameter that does not fit, and then
     writes nothing."""
+    check_untrained(out)  # before anything is downloaded
     folder = fetch(name_or_folder)
-    check_untrained(out)
     check_replaceable(out, IMPORTED, [folder])
     config = read_json(folder / CONFIG)
     with naming(folder / CONFIG):
@@ -50,7 +49,9 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
         source, stored = folder / GENERATION, read_json(folder / GENERATION)
     with naming(source):
         generation = family.generation(config, stored)
-        decoding = import_decoding(generation, decoder.max_positions, decoder.vocab_size)
+        decoding = import_decoding(
+            generation, decoder.max_positions, decoder.vocab_size, family.forced
+        )
         ids = import_ids(generation, decoder.vocab_size)
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
@@ -59,6 +60,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             settings |= {"added_tokens": found} if name == ADDED else found
     try:
         tokenizer = import_tokenizer(folder, settings, decoder.vocab_size)
+        tasks = import_tasks(folder, tokenizer, settings, family.tasks)
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -67,12 +69,13 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
         ) from error
 
     weights, state = read_state(folder)
-    model = import_model(config, state, str(weights), preprocessing.image_size)
+    default = next((task["ids"] for task in tasks.values()), [])
+    model = import_model(config, state, str(weights), preprocessing.image_size, default)
     with replace_folder(out, IMPORTED, [folder]) as new:
         save_checkpoint(
             new,
             model,
-            CaptionTokenizer(tokenizer, **ids),
+            CaptionTokenizer(tokenizer, **ids, tasks=tasks),
             preprocessing.to_dict(),
             decoding,
             {"imported_from": name_or_folder},

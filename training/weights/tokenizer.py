@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from handler.caption_tokenizer import Task
 from handler.errors import UserError
 
 FAST, WORD_PIECES, PAIRS = "tokenizer.json", "vocab.txt", ("vocab.json", "merges.txt")
@@ -54,7 +55,8 @@ def import_tokenizer(folder: Path, settings: Mapping[str, Any], vocab_size: int)
         cleaned = [decoders.Replace(*pair) for pair in CLEANED]
         tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Fuse(), *cleaned])
     usual = BERT_SPECIAL if word_pieces else GPT2_SPECIAL
-    if "roberta" in str(settings.get("tokenizer_class")).lower():
+    kind = str(settings.get("tokenizer_class")).lower()
+    if "roberta" in kind or "bart" in kind:
         usual = ROBERTA_SPECIAL
     named = [*usual, *(settings.get(field) for field in SPECIAL_FIELDS)]
     for field in ("additional_special_tokens", "extra_special_tokens"):
@@ -71,6 +73,21 @@ def import_tokenizer(folder: Path, settings: Mapping[str, Any], vocab_size: int)
             f"field 'decoder.vocab_size' is {vocab_size}; give the tokenizer of this model"
         )
     return tokenizer
+
+
+def import_tasks(
+    folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any], tasks: Mapping[str, str]
+) -> dict[str, Task]:
+    """The words of each task with their ids, as its processor makes them: between the tokenizer's
+    begin and end token. Raises UserError where it has none."""
+    begin, end = _text(settings.get("bos_token", "<s>")), _text(settings.get("eos_token", "</s>"))
+    for token in (begin, end):
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(f"{folder}: the tokenizer has no token {token!r}, as a prompt needs it")
+    return {
+        name: {"words": words, "ids": tokenizer.encode(begin + words + end, None, False, False).ids}
+        for name, words in tasks.items()
+    }
 
 
 def _read_fast(path: Path) -> Tokenizer:

@@ -1,0 +1,293 @@
+"""The captions of a whole folder of photos, as JSON lines, and as alternative texts in the photos.
+
+A row is of one photo, and records what its caption was made from: `{"image", "bytes", "sha256",
+"checkpoint", "precision", "options", "caption", "captions"}`. While a run is at work it appends
+rows; a later row of a photo replaces an earlier one, and at the end the file is written anew with
+one row a photo.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from handler.client.alt_text import NoAltText, alternative_text, write_alt_text
+from handler.client.connection import ServerError, as_text, read_file
+from handler.errors import UserError
+from handler.files import write_atomic
+from handler.image_preprocess import PHOTO_SUFFIXES, sniff
+
+# Requests in flight: enough to fill the server's batches.
+IN_FLIGHT = 8
+# Why a photo is captioned again, as a message counts it.
+CHANGED_PHOTO, OTHER_OPTIONS = "changed", "with other options"
+OTHER_MODEL = "by another checkpoint or precision"
+UNRECORDED, UNREADABLE = "without a record of what it was made from", "unreadable before"
+
+T = TypeVar("T")
+R = TypeVar("R")
+Row = dict[str, Any]
+Refused = list[tuple[str, UserError]]
+
+
+def find_photos(folder: Path) -> dict[str, Path]:
+    """All photos below a folder by their relative path, in order: what is one by its content, and
+    what is named like one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; IMAGES= must name one")
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    found = {
+        path.relative_to(folder).as_posix(): path
+        for path in files
+        if path.suffix.lower() in PHOTO_SUFFIXES or _starts_like_one(path)
+    }
+    if not found:
+        raise UserError(f"{folder}: no photo there; give a folder of JPEG, PNG or other photos")
+    return found
+
+
+def _starts_like_one(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return sniff(file.read(32)) is not None
+    except OSError:
+        return False
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a path that no file can be written to, before anything is asked."""
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder; give the path of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path}: it cannot be written; give another path")
+
+
+# --- the file of captions
+
+
+class CaptionFile:
+    """The file of captions: `rows` holds the latest of each photo. A last line that a killed run
+    left half is cut. Raises UserError for a file of something else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        data = read_file(path) if path.is_file() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self.rows[str(row["image"])] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{path}: line {number} has no field 'image': not an earlier OUT; name another"
+                ) from error
+        # Without a buffer: nothing is left to be written when the file is closed.
+        self.file = path.open("ab", buffering=0)
+        self.file.truncate(len(whole))
+
+    def __enter__(self) -> "CaptionFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def append(self, row: Row) -> None:
+        """Appends a row whole or not at all. Raises UserError where the disk is full."""
+        line, end = json_line(row), self.file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            self.file.truncate(end)
+            raise UserError(
+                f"{self.path}: {error.strerror}; the captions so far are in it: make room and run "
+                "again"
+            ) from error
+        self.rows[row["image"]] = row
+
+    def compact(self, photos: Iterable[str]) -> None:
+        """Writes the file anew, whole or not at all, with one row a photo: those of `photos` first,
+        in their order."""
+        names = dict.fromkeys(name for name in (*photos, *self.rows) if name in self.rows)
+        content = b"".join(json_line(self.rows[name]) for name in names)
+        if content != self.path.read_bytes():
+            write_atomic(Path(os.path.realpath(self.path)), content)  # a link stays one
+
+
+def json_line(row: Row) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+# --- captions
+
+
+@dataclass(frozen=True)
+class FolderRequest:
+    """What a run asks for: `ask(photo, **options)` is the answer of a server."""
+
+    ask: Callable[..., dict[str, Any]]
+    options: dict[str, Any]
+    photos: dict[str, Path]
+
+    def row(self, name: str) -> Row | UserError:
+        """The row of a photo, or why it has none. Raises what is true of every photo: no server
+        answers, or it refuses an option or the key."""
+        try:
+            name.encode()
+            photo = self.photos[name].read_bytes()
+        except UnicodeEncodeError:
+            return UserError("its name is not UTF-8; rename it")
+        except OSError as error:
+            return UserError(f"not readable ({error.strerror})")
+        try:
+            answer = self.ask(photo, **self.options)
+        except ServerError as error:
+            if error.kind in ("InvalidParameter", "InvalidKeyException"):
+                raise
+            return error
+        record = {**content_of(photo), **model_of(answer["model"])}
+        record["options"] = as_text(self.options)
+        return {"image": name, **record, **{f: answer[f] for f in ("caption", "captions")}}
+
+    def difference(self, name: str, row: Row) -> str | None:
+        """What is not as it was when `row` was written, the model left out; None where all is."""
+        if "sha256" not in row:
+            return UNRECORDED
+        try:
+            content = content_of(self.photos[name].read_bytes())
+        except OSError:
+            return UNREADABLE  # asked for again, and so reported
+        if any(row.get(field) != value for field, value in content.items()):
+            return CHANGED_PHOTO
+        return None if row.get("options") == as_text(self.options) else OTHER_OPTIONS
+
+
+def content_of(photo: bytes) -> Row:
+    return {"bytes": len(photo), "sha256": hashlib.sha256(photo).hexdigest()}
+
+
+def model_of(record: Mapping[str, Any]) -> Row:
+    """What a row, or the `model` of an answer, says of the model."""
+    return {field: record.get(field) for field in ("checkpoint", "precision")}
+
+
+def caption_folder(
+    ask: Callable[..., dict[str, Any]], folder: Path, out: Path, options: dict[str, Any]
+) -> Refused:
+    """Writes a row to `out` for each photo below `folder`; `ask(photo, **options)` is the answer of
+    a server. A photo that has a row is asked for again where the photo, the options or the server's
+    model are no longer those of its row.
+
+    Returns the photos that could not be read, or were refused, and why. They get no new row, and
+    lose one that is of another content. Raises UserError where no server answers, where it refuses
+    an option, or where the disk is full; the rows so far stay.
+    """
+    photos = find_photos(folder)
+    check_writable(out)
+    request = FolderRequest(ask, options, photos)
+    refused: Refused = []
+    with CaptionFile(out) as file:
+        again = differences(request, file)
+        kept = [name for name in photos if name in file.rows and name not in again]
+        with tqdm(desc="captions", unit="photo", total=len(photos), disable=None) as bar:
+
+            def caption_all(names: Sequence[str]) -> list[Row]:
+                """Appends the rows of these photos, and returns them."""
+                rows: list[Row] = []
+                for name, row in zip(names, in_order(request.row, names), strict=True):
+                    bar.update()
+                    if isinstance(row, UserError):
+                        bar.write(f"{printable(folder / name)}: {row}", file=sys.stderr)
+                        refused.append((name, row))
+                        continue
+                    file.append(row)
+                    rows.append(row)
+                return rows
+
+            written = caption_all([name for name in photos if name not in set(kept)])
+            # Only an answer says which model is served.
+            tried = (request.row(name) for name in kept[:IN_FLIGHT])
+            answered = (row for row in chain(written[-1:], tried) if isinstance(row, dict))
+            model = next(map(model_of, answered), None)
+            outdated = [name for name in kept if model_of(file.rows[name]) != model]
+            again |= dict.fromkeys(outdated, OTHER_MODEL)
+            bar.update(len(kept) - len(outdated))
+            written += caption_all(outdated)
+        for name, _ in refused:
+            if again.get(name) == CHANGED_PHOTO:
+                del file.rows[name]
+        file.compact(photos)
+    print(f"{out}: {len(written)} captioned, {len(kept) - len(outdated)} were there")
+    if reasons := Counter(again[row["image"]] for row in written if row["image"] in again):
+        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        print(f"{out}: of these, captioned again: {counts}")
+    return refused
+
+
+def differences(request: FolderRequest, file: CaptionFile) -> dict[str, str]:
+    """The photos whose rows are not of the present photo and options, and why."""
+    names = [name for name in request.photos if name in file.rows]
+    found = in_order(lambda name: request.difference(name, file.rows[name]), names)
+    bar = tqdm(found, "compare", len(names), unit="photo", disable=None, delay=1)
+    return {name: why for name, why in zip(names, bar, strict=True) if why is not None}
+
+
+def write_alt_texts(folder: Path, out: Path) -> Refused:
+    """Writes the captions of `out` into the photos below `folder` that have no alternative text,
+    and into their rows what the photos are now. Returns the photos that could not take it and why.
+    """
+    photos = find_photos(folder)
+    written = 0
+    refused: Refused = []
+    with CaptionFile(out) as file:
+        for name in tqdm([n for n in photos if n in file.rows], desc="alt texts", disable=None):
+            row = file.rows[name]
+            caption = str(row.get("caption") or "")
+            try:
+                if write_alt_text(photos[name], caption):
+                    written += 1
+                    file.append(row | content_of(photos[name].read_bytes()))
+                    if alternative_text(caption) != caption.strip():
+                        said = "characters that XML forbids are left out of its alternative text"
+                        print(f"{printable(folder / name)}: {said}", file=sys.stderr)
+            except NoAltText as error:
+                refused.append((name, error))
+            except OSError as error:
+                refused.append((name, UserError(error.strerror or "cannot be written")))
+        file.compact(photos)
+    for name, reason in refused:
+        print(f"{printable(folder / name)}: {reason}", file=sys.stderr)
+    print(f"{folder}: alternative text written into {written} of {len(photos)} photos")
+    return refused
+
+
+def in_order(call: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """`map(call, items)` with IN_FLIGHT calls at a time, and not many more results held."""
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        waiting: list[Future[R]] = []
+        try:
+            for item in items:
+                waiting.append(pool.submit(call, item))
+                if len(waiting) > 2 * IN_FLIGHT:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for left in waiting:
+                left.cancel()
+
+
+def printable(path: Path) -> str:
+    """A path as any terminal can show it."""
+    return str(path).encode("utf-8", "replace").decode()

@@ -1,0 +1,175 @@
+"""Jobs of handler.batch for the tests: photos in every layout, the rows that came out, a driver and
+its processes, and a photo that kills whoever reads it."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPOSITORY
+
+from handler.batch import namespace
+
+BROKEN = {
+    "bad.jpg": (b"\xff\xd8\xff\xe0 no photo", "InvalidImage"),
+    "text.png": (b"words", "UnsupportedMediaType"),
+}
+
+needs_namespace = pytest.mark.skipif(
+    not (namespace.is_alone() or namespace.is_possible()),
+    reason="Ray would open its ports on every interface",
+)
+
+
+def write_folder(folder: Path, photos: dict[str, bytes]) -> str:
+    for name, content in photos.items():
+        path = folder / "sub" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return str(folder)
+
+
+def write_tars(folder: Path, photos: dict[str, bytes], tars: int = 2) -> str:
+    folder.mkdir(parents=True)
+    names = sorted(photos)
+    for number in range(tars):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for name in names[number::tars]:
+                add(tar, name, photos[name])
+                add(tar, f"{Path(name).stem}.json", b"{}")
+    return f"{folder}/{{0..{tars - 1}}}.tar"
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def write_parquet(
+    folder: Path, photos: dict[str, bytes], structs: bool = False, rows: int = 8
+) -> str:
+    folder.mkdir(parents=True)
+    table = [
+        {"id": name, "image": {"bytes": content, "path": None} if structs else content}
+        for name, content in photos.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(table), folder / "a.parquet", row_group_size=rows)
+    return str(folder)
+
+
+def write_paths(folder: Path, photos: dict[str, bytes]) -> str:
+    write_folder(folder, photos)
+    rows = [{"image": f"sub/{name}"} for name in photos]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=8)
+    return str(folder / "a.parquet")
+
+
+def rows_of(out: Path) -> list[dict]:
+    parts = sorted(out.glob("part-*.parquet"))
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def start_batch(where: str, out: Path, export: Path, *more: str) -> "Driver":
+    command = [sys.executable, "-W", "ignore", "-m", "handler.batch"]
+    command += ["--source", where, "--out", str(out), "--export", str(export), *more]
+    return Driver(command, out.parent)
+
+
+class Driver:
+    """`python -m handler.batch` at work, and all processes that come from it, also once it is gone:
+    they stay in its working folder."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        self.folder = cwd / f"driver-{uuid.uuid4().hex[:8]}"
+        self.folder.mkdir()
+        self.process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Those of the job whose command line holds `title`."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.cwd() == str(self.folder) and process.status() != "zombie":
+                    found += [process] if title in " ".join(process.cmdline()) else []
+        return found
+
+    def actors(self) -> list[psutil.Process]:
+        """By the title that Ray gives them."""
+        return self.processes("ray::Actor")
+
+    def kill(self) -> None:
+        """As the system's memory killer would: nothing is told, nothing cleaned up."""
+        self.process.kill()
+        self.process.communicate()
+
+    def wait(self, seconds: float = 280) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+    def check_all_ended(self) -> None:
+        """Everything ends with the driver, Ray's own processes after a moment."""
+        deadline = time.monotonic() + 60
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not left, [process.cmdline() for process in left]
+
+
+@contextmanager
+def deadly(path: Path) -> Iterator[list[int]]:
+    """A file (a pipe) whose every reader is killed, as a decoder's crash would kill it. Yields the
+    process ids of the dead."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    dead: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            try:
+                handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                continue  # nobody reads it
+            while not (readers := readers_of(path)) and not done.is_set():
+                time.sleep(0.01)
+            for reader in readers:
+                dead.append(reader)
+                os.kill(reader, signal.SIGKILL)
+            os.close(handle)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield dead
+    finally:
+        done.set()
+        watcher.join()
+
+
+def readers_of(path: Path) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(OSError):
+            files = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+            if str(path) in files and process.pid != os.getpid():
+                found.append(process.pid)
+    return found
