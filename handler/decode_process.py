@@ -30,10 +30,12 @@ from PIL import Image
 
 from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
 
-# Processor seconds and bytes of memory that a photo may take: 2 s in all, of which up to half a
-# second goes to the start of the process where the processors are shared, and some to the walk and
-# the way there and back.
-SECONDS, PIXELS_A_SECOND = 1.0, 18e6
+# Processor seconds and bytes of memory that a photo may take. The limit is 2 s in all, and one more
+# for every 16 megapixels, with the start of the process; but neighbours in a batch wait for it, and
+# no ordinary photo needs as much.
+SECONDS, PIXELS_A_SECOND = 0.6, 16e6
+# Any photo may take this, however slow others of its batch were: ordinary ones of a megapixel do.
+LEAST_SECONDS = 0.1
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 # An ordinary photo is decoded faster than this; what takes longer is slow for its size.
 ORDINARY_PIXELS_A_SECOND = 9e6
@@ -57,15 +59,15 @@ START = (
 )
 
 
-def seconds_for(size: tuple[int, int]) -> float:
+def seconds_for(size: tuple[int, int], share: float) -> float:
     """The processor seconds that decoding a photo of this size may take."""
-    return SECONDS + size[0] * size[1] / PIXELS_A_SECOND
+    return max(LEAST_SECONDS, share * (SECONDS + size[0] * size[1] / PIXELS_A_SECOND))
 
 
 @dataclass
 class Patience:
-    """The share of its time that a photo may take while others wait for it. However many of them
-    are slow, together they take 1.4 times as long as one may."""
+    """The share of its time that a photo may take while others wait for it. However many photos
+    of a batch are slow, together they take little longer than the slowest one may."""
 
     share: float = 1.0
 
@@ -126,11 +128,11 @@ class DecodeProcess:
                 file.write(data)
                 request = REQUEST.pack(side, share, kind.encode())
                 socket.send_fds(self.socket, [request], [file.fileno()])
-            answer = self._answer(SECONDS * share)
+            answer = self._answer(seconds_for((0, 0), share))
             if "seconds" not in answer:  # of the header alone
                 width, height = answer["size"]
                 pixels = width * height
-                answer = self._answer(seconds_for((width, height)) * share)
+                answer = self._answer(seconds_for((width, height), share))
             patience.spend(answer["seconds"] - pixels / ORDINARY_PIXELS_A_SECOND)
             if "error" in answer:
                 raise REFUSALS[answer["error"]](answer["message"])

@@ -18,7 +18,6 @@ from handler.decode_process import (
     MEMORY,
     MEMORY_A_PIXEL,
     REQUEST,
-    SECONDS,
     TOO_COMPLEX,
     memory_file,
     seconds_for,
@@ -83,7 +82,7 @@ class Timer:
     """Ends this process when a photo has taken its share of the time that it may take."""
 
     def __init__(self, share: float) -> None:
-        self.share, self.seconds = share, SECONDS * share
+        self.share, self.seconds = share, seconds_for((0, 0), share)
         signal.setitimer(signal.ITIMER_PROF, self.seconds)
 
     def spent(self) -> float:
@@ -92,7 +91,7 @@ class Timer:
     def extend(self, size: tuple[int, int]) -> None:
         """To the time that a photo of this size may take."""
         spent = self.spent()
-        self.seconds = seconds_for(size) * self.share
+        self.seconds = seconds_for(size, self.share)
         signal.setitimer(signal.ITIMER_PROF, max(0.001, self.seconds - spent))
 
     def stop(self) -> float:

@@ -185,7 +185,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
         full_segment(0xE1, b"\0", b"Exif\0\0II*\0\x08\0\0\0")
     ),
     "jpeg, fill bytes": lambda: segments(b"\xff"),
-    "jpeg, thousands of scans": lambda: scans(4000, 5000),
+    "jpeg, thousands of scans": lambda: scans(3990, 5000),
     "jpeg, comments behind the first scan": lambda: encoded(PICTURE, "JPEG")[:-2]
     + flood(segment(0xFE, b"")) + b"\xff\xd9",
     "png, colour profiles": lambda: red_png(flood(chunk(b"iCCP", b"a\0\0" + MEGABYTE))),
@@ -239,7 +239,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 # Of those whose header names many.
 MEGAPIXELS = {
-    "jpeg, thousands of scans": 16,
+    "jpeg, thousands of scans": 15.9,
     "png, 63 megapixels of a kilobyte": 64,
     "png, 64 megapixels of a transparent colour": 64,
     "bmp, run length, one pixel a run": 8,

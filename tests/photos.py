@@ -17,6 +17,15 @@ def smooth(width: int = 80, height: int = 60, seed: int = 0) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def natural(width: int, height: int) -> Image.Image:
+    """Smooth colours under noise, about as hard to code as a photograph."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
+    noisy = pixels + rng.normal(0, 4, pixels.shape).astype(np.int16)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

@@ -14,7 +14,7 @@ import yaml
 from cost import processor_seconds
 from hostile import HOSTILE
 from load import OPTIONS
-from photos import encoded, smooth
+from photos import encoded, natural, smooth
 from PIL import Image
 from worker import Worker, by_grpc, rest
 
@@ -103,6 +103,21 @@ def test_good_photos_wait_for_one_slow_photo_at_most(worker, captioner, photos, 
     # And the next batch is patient again.
     [answer] = worker.predict(rest({"image": encoded(smooth(), "AVIF")}))
     assert answer.status == 200
+
+
+def test_ordinary_photos_are_decoded_before_slow_ones(worker, captioner):
+    """AVIF and HEIC get little time after a photo that took too much: not for its place alone."""
+    slow = [rest({"image": HOSTILE["tiff, strips of the same slow bytes"]()})] * 4
+    photo = natural(2400, 1800)
+    ordinary = [
+        encoded(photo, "JPEG", progressive=True),
+        encoded(photo, "PNG"),
+        encoded(photo, "AVIF", speed=9),
+    ]
+    answers = worker.predict(*slow, *(rest({"image": data}) for data in ordinary))
+    assert [answer.status for answer in answers] == [413] * 4 + [200] * 3
+    expected = [captioner.caption([data])[0][0].text for data in ordinary]
+    assert [answer.json["caption"] for answer in answers[4:]] == expected
 
 
 def test_a_photo_alone_or_among_others_has_the_same_caption(worker, photos):

@@ -33,7 +33,7 @@ from PIL import Image
 
 from handler import decode_process
 from handler.image_preprocess import ImageTooComplex, InvalidImage, Patience, decode
-from handler.image_walk import walk
+from handler.image_walk import Effort, walk
 
 WHITE = (255, 255, 255)
 # A text of 2 MB, as drawing tools write their workflow.
@@ -193,8 +193,8 @@ def test_what_cameras_and_programs_write_is_ordinary():
         encoded(photo, "MPO", save_all=True, append_images=[photo]),
         encoded(photo.convert("CMYK"), "JPEG"),
     ):
-        cut, cheap = walk(data, "JPEG")
-        assert cheap
+        cut, effort = walk(data, "JPEG")
+        assert effort == Effort.CHEAP
         assert np.array_equal(decode(data), decode(cut))
 
 
@@ -261,7 +261,7 @@ def test_patience_is_spent_by_what_is_slow_for_its_size():
     patience = Patience()
     patience.spend(-0.5)
     assert patience.share == 1
-    patience.spend(0.3)
+    patience.spend(0.3 * decode_process.SECONDS)
     assert patience.share == pytest.approx(0.7)
     shares = []
     for _ in range(7):
