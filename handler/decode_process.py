@@ -29,11 +29,15 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
+from handler.image_walk import Effort
 
 # Processor seconds and bytes of memory that a photo may take. The limit is 2 s in all, and one more
 # for every 16 megapixels, with the start of the process; but neighbours in a batch wait for it, and
 # no ordinary photo needs as much.
 SECONDS, PIXELS_A_SECOND = 0.6, 16e6
+# The share of it for a photo that nothing is known about: a photo that is bounded, AVIF, HEIC or
+# large, needs more.
+UNKNOWN_SHARE = 0.5
 # Any photo may take this, however slow others of its batch were: ordinary ones of a megapixel do.
 LEAST_SECONDS = 0.1
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
@@ -78,13 +82,13 @@ class Patience:
 
 
 def decode_elsewhere(
-    data: bytes, kind: str, min_side: int | None, patience: Patience
+    data: bytes, kind: str, effort: Effort, min_side: int | None, patience: Patience
 ) -> Image.Image:
     """The photo in RGB, as `handler.image_decode.decode_photo` returns it. Raises InvalidImage, and
     ImageTooComplex if the process needs too much time or memory."""
     process = _idle.take()
     try:
-        image = process.decode(data, kind, min_side, patience)
+        image = process.decode(data, kind, effort, min_side, patience)
     except InvalidImage:
         _idle.give_back(process)
         raise
@@ -119,9 +123,10 @@ class DecodeProcess:
         self.alive = True
 
     def decode(
-        self, data: bytes, kind: str, min_side: int | None, patience: Patience
+        self, data: bytes, kind: str, effort: Effort, min_side: int | None, patience: Patience
     ) -> Image.Image:
-        side, share, pixels = -1 if min_side is None else min_side, patience.share, 0
+        side, pixels = -1 if min_side is None else min_side, 0
+        share = patience.share * (UNKNOWN_SHARE if effort == Effort.UNKNOWN else 1)
         try:
             self.socket.settimeout(WALL_SECONDS + WALL_FACTOR * SECONDS)
             with memory_file() as file:

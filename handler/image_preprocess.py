@@ -193,7 +193,7 @@ def decode(
         image = open_photo(data, kind)
         if kind == "JPEG" or image.width * image.height <= CHEAP_PIXELS:
             return decode_photo(image, data, min_side)
-    return decode_elsewhere(data, kind, min_side, patience or Patience())
+    return decode_elsewhere(data, kind, photo.effort, min_side, patience or Patience())
 
 
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
