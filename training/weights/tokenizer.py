@@ -80,6 +80,8 @@ def import_tasks(
 ) -> dict[str, Task]:
     """The words of each task with their ids, as its processor makes them: between the tokenizer's
     begin and end token. Raises UserError where it has none."""
+    if not tasks:
+        return {}
     begin, end = _text(settings.get("bos_token", "<s>")), _text(settings.get("eos_token", "</s>"))
     for token in (begin, end):
         if tokenizer.token_to_id(token) is None:
