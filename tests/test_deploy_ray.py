@@ -94,4 +94,4 @@ def third_party() -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found.add(str(node.module).split(".")[0])
-    return found - sys.stdlib_module_names - {"handler"}
+    return found - sys.stdlib_module_names - {"handler", "ts"}  # ts: within TorchServe alone
