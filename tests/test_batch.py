@@ -501,7 +501,7 @@ def test_a_photo_that_the_network_does_not_bring_is_a_row(
     web, tmp_path, tiny_export, photos, monkeypatch
 ):
     monkeypatch.setattr(source, "WAITS_S", (0.0, 0.0))
-    monkeypatch.setattr(RangeServer, "troubles", [503] * 3)
+    monkeypatch.setattr(RangeServer, "troubles", [503] * 9)
     write_folder(tmp_path / "in", {"000.jpg": photos["000.jpg"]})
     caption_all(tiny_export, f"{web}/in/sub/000.jpg", tmp_path / "out")
     [row] = rows_of(tmp_path / "out")

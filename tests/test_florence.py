@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_models import FLORENCE_SIDE, original_layout, save_florence
 from live import client_of, configure, post
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,10 @@ from handler.serve import server as serve
 from training import davit
 from training.checkpoint import load_captioner, load_model, save_checkpoint
 from training.data.captions import pack_captions
+from training.data.manifest import read_manifest
 from training.davit import DaViTConfig
+from training.loop.fine_tuning import fine_tuning_config
+from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig
 from training.weights.huggingface import import_huggingface
 
@@ -214,6 +218,30 @@ def test_training_sees_the_prompt_and_the_forced_token(checkpoint, eager):
     hidden = model.decoder.hidden(tokens, positions, mask, model.encoder(pixels), real)
     model.decoder.head(hidden).logsumexp(1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_fine_tuning_learns_its_task(checkpoint, tiny_data, tmp_path, monkeypatch):
+    """From the imported model, with the prompt that the config asks for; the others stay."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.scores.metrics.find_java", lambda: None)
+    stage = {"name": "finetune", "epochs": 2, "batch_photos": 8, "decoder_lr": 0.01, "ema": 0.5}
+    fields = {"stages": [stage], "decoding": {"prompt": TASKS[1]}, "workers": 0}
+    Path("own.yaml").write_text(yaml.safe_dump(fields))
+    config = fine_tuning_config("own.yaml", checkpoint, data="tiny")
+    train(config, read_manifest(tiny_data), Path("run"))
+    before, after = (load_file(f / "model.safetensors") for f in (checkpoint, Path("run")))
+    assert before.keys() == after.keys()
+    parts = ("encoder.blocks.0.spatial.conv1.conv", "decoder.prompt_encoder.blocks.0.mlp.up")
+    for part in parts:
+        assert not torch.equal(before[f"{part}.weight"], after[f"{part}.weight"])
+    tuned = load_captioner("run")
+    tasks = tuned.tokenizer.tasks
+    assert tasks.keys() == set(TASKS)
+    assert list(tuned.decoder.prompt_encoder.default_1T[0]) == tasks[TASKS[1]]["ids"]
+    assert tuned.caption(PHOTOS) == tuned.caption(PHOTOS, prompt=TASKS[1])
+    lines = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
 
 
 # --- the captions

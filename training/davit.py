@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from training.model import (
     ACTIVATIONS,
+    Dropout,
     ImageEncoder,
     Mlp,
     attend,
@@ -57,6 +58,7 @@ class DaViTConfig:
     qkv_bias: bool = True
     activation: str = "gelu"
     layer_norm_eps: float = 1e-5
+    dropout: float = 0.0
     patch_size: int = 32
     prefix_tokens: Literal[1] = 1
     kind: Literal["davit"] = "davit"
@@ -231,12 +233,13 @@ class HalfBlock(nn.Module):
         self.conv2 = DepthwiseConv(width, side)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = Mlp(width, self.hidden, config.activation)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = self.conv1(x_BND)
-        x_BND = x_BND + self.attention(self.norm1(x_BND))
+        x_BND = x_BND + self.dropout(self.attention(self.norm1(x_BND)))
         parts = strips(self.conv2(x_BND), 1, self.hidden)
-        return torch.cat([part + self.mlp(self.norm2(part)) for part in parts], dim=1)
+        return torch.cat([part + self.dropout(self.mlp(self.norm2(part))) for part in parts], 1)
 
 
 class Block(nn.Module):

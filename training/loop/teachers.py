@@ -74,7 +74,7 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
                 else f"{folder / 'config.json'}: field 'model.encoder.{difference}' is"
             )
             raise UserError(
-                f"{what} not that of the student, but with a frozen encoder they must share its "
+                f"{what} not the student's, but with a frozen encoder they must share its "
                 f"features; set encoder: trained in stage {stage.name!r}"
             )
     return ensemble.to(student.device)
@@ -113,7 +113,7 @@ def refuse_difference(folder: Path, own: Interface, like: Interface) -> None:
             f"{tokenizer}: field 'model.vocab' is not that of {like.owner}, but they must have the "
             "same vocabulary; train one with tokenizer.checkpoint set to the other"
         )
-    for name in ("begin_id", "end_id"):
+    for name in ("begin_id", "end_id", "first_id"):
         mine, theirs = getattr(own.tokenizer, name), getattr(like.tokenizer, name)
         if mine != theirs:
             raise UserError(

@@ -61,8 +61,8 @@ GENERATION = {
 
 
 def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """`begin_id`, `end_id`, `pad_id`, `suppressed_ids`, `first_id` and `forces_end` of a
-    CaptionTokenizer, as generate finds them. Raises UserError naming the field."""
+    """`begin_id`, `end_id`, `pad_id` and `suppressed_ids` of a CaptionTokenizer, as generate finds
+    them. Raises UserError naming the field."""
     begin = generation.get("decoder_start_token_id", generation.get("bos_token_id"))
     end = generation.get("eos_token_id")
     if isinstance(end, list) and len(end) == 1:
@@ -77,17 +77,6 @@ def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
     suppressed = generation.get("suppress_tokens", [])
     if not isinstance(suppressed, list) or any(type(i) is not int for i in suppressed):
         raise UserError(f"field 'suppress_tokens' is {suppressed!r}; give a list of ids")
-    first, forced_end = (generation.get(name) for name in FORCED)
-    if first is not None and (type(first) is not int or not 0 <= first < vocab_size):
-        raise UserError(
-            f"field 'forced_bos_token_id' is {first!r}; it must be one id below "
-            f"decoder.vocab_size ({vocab_size})"
-        )
-    if forced_end not in (None, end, [end]):
-        raise UserError(
-            f"field 'forced_eos_token_id' is {forced_end!r}; only 'eos_token_id' ({end}) can be "
-            "forced at the end"
-        )
     return {
         "begin_id": begin,
         "end_id": end,
@@ -95,9 +84,24 @@ def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
         "pad_id": pad if type(pad) is int and 0 <= pad < vocab_size else end,
         # What generate suppresses: neither padding nor the begin token.
         "suppressed_ids": [i for i in suppressed if 0 <= i < vocab_size],
-        "first_id": first,
-        "forces_end": forced_end is not None,
     }
+
+
+def import_forced(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """`first_id` and `forces_end` of a CaptionTokenizer. Raises UserError naming the field."""
+    first, forced = (generation.get(name) for name in FORCED)
+    if first is not None and (type(first) is not int or not 0 <= first < vocab_size):
+        raise UserError(
+            f"field 'forced_bos_token_id' is {first!r}; it must be one id below "
+            f"decoder.vocab_size ({vocab_size})"
+        )
+    end = import_ids(generation, vocab_size)["end_id"]
+    if forced not in (None, end, [end]):
+        raise UserError(
+            f"field 'forced_eos_token_id' is {forced!r}; only 'eos_token_id' ({end}) can be forced "
+            "at the end"
+        )
+    return {"first_id": first, "forces_end": forced is not None}
 
 
 def stored_or_legacy(
@@ -120,7 +124,7 @@ def import_decoding(
     naming the field that is not supported or out of its range.
 
     They are what generate does without further arguments: one beam, `early_stopping` false and 20
-    tokens where the config does not say otherwise. `forced` tokens are for `import_ids`.
+    tokens where the config does not say otherwise. `forced` tokens are for `import_forced`.
     """
     sampling = generation.get("do_sample", False)
     refused: dict[str, Any] = dict(UNSUPPORTED)

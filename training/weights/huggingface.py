@@ -22,7 +22,7 @@ from training.weights.files import (
     read_processor,
     read_state,
 )
-from training.weights.generation import import_decoding, import_ids
+from training.weights.generation import import_decoding, import_forced, import_ids
 from training.weights.image_processor import import_preprocessing
 from training.weights.tokenizer import import_tasks, import_tokenizer
 
@@ -53,6 +53,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             generation, decoder.max_positions, decoder.vocab_size, family.forced
         )
         ids = import_ids(generation, decoder.vocab_size)
+        ids |= import_forced(generation, decoder.vocab_size) if family.forced else {}
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
         if (folder / name).exists():
@@ -60,7 +61,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             settings |= {"added_tokens": found} if name == ADDED else found
     try:
         tokenizer = import_tokenizer(folder, settings, decoder.vocab_size)
-        tasks = import_tasks(folder, tokenizer, settings, family.tasks)
+        tasks = import_tasks(folder, tokenizer, settings, family.tasks) if family.tasks else {}
     except UserError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
