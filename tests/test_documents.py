@@ -28,6 +28,7 @@ NOT_HERE = {
     r"scenes_full|checkpoints/(scenes|demo)\b|flickr8k_full": "another run's checkpoint",
     r"make data .*DATA=(flickr|coco)": "downloads a dataset; see test_prepare.py",
     r"import_huggingface \w+/|MODEL=\w+/": "downloads gigabytes; see test_import_huggingface.py",
+    r"FROM=\S+-captioning": "needs what that downloads; see test_fine_tuning.py",
     r"\.\.\.|ADDRESS=": "a form, not a command",
 }
 
