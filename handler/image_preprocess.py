@@ -30,7 +30,7 @@ from handler.image_decode import (
     open_photo,
     sniff,
 )
-from handler.image_walk import Effort, walk
+from handler.image_walk import CHEAP_PIXELS, Effort, walk
 
 __all__ = [
     "MAX_BYTES",
@@ -54,8 +54,6 @@ __all__ = [
 Interpolation = Literal["bicubic", "bilinear"]
 # Left, top, right, bottom.
 Box = tuple[float, float, float, float]
-# Larger pictures take more than 0.3 s in the worst case; a JPEG is reduced as it is decoded.
-CHEAP_PIXELS = 8_000_000
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 

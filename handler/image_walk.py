@@ -22,6 +22,8 @@ MAX_CHUNKS = 200_000
 # Bytes of a PNG or WebP whose decoding is known to be cheap whatever they are: blocks of a deflate
 # stream that hold nothing, or thousands of a WebP's tables, cost 0.1 s a megabyte.
 CHEAP_BYTES = 4 * 2**20
+# Larger pictures take more than 0.3 s in the worst case; a JPEG is reduced as it is decoded.
+CHEAP_PIXELS = 8_000_000
 # A progressive JPEG repeats itself over the whole picture once a scan. Encoders write about ten. A
 # scan costs at most this many seconds a pixel, and all of them may take a third of a second.
 ORDINARY_SCANS, SECONDS_PER_SCANNED_PIXEL, SECONDS_OF_SCANS = 16, 1.5e-8, 0.3
@@ -142,7 +144,8 @@ def gif_effort(data: bytes) -> Effort:
 
 
 def webp_effort(data: bytes) -> Effort:
-    """Bounded if there are few chunks, and cheap if they are small."""
+    """Bounded if there are few chunks, and cheap if they and the picture are small. When it opens a
+    WebP, Pillow allocates 8 bytes per pixel."""
     position, chunks = 12, 0
     while position + 8 <= len(data) and chunks <= MAX_BLOCKS:
         size = int.from_bytes(data[position + 4 : position + 8], "little")
@@ -150,7 +153,20 @@ def webp_effort(data: bytes) -> Effort:
         chunks += 1
     if chunks > MAX_BLOCKS:
         return Effort.UNKNOWN
-    return Effort.CHEAP if len(data) <= CHEAP_BYTES else Effort.BOUNDED
+    cheap = len(data) <= CHEAP_BYTES and webp_pixels(data) <= CHEAP_PIXELS
+    return Effort.CHEAP if cheap else Effort.BOUNDED
+
+
+def webp_pixels(data: bytes) -> int:
+    """The pixels of a WebP by the header of its first chunk."""
+    if data[12:16] == b"VP8X":
+        width, height = (int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        return (width + 1) * (height + 1)
+    if data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return ((bits & 0x3FFF) + 1) * ((bits >> 14 & 0x3FFF) + 1)
+    width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    return width * height
 
 
 def bmp_effort(data: bytes) -> Effort:

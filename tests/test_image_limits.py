@@ -237,6 +237,16 @@ def test_what_cameras_and_programs_write_is_ordinary():
         assert np.array_equal(decode(data), decode(cut))
 
 
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": bytes(8)}])
+def test_a_large_webp_is_not_opened_in_this_process(options, monkeypatch):
+    """Pillow allocates 8 bytes per pixel for it, beside those of the process that decodes it."""
+    monkeypatch.setattr("handler.image_preprocess.open_photo", None)
+    photo = Image.new("RGB", (4000, 2001), RED)
+    data = encoded(photo, "WEBP", method=0, **options)
+    assert data[12:16] == {"lossless": b"VP8L", "exif": b"VP8X"}.get(*options or [""], b"VP8 ")
+    assert decode(data).size == photo.size
+
+
 def test_a_png_in_many_pieces_is_the_same_picture():
     whole = encoded(smooth(), "PNG")
     start = whole.index(b"IDAT")
