@@ -4,7 +4,7 @@ the error."""
 import logging
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -15,6 +15,7 @@ from handler.attention_maps import overlay, png_bytes
 from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
 from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt, written_prompt
+from handler.image_preprocess import CheckedPhoto
 from handler.request import Request, describe_error, to_json
 
 log = logging.getLogger(__name__)
@@ -22,16 +23,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """A request that was understood: its place in the batch, the photo as the model sees it
-    (picture, and tensor (3, S, S)), the options of each of its prompts, and whether a picture is
-    the answer."""
+    """A request that was understood: its place in the batch, its photo, the options of each of its
+    prompts, and whether a picture is the answer. Once the photo is decoded, it is there as the
+    model sees it: as a picture, and as a tensor (3, S, S)."""
 
     place: int
     request: Request
+    photo: CheckedPhoto
     options: Sequence[DecodeOptions]
-    image: Image.Image
-    pixels_3SS: Tensor
     as_picture: bool
+    image: Image.Image = field(init=False)
+    pixels_3SS: Tensor = field(init=False)
 
 
 class TokenStream:

@@ -13,7 +13,7 @@ from PIL import Image
 from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
 from handler.beam_search import InvalidParameter
 from handler.captioner import Captioner, prompted
-from handler.image_preprocess import Patience, decode, resize, to_tensor
+from handler.image_preprocess import Patience, check, decode, resize, to_tensor
 from handler.request import HandlerSettings, parse_request, to_json, within
 from handler.server_metrics import ServerMetrics
 
@@ -57,8 +57,7 @@ class CaptionHandler:
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
         """One answer for each request, in order."""
         answers: dict[int, Any] = {}
-        self.patience = Patience()
-        jobs = []
+        understood = []
         for place, fields in enumerate(data):
             try:
                 headers = context.get_all_request_header(place)
@@ -72,9 +71,17 @@ class CaptionHandler:
                     # From the management API; a client's own "describe" header comes with a body.
                     answers[place] = model_card(self.captioner, self.model, self.max_beam_tokens)
                 else:
-                    jobs.append(self._understand(place, fields, headers, grpc))
+                    understood.append(self._understand(place, fields, headers, grpc))
             except Exception as error:
                 answers[place] = failure(error)
+        patience = Patience()
+        # Ordinary photos first: a slow one leaves less time to those that come after it.
+        for job in sorted(understood, key=lambda job: (job.photo.effort, len(job.photo.data))):
+            try:
+                self._decode(job, patience)
+            except Exception as error:
+                answers[job.place] = failure(error)
+        jobs = [job for job in understood if job.place not in answers]
         for job, said in zip(jobs, self._caption(jobs, context), strict=True):
             answers[job.place] = said
         if data != [{}]:  # as a description comes
@@ -84,7 +91,7 @@ class CaptionHandler:
     def _understand(
         self, place: int, fields: dict[str, Any], headers: Mapping[str, Any], grpc: bool
     ) -> Job:
-        """Parses, checks and preprocesses one request. Raises what the client did wrong."""
+        """Parses and checks one request. Raises what the client did wrong."""
         request = parse_request(fields, header(headers, "content-type"))
         given = [request.options]
         if request.prompts is not None:
@@ -102,11 +109,14 @@ class CaptionHandler:
                 "prompts", "a stream and a picture are of one prompt; give prompt instead"
             )
         request.attention = request.attention or explain
+        return Job(place, request, check(request.photo), options, as_picture)
+
+    def _decode(self, job: Job, patience: Patience) -> None:
+        """Decodes and preprocesses the photo of a request. Raises InvalidImage."""
         config = self.captioner.preprocessing
         with self.metrics.timed("captioner_decode_seconds"):
-            image = resize(decode(request.photo, config.side, self.patience), config)
-            pixels_3SS = to_tensor(image, config)
-        return Job(place, request, options, image, pixels_3SS, as_picture)
+            job.image = resize(decode(job.photo, config.side, patience), config)
+            job.pixels_3SS = to_tensor(job.image, config)
 
     def _caption(self, jobs: Sequence[Job], context: Any) -> list[Any]:
         """The answers of the requests that share a batch."""

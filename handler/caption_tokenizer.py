@@ -157,9 +157,7 @@ class CaptionTokenizer:
         first = max(vocabulary.values()) + 1
         for number, word in enumerate(sorted(new, key=lambda word: (-counts[word], word))):
             vocabulary[word] = first + number
-        tokenizer = Tokenizer.from_str(json.dumps(content))
-        ids = self.begin_id, self.end_id, self.pad_id
-        return CaptionTokenizer(tokenizer, *ids, self.suppressed_ids)
+        return CaptionTokenizer(Tokenizer.from_str(json.dumps(content)), **self.settings)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -29,23 +29,30 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
+from handler.image_walk import Effort
 
-# Processor seconds and bytes of memory that a photo may take: 2 s in all, of which up to half a
-# second goes to the start of the process where the processors are shared, and some to the walk and
-# the way there and back.
-SECONDS, PIXELS_A_SECOND = 1.0, 18e6
+# Processor seconds and bytes of memory that a photo may take. The limit is 2 s in all, and one more
+# for every 16 megapixels, with the start of the process; but neighbours in a batch wait for it, and
+# no ordinary photo needs as much.
+SECONDS, PIXELS_A_SECOND = 0.6, 16e6
+# The share of it for a photo that nothing is known about: a photo that is bounded, AVIF, HEIC or
+# large, needs more.
+UNKNOWN_SHARE = 0.5
+# Any photo may take this, however slow others of its batch were: ordinary ones of a megapixel do.
+LEAST_SECONDS = 0.1
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 # An ordinary photo is decoded faster than this; what takes longer is slow for its size.
 ORDINARY_PIXELS_A_SECOND = 9e6
 # Limits on elapsed time, with room for a process that has to wait for a processor.
-WALL_FACTOR, WALL_SECONDS = 4, 5
+WALL_FACTOR, WALL_SECONDS = 8, 5
 REQUEST = struct.Struct("<qd4s")  # min_side, patience, kind
-# One arena, which keeps the pages of one photo for the next: the system takes 2 us to give a page.
+# One arena, which keeps the pages of one photo for the next (the system takes 1 us to give a page),
+# as that of any process does that has once freed a larger array.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(16 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
 # What the process may answer instead of a photo.
 REFUSALS = {kind.__name__: kind for kind in (InvalidImage, ImageTooLarge, ImageTooComplex)}
@@ -56,15 +63,15 @@ START = (
 )
 
 
-def seconds_for(size: tuple[int, int]) -> float:
+def seconds_for(size: tuple[int, int], share: float) -> float:
     """The processor seconds that decoding a photo of this size may take."""
-    return SECONDS + size[0] * size[1] / PIXELS_A_SECOND
+    return max(LEAST_SECONDS, share * (SECONDS + size[0] * size[1] / PIXELS_A_SECOND))
 
 
 @dataclass
 class Patience:
-    """The share of its time that a photo may take while others wait for it. However many of them
-    are slow, together they take 1.4 times as long as one may."""
+    """The share of its time that a photo may take while others wait for it. However many photos
+    of a batch are slow, together they take little longer than the slowest one may."""
 
     share: float = 1.0
 
@@ -75,13 +82,13 @@ class Patience:
 
 
 def decode_elsewhere(
-    data: bytes, kind: str, min_side: int | None, patience: Patience
+    data: bytes, kind: str, effort: Effort, min_side: int | None, patience: Patience
 ) -> Image.Image:
     """The photo in RGB, as `handler.image_decode.decode_photo` returns it. Raises InvalidImage, and
     ImageTooComplex if the process needs too much time or memory."""
     process = _idle.take()
     try:
-        image = process.decode(data, kind, min_side, patience)
+        image = process.decode(data, kind, effort, min_side, patience)
     except InvalidImage:
         _idle.give_back(process)
         raise
@@ -116,20 +123,21 @@ class DecodeProcess:
         self.alive = True
 
     def decode(
-        self, data: bytes, kind: str, min_side: int | None, patience: Patience
+        self, data: bytes, kind: str, effort: Effort, min_side: int | None, patience: Patience
     ) -> Image.Image:
-        side, share, pixels = -1 if min_side is None else min_side, patience.share, 0
+        side, pixels = -1 if min_side is None else min_side, 0
+        share = patience.share * (UNKNOWN_SHARE if effort == Effort.UNKNOWN else 1)
         try:
             self.socket.settimeout(WALL_SECONDS + WALL_FACTOR * SECONDS)
             with memory_file() as file:
                 file.write(data)
                 request = REQUEST.pack(side, share, kind.encode())
                 socket.send_fds(self.socket, [request], [file.fileno()])
-            answer = self._answer(SECONDS * share)
+            answer = self._answer(seconds_for((0, 0), share))
             if "seconds" not in answer:  # of the header alone
                 width, height = answer["size"]
                 pixels = width * height
-                answer = self._answer(seconds_for((width, height)) * share)
+                answer = self._answer(seconds_for((width, height), share))
             patience.spend(answer["seconds"] - pixels / ORDINARY_PIXELS_A_SECOND)
             if "error" in answer:
                 raise REFUSALS[answer["error"]](answer["message"])

@@ -18,7 +18,6 @@ from handler.decode_process import (
     MEMORY,
     MEMORY_A_PIXEL,
     REQUEST,
-    SECONDS,
     TOO_COMPLEX,
     memory_file,
     seconds_for,
@@ -58,6 +57,8 @@ def serve(descriptor: int) -> None:
 
 
 def _decode_all(connection: socket.socket) -> None:
+    with open("/proc/self/statm", "rb") as file:
+        base = int(file.read().split()[0]) * mmap.PAGESIZE + UNTOUCHED
     while True:
         request, descriptors, _, _ = socket.recv_fds(connection, REQUEST.size, 1)
         if not request:
@@ -67,7 +68,7 @@ def _decode_all(connection: socket.socket) -> None:
             data = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
         timer = Timer(share)
         try:
-            _decode(connection, data, kind.rstrip(b"\0").decode(), side, timer)
+            _decode(connection, data, kind.rstrip(b"\0").decode(), side, timer, base)
         except InvalidImage as error:
             _refuse(connection, error, timer.stop())
         except MemoryError:
@@ -81,7 +82,7 @@ class Timer:
     """Ends this process when a photo has taken its share of the time that it may take."""
 
     def __init__(self, share: float) -> None:
-        self.share, self.seconds = share, SECONDS * share
+        self.share, self.seconds = share, seconds_for((0, 0), share)
         signal.setitimer(signal.ITIMER_PROF, self.seconds)
 
     def spent(self) -> float:
@@ -90,7 +91,7 @@ class Timer:
     def extend(self, size: tuple[int, int]) -> None:
         """To the time that a photo of this size may take."""
         spent = self.spent()
-        self.seconds = seconds_for(size) * self.share
+        self.seconds = seconds_for(size, self.share)
         signal.setitimer(signal.ITIMER_PROF, max(0.001, self.seconds - spent))
 
     def stop(self) -> float:
@@ -100,11 +101,14 @@ class Timer:
         return spent
 
 
-def _decode(connection: socket.socket, data: bytes, kind: str, side: int, timer: Timer) -> None:
-    _limit_memory(MEMORY)
+def _decode(
+    connection: socket.socket, data: bytes, kind: str, side: int, timer: Timer, base: int
+) -> None:
+    """`base` bytes of address space are not the photo's."""
+    _limit_memory(base + MEMORY)
     image = open_photo(data, kind)
     timer.extend(image.size)
-    _limit_memory(max(MEMORY, MEMORY_A_PIXEL * image.width * image.height))
+    _limit_memory(base + max(MEMORY, MEMORY_A_PIXEL * image.width * image.height))
     _say(connection, {"size": image.size})
     rgb = decode_photo(image, data, None if side < 0 else side)
     del image
@@ -117,16 +121,12 @@ def _decode(connection: socket.socket, data: bytes, kind: str, side: int, timer:
         socket.send_fds(connection, [b"\0"], [file.fileno()])
 
 
-def _limit_memory(more: int | None) -> None:
-    """Limits the growth of the address space to `more` bytes; None removes the limit."""
+def _limit_memory(limit: int | None) -> None:
+    """Limits the address space to `limit` bytes; None removes the limit."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if more is None:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        return
-    with open("/proc/self/statm", "rb") as file:
-        used = int(file.read().split()[0]) * mmap.PAGESIZE
-    limit = used + more + UNTOUCHED
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+    if limit is None or 0 <= hard < limit:
+        limit = hard
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _refuse(connection: socket.socket, error: InvalidImage, seconds: float) -> None:

@@ -30,7 +30,7 @@ from handler.image_decode import (
     open_photo,
     sniff,
 )
-from handler.image_walk import walk
+from handler.image_walk import Effort, walk
 
 __all__ = [
     "MAX_BYTES",
@@ -40,7 +40,9 @@ __all__ = [
     "InvalidImage",
     "UnsupportedMediaType",
     "Patience",
+    "CheckedPhoto",
     "PreprocessConfig",
+    "check",
     "decode",
     "preprocess",
     "resize",
@@ -126,8 +128,43 @@ def preprocess(
     return to_tensor(resize(decode(photo, min_side=config.side), config), config)
 
 
+@dataclass(frozen=True)
+class CheckedPhoto:
+    """The bytes of a photo that are decoded, Pillow's name of its format, and what is known about
+    the effort."""
+
+    data: bytes
+    kind: str
+    effort: Effort
+
+
+def check(photo: bytes | bytearray | memoryview) -> CheckedPhoto:
+    """Detects the format of a photo and scans its bytes, without decoding it.
+
+    Raises InvalidImage or one of its subclasses UnsupportedMediaType and ImageTooLarge.
+    """
+    if not isinstance(photo, (bytes, bytearray, memoryview)):
+        raise InvalidImage(
+            f"a photo is of type {type(photo).__name__}; give the bytes of its file, as from "
+            "Path('photo.jpg').read_bytes(), or a PIL image"
+        )
+    data = bytes(photo)
+    if len(data) > MAX_BYTES:
+        raise ImageTooLarge(f"the image has more than {MAX_BYTES // 2**20} MiB")
+    if not data:
+        raise InvalidImage("the image is empty")
+    kind = sniff(data)
+    if kind is None:
+        raise UnsupportedMediaType(f"the content is none of {FORMATS}")
+    try:
+        data, effort = walk(data, kind)
+    except ValueError as error:
+        raise InvalidImage(f"the image is damaged: {error}") from error
+    return CheckedPhoto(data, kind, effort)
+
+
 def decode(
-    photo: bytes | bytearray | memoryview | Image.Image,
+    photo: bytes | bytearray | memoryview | Image.Image | CheckedPhoto,
     min_side: int | None = None,
     patience: Patience | None = None,
 ) -> Image.Image:
@@ -149,28 +186,14 @@ def decode(
     if isinstance(photo, Image.Image):
         check_size(photo.size)
         return decode_photo(photo)
-    if not isinstance(photo, (bytes, bytearray, memoryview)):
-        raise InvalidImage(
-            f"a photo is of type {type(photo).__name__}; give the bytes of its file, as from "
-            "Path('photo.jpg').read_bytes(), or a PIL image"
-        )
-    data = bytes(photo)
-    if len(data) > MAX_BYTES:
-        raise ImageTooLarge(f"the image has more than {MAX_BYTES // 2**20} MiB")
-    if not data:
-        raise InvalidImage("the image is empty")
-    kind = sniff(data)
-    if kind is None:
-        raise UnsupportedMediaType(f"the content is none of {FORMATS}")
-    try:
-        data, cheap = walk(data, kind)
-    except ValueError as error:
-        raise InvalidImage(f"the image is damaged: {error}") from error
-    if cheap:
+    if not isinstance(photo, CheckedPhoto):
+        photo = check(photo)
+    data, kind = photo.data, photo.kind
+    if photo.effort == Effort.CHEAP:
         image = open_photo(data, kind)
         if kind == "JPEG" or image.width * image.height <= CHEAP_PIXELS:
             return decode_photo(image, data, min_side)
-    return decode_elsewhere(data, kind, min_side, patience or Patience())
+    return decode_elsewhere(data, kind, photo.effort, min_side, patience or Patience())
 
 
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:

@@ -11,6 +11,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from enum import IntEnum
 
 import numpy as np
 
@@ -48,15 +49,24 @@ TIFF_TILES_AND_DIRECTORIES = (322, 34665, 34853, 40965)
 TIFF_COMPRESSION, TIFF_UNCOMPRESSED = 259, 1
 
 
-def walk(data: bytes, kind: str) -> tuple[bytes, bool]:
-    """The bytes to decode, and whether that is known to be cheap for a picture of its size. `kind`
-    is Pillow's name of the format. Raises ValueError for what cannot be a photo of this kind."""
+class Effort(IntEnum):
+    """What is known about decoding a photo: that it is cheap for a picture of its size; that it is
+    bounded by its bytes and pixels, though not cheap; nothing."""
+
+    CHEAP = 0
+    BOUNDED = 1
+    UNKNOWN = 2
+
+
+def walk(data: bytes, kind: str) -> tuple[bytes, Effort]:
+    """The bytes to decode, and what is known about decoding them. `kind` is Pillow's name of the
+    format. Raises ValueError for what cannot be a photo of this kind."""
     if kind == "PNG":
         data = png_image(data)
-        return data, len(data) <= CHEAP_BYTES
+        return data, Effort.CHEAP if len(data) <= CHEAP_BYTES else Effort.BOUNDED
     if kind == "JPEG":
         return jpeg_picture(data)
-    return data, kind in WALKS and WALKS[kind](data)
+    return data, WALKS[kind](data) if kind in WALKS else Effort.BOUNDED
 
 
 def jpeg_header(data: bytes) -> tuple[int, int] | None:
@@ -86,12 +96,12 @@ def jpeg_header(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
-    """A JPEG without what follows its end (a phone's second picture, its film), and whether it is
-    baseline, or progressive of few scans for its size, behind few segments."""
+def jpeg_picture(data: bytes) -> tuple[bytes, Effort]:
+    """A JPEG without what follows its end (a phone's second picture, its film), and the effort: it
+    is bounded for few scans behind few segments, and cheap for a baseline or small JPEG."""
     header = jpeg_header(data)
     if header is None:
-        return data, False
+        return data, Effort.UNKNOWN
     position, pixels = header
     # By numpy: bytes.find() needs 2 ms to look for two bytes in a photo of 2 MB, this a quarter.
     bytes_N = np.frombuffer(data, np.uint8, offset=position)
@@ -104,52 +114,56 @@ def jpeg_picture(data: bytes) -> tuple[bytes, bool]:
     # Scans wherever they are: libjpeg and a walk need not agree on where one ends.
     scans = 1 + int((codes_M == 0xDA).sum())
     seconds = (scans - 1) * SECONDS_PER_SCANNED_PIXEL * pixels
-    few = scans <= ORDINARY_SCANS and seconds < SECONDS_OF_SCANS
     # Within a scan 0xff is a marker unless 0 or the number of a restart follows.
     markers = int(((codes_M != 0) & ((codes_M < 0xD0) | (codes_M > 0xD7))).sum())
-    return data, few and markers <= MAX_SEGMENTS
+    if scans > ORDINARY_SCANS or markers > MAX_SEGMENTS:
+        return data, Effort.UNKNOWN
+    return data, Effort.CHEAP if seconds < SECONDS_OF_SCANS else Effort.BOUNDED
 
 
-def gif_is_cheap(data: bytes) -> bool:
-    """Whether there are few blocks and sub-blocks before the first picture."""
+def gif_effort(data: bytes) -> Effort:
+    """Cheap if there are few blocks and sub-blocks before the first picture."""
     flags = data[10] if len(data) > 10 else 0
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     blocks = 0
     while position < len(data) and blocks < MAX_BLOCKS:
         introducer = data[position]
         if introducer == 0x2C:
-            return True
+            return Effort.CHEAP
         if introducer != 0x21:
-            return False
+            return Effort.UNKNOWN
         position += 2
         while position < len(data) and data[position] and blocks < MAX_BLOCKS:
             position += 1 + data[position]
             blocks += 1
         position += 1
         blocks += 1
-    return False
+    return Effort.UNKNOWN
 
 
-def webp_is_cheap(data: bytes) -> bool:
-    """Few chunks of few bytes."""
+def webp_effort(data: bytes) -> Effort:
+    """Bounded if there are few chunks, and cheap if they are small."""
     position, chunks = 12, 0
     while position + 8 <= len(data) and chunks <= MAX_BLOCKS:
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         position += 8 + size + size % 2
         chunks += 1
-    return chunks <= MAX_BLOCKS and len(data) <= CHEAP_BYTES
+    if chunks > MAX_BLOCKS:
+        return Effort.UNKNOWN
+    return Effort.CHEAP if len(data) <= CHEAP_BYTES else Effort.BOUNDED
 
 
-def bmp_is_cheap(data: bytes) -> bool:
-    """Whether it is not run-length encoded, which Pillow decodes in Python."""
+def bmp_effort(data: bytes) -> Effort:
+    """Cheap unless it is run-length encoded, which Pillow decodes in Python."""
     header = int.from_bytes(data[14:18], "little")
-    return header == 12 or data[30:34] in (bytes(4), b"\x03\0\0\0", b"\x06\0\0\0")
+    plain = header == 12 or data[30:34] in (bytes(4), b"\x03\0\0\0", b"\x06\0\0\0")
+    return Effort.CHEAP if plain else Effort.UNKNOWN
 
 
-def tiff_is_cheap(data: bytes) -> bool:
-    """An uncompressed picture in few strips, in a directory of few entries and none below it. A
-    compressed one costs what its strips say: thousands may share the same bytes. Raises ValueError
-    for millions of strips."""
+def tiff_effort(data: bytes) -> Effort:
+    """Cheap for an uncompressed picture in few strips, in a directory of few entries and without
+    further directories. A compressed picture costs what its strips say: thousands may share the
+    same bytes. Raises ValueError for millions of strips."""
     order = "<" if data[:2] == b"II" else ">"
     big = struct.unpack(order + "H", data[2:4])[0] == 43
     try:
@@ -169,16 +183,16 @@ def tiff_is_cheap(data: bytes) -> bool:
             if tag == TIFF_COMPRESSION:
                 [compression] = struct.unpack_from(order + "H", data, where + (12 if big else 8))
                 cheap &= compression == TIFF_UNCOMPRESSED
-    except struct.error:
-        return False
-    return cheap and spent <= len(data)
+    except (struct.error, OverflowError):
+        return Effort.UNKNOWN
+    return Effort.CHEAP if cheap and spent <= len(data) else Effort.UNKNOWN
 
 
 WALKS = {
-    "GIF": gif_is_cheap,
-    "WEBP": webp_is_cheap,
-    "BMP": bmp_is_cheap,
-    "TIFF": tiff_is_cheap,
+    "GIF": gif_effort,
+    "WEBP": webp_effort,
+    "BMP": bmp_effort,
+    "TIFF": tiff_effort,
 }
 
 

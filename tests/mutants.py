@@ -7,10 +7,11 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from photos import FORMATS, encoded, huge_headers, png, smooth
+from photos import FORMATS, chunk, encoded, heic, huge_headers, png, smooth
 from PIL import Image
 
 SIGNATURES = [b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"RIFF\x24\0\0\0WEBPVP8 ", b"GIF89a"]
+SIGNATURES += [b"\0\0\0\x1cftyp" + brand + b"\0\0\0\0mif1" for brand in (b"avif", b"heic")]
 SIGNATURES += [b"BM\x36\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0", b"II*\0\x08\0\0\0", b"MM\0+\0\x08\0\0"]
 # Numbers that a header should not hold.
 EXTREMES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 65_535, 16_383, 30_000]
@@ -39,10 +40,12 @@ def originals() -> dict[str, bytes]:
         found[f"{kind} of three"] = encoded(
             frames[0], kind, save_all=True, append_images=frames[1:]
         )
-    found["AVIF"] = encoded(photo, "AVIF")
     alpha = photo.copy()
     alpha.putalpha(photo.convert("L"))
-    found |= {f"{kind} with alpha": encoded(alpha, kind) for kind in ("PNG", "WEBP", "TIFF")}
+    kinds = ("PNG", "WEBP", "TIFF", "AVIF")
+    found |= {f"{kind} with alpha": encoded(alpha, kind) for kind in kinds}
+    found |= {"AVIF": encoded(photo, "AVIF", exif=exif.tobytes()), "HEIC with alpha": heic(alpha)}
+    found |= {"HEIC": heic(photo, exif=exif.tobytes()), "HEIC in grey": heic(photo.convert("L"))}
     for name in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
         found[name] = encoded(photo, "TIFF", compression=name)
     return found | {
@@ -56,10 +59,13 @@ def originals() -> dict[str, bytes]:
     }
 
 
-def mutants(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """`count` mutated photographs with the recipe of each; the same seed gives the same ones."""
+def mutants(
+    count: int, seed: int, sound: dict[str, bytes] | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """`count` mutated photographs with the recipe of each; the same seed gives the same ones.
+    `sound` are what they are made of: `originals()` unless given."""
     chance = random.Random(seed)
-    sound = originals()
+    sound = sound or originals()
     for number in range(count):
         name = chance.choice(list(sound))
         mutate = chance.choice(MUTATIONS)
@@ -169,8 +175,3 @@ def greatest() -> dict[str, bytes]:
     )
     row = b"\0" + bytes(8000 * 4)
     return {"WebP": buffer.getvalue(), "PNG": png(8000, 8000, 8, 6, row * 8000)}
-
-
-def chunk(name: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -235,6 +235,18 @@ def test_a_batch_is_as_one_at_a_time():
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+def test_padding_is_no_text(beams):
+    """Begin tokens stand for padding. Where the begin token ends captions, too (GPT-2), those of a
+    longer neighbour's padding made an n-gram with it, which banned the end at first."""
+    table = Table(4, 6, 3)
+    table.logs[0][()][END] = 5.0
+    options = [DecodeOptions(num_beams=beams, max_new_tokens=3, no_repeat_ngram_size=2)] * 2
+    special = SpecialIds(END, END)
+    [[best, *_], _] = search(table, memory(0, 0), options, special, prompts=[[], [2, 3, 2]])
+    assert (best.ids, best.finished) == ([], True)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
 def test_a_dead_end_has_the_score_of_what_was_said(beams):
     """Where everything is banned the text so far is the caption, with its own score."""
     table = Table(3, 4, 5)

@@ -52,6 +52,8 @@ def test_every_command_of_the_documents_is_understood(command, monkeypatch):
     for module, *arguments in programs_of(command):
         package = REPOSITORY / module.replace(".", "/") / "__main__.py"
         program = importlib.import_module(f"{module}.__main__" if package.exists() else module)
+        if not hasattr(program, "main"):
+            continue  # of the set-up, without a command line
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(Parsed):
             program.main()
@@ -87,7 +89,7 @@ def clone(tmp_path_factory) -> Path:
     shutil.copy2(home / "photos" / "1.jpg", folder / "photo.jpg")
     for name in ("scenes", "flickr8k", "coco"):
         rows = [
-            Row(str(n), f"{n}.jpg", (f"a square {n % 4}", f"the square is {n % 4}"), split)
+            Row(str(n), f"{n}.jpg", (f"a photo of square {n % 4}", f"the square is {n % 4}"), split)
             for n, split in enumerate(["train"] * 16 + ["val"] * 6)
         ]
         write_manifest(folder / "build/data" / name, name, rows, home / "photos", [])

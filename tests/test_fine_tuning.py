@@ -10,21 +10,26 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, run_program
-from huggingface_models import save_family
+from huggingface_models import save_family, save_florence
 from safetensors.torch import load_file
 from tiny_training import train_killed
+from torch.nn.functional import cross_entropy
 
 import training.loop.validation
 from export.export import export_checkpoint
 from handler.captioner import Captioner
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner, load_model, save_checkpoint
-from training.config import TrainConfig
-from training.data.captions import Captions
+from training.config import Distillation, SelfCritical, TrainConfig
+from training.data.captions import GIVEN, IGNORED, Captions
 from training.data.manifest import Row, read_manifest, write_manifest
 from training.folders import WEIGHTS_FILE
 from training.loop.fine_tuning import fine_tuning_config, load_start
 from training.loop.train import train
+from training.objectives.cross_entropy import CrossEntropyLoss
+from training.objectives.distillation import DistillationLoss
+from training.objectives.ensemble import Ensemble
+from training.objectives.self_critical import SelfCriticalLoss
 from training.train import main
 from training.weights.huggingface import import_huggingface
 
@@ -49,7 +54,10 @@ def families(tmp_path_factory):
 
     def imported(name: str) -> Path:
         folder = tmp_path_factory.mktemp("family")
-        save_family(folder / "theirs", name)
+        if name == "florence":
+            save_florence(folder / "theirs")
+        else:
+            save_family(folder / "theirs", name)
         import_huggingface(str(folder / "theirs"), folder / "ours")
         return folder / "ours"
 
@@ -227,6 +235,62 @@ def test_words_that_cannot_be_added(
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
+# --- prompts
+
+
+def test_a_prompt_is_given_and_not_learnt(start):
+    """Its tokens are seen, and no loss is on them; the caption alone was the whole text before."""
+    model, _, tokenizer = load_model(start)
+    prompt = tokenizer.encode("the square")
+    rows = [Row("a", "a.png", ("a red square", "red"), "train"), Row("b", "b.png", ("a",), "train")]
+    captions = Captions(rows, tokenizer, 10, prompt)
+    assert captions.longest == 6
+    batch = captions.batch(torch.randn(2, 17, 32), [0, 1], [False, False])
+    begin, end = tokenizer.begin_id, tokenizer.end_id
+    a, red, square = tokenizer.encode("a red square")
+    assert batch.tokens[0].tolist() == [begin, *prompt, a, red, square, begin, *prompt, red]
+    said = [GIVEN, GIVEN, a, red, square, end, GIVEN, GIVEN, red, end]
+    assert batch.targets.tolist() == [said, [GIVEN, GIVEN, a, end, *[IGNORED] * 6]]
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    logits = model.decoder(batch.tokens, batch.positions, batch.mask, batch.photos)
+    targets = batch.targets.masked_fill(batch.targets == GIVEN, IGNORED)
+    expected = cross_entropy(logits.transpose(1, 2), targets, reduction="sum")
+    total, tokens, _ = CrossEntropyLoss(0.0)(model.decoder, batch.photos, batch, 0)
+    torch.testing.assert_close(total, expected)
+    assert tokens == 8
+    ensemble = Ensemble([model])
+    distilled = DistillationLoss(Distillation(("x",)), ensemble, 0.0, frozen=True)
+    total, tokens, figures = distilled(model.decoder, batch.photos, batch, 0)
+    assert tokens == 8 and figures["divergence"].abs() < 1e-5
+    torch.testing.assert_close(total, expected / 2, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(start):
+    _, _, tokenizer = load_model(start)
+    rows = [Row("a", "a.png", ("a",), "train")]
+    with pytest.raises(UserError, match="leaves no room .*2 tokens of decoding.prompt"):
+        Captions(rows, tokenizer, 3, tokenizer.encode("the square"))
+
+
+def test_a_sample_s_log_probability_is_of_what_follows_the_prompt(start):
+    """That of the search, which reports each token's own; what is given has none."""
+    model, _, tokenizer = load_model(start)
+    prompt = tokenizer.encode("the square")
+    rows = [Row("a", "a.png", ("a red square",), "train")] * 2
+    tokenizer.suppressed_ids = []  # a search reports what the model says before it forbids tokens
+    choice = SelfCritical(samples=3, temperature=1.0)
+    loss = SelfCriticalLoss(choice, rows, tokenizer, 6, seed=3, prompt=prompt)
+    memory = torch.randn(2, 17, 32)
+    batch = Captions(rows, tokenizer, 9, prompt).batch(memory, [0, 1], [False, False])
+    samples, _, _ = loss.roll_out(model.decoder, memory, batch, 0)
+    nll, lengths = loss.neg_log_probs(model.decoder, memory, samples)
+    for row, photo, sizes in zip(nll, samples, lengths, strict=True):
+        parts = row[: sum(sizes)].split(sizes)
+        for part, sample in zip(parts, photo, strict=True):
+            assert part[:2].tolist() == [0, 0]
+            assert (-part[2:]).tolist() == pytest.approx(sample.token_log_probs, abs=1e-4)
+
+
 # --- nothing worse replaces the start
 
 
@@ -303,8 +367,8 @@ def log_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_every_kind_of_stage_resumes_exactly_from_a_start(start, tiny_data, tmp_path, monkeypatch):
-    """Self-critical training first, which only a captioner can; killed also while the start is
-    scored."""
+    """Self-critical training first, which only a captioner can; all behind a prompt; killed also
+    while the start is scored."""
     monkeypatch.chdir(tmp_path)
     short = {"epochs": 1, "batch_photos": 8}
     stages = [
@@ -313,20 +377,24 @@ def test_every_kind_of_stage_resumes_exactly_from_a_start(start, tiny_data, tmp_
         {**short, "name": "distilled", "distillation": {"teachers": [str(start)]},
          "gradient_checkpointing": True},
     ]  # fmt: skip
-    config, manifest = config_from(start, tmp_path, {"stages": stages}), read_manifest(tiny_data)
+    fields = {"stages": stages, "decoding": {"prompt": "the square"}}
+    config, manifest = config_from(start, tmp_path, fields), read_manifest(tiny_data)
     train(config, manifest, Path("alone"))
     assert train_killed(config, manifest, Path("killed"), 2, monkeypatch) == 7
     for name in (WEIGHTS_FILE, "tokenizer.json"):
         assert Path("alone", name).read_bytes() == Path("killed", name).read_bytes()
     assert log_of(Path("alone")) == log_of(Path("killed"))
     assert [line["step"] for line in log_of(Path("alone")) if "val" in line] == [0, 2, 2, 2]
-    other = config_from(Path(shutil.copytree(start, "other")), tmp_path, {"stages": stages})
+    caption = load_captioner("alone").caption([manifest.path(manifest.rows[0]).read_bytes()])
+    assert caption[0][0].text.startswith("the square")
+    other = config_from(Path(shutil.copytree(start, "other")), tmp_path, fields)
     with pytest.raises(UserError, match="field 'start' of the config has changed"):
         train(other, manifest, Path("alone"), resume=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "encoder"), [("blip", "trained"), ("git", "frozen"), ("vit+gpt2", "trained")]
+    ("name", "encoder"),
+    [("blip", "trained"), ("git", "frozen"), ("vit+gpt2", "trained"), ("florence", "trained")],
 )
 def test_an_imported_captioner_is_fine_tuned_and_exported(
     name, encoder, families, tiny_data, tmp_path, monkeypatch
@@ -335,17 +403,26 @@ def test_an_imported_captioner_is_fine_tuned_and_exported(
     captions as the checkpoint does. GIT's features are of another width than its encoder."""
     monkeypatch.chdir(tmp_path)
     start, manifest = families(name), read_manifest(tiny_data)
-    stage = {**STAGE, "epochs": 2, "encoder": encoder}
+    stage = {**STAGE, "epochs": 6 if name == "florence" else 2, "encoder": encoder}
     if encoder == "frozen":
         stage |= {"encoder_layer_decay": 1.0, "views": 2}
-    config = config_from(start, tmp_path, {"stages": [stage]})
+    rewarded = {"name": "rewarded", "epochs": 1, "batch_photos": 8, "decoder_lr": 1e-4,
+                "self_critical": {"samples": 2}}  # fmt: skip
+    fields = {"stages": [stage, rewarded]}
+    if name == "florence":
+        fields["decoding"] = {"prompt": "<DETAILED_CAPTION>"}
+    config = config_from(start, tmp_path, fields)
     train(config, manifest, Path("alone"))
     val = [line["val"]["loss"] for line in log_of(Path("alone")) if "val" in line]
-    assert val[-1] < val[0] - 0.2
+    assert val[-2] < val[0] - 0.1  # the last one is after the reward, which does not see the loss
     assert train_killed(config, manifest, Path("killed"), 4, monkeypatch) > 1
     assert Path("alone", WEIGHTS_FILE).read_bytes() == Path("killed", WEIGHTS_FILE).read_bytes()
     theirs, ours = (json.loads((f / "config.json").read_text()) for f in (start, Path("alone")))
-    assert ours["model"] == theirs["model"] and ours["tokenizer"] == theirs["tokenizer"]
+    assert ours["model"]["encoder"] == theirs["model"]["encoder"]
+    assert ours["tokenizer"] == theirs["tokenizer"]
+    tasks = ours["tokenizer"]["tasks"]
+    learnt = tasks["<DETAILED_CAPTION>"]["ids"] if tasks else []
+    assert ours["model"]["decoder"] == {**theirs["model"]["decoder"], "prompt_ids": learnt}
     export_checkpoint(Path("alone"), Path("export"))
     photos = [manifest.path(row).read_bytes() for row in manifest.split("val")]
     eager, exported = load_captioner("alone"), Captioner.load("export")

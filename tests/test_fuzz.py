@@ -4,6 +4,7 @@ Mutated photographs, and every option and field with any value, through TorchSer
 protocol. A short form runs with the other tests, the long one as `slow`."""
 
 import base64
+import io
 import json
 import random
 import re
@@ -14,11 +15,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pillow_heif
 import pytest
 import torch
+from cost import cost_of
+from hostile import HOSTILE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutants import OTHER_CONTENT, bombs, greatest, mutants, originals
+from PIL import Image
 from worker import Answer, Worker, by_grpc, rest
 
 from export.archive import build_archive
@@ -36,6 +41,7 @@ TYPES = {
 }
 BATCH = 8
 MOST_GROWTH = 2**30
+INTERPRETER = 64  # MiB of a process before it decodes
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,46 @@ def test_mutated_photos(worker, photo, caption):
 @pytest.mark.timeout(3600)
 def test_ten_thousand_mutated_photos(worker, photo, caption):
     check_statuses(fuzz(worker, photo, caption, mutants(10_000, seed=2), seed=2), 10_000)
+
+
+def megapixels_of(data: bytes) -> float:
+    """Of a photo's header, 0 where it has none."""
+    pillow_heif.register_heif_opener()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.width * image.height / 1e6
+    except Exception:
+        return 0
+
+
+def check_costs(cases: Iterable[tuple[str, bytes]]) -> None:
+    """Every photo is answered within its processor time and memory."""
+    costs = {}
+    for what, data in cases:
+        cost = costs[what] = cost_of(data)
+        if cost.seconds > 2 or cost.mib > 512:
+            megapixels = megapixels_of(data)
+            assert cost.seconds < 2 + megapixels / 16, (what, cost)
+            assert cost.mib < max(512, 12 * megapixels * 10**6 / 2**20) + INTERPRETER, (what, cost)
+    slowest = max(costs, key=lambda what: costs[what].seconds)
+    largest = max(costs, key=lambda what: costs[what].mib)
+    print(f"{len(costs)} photos; the slowest, {costs[slowest].seconds:.2f} s: {slowest};", end=" ")
+    print(f"the largest, {costs[largest].mib:.0f} MiB: {largest}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_mutants_are_answered_within_their_limits():
+    check_costs(mutants(10_000, seed=6))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_mutants_of_hostile_photos_are_answered_within_their_limits():
+    made = {name: make() for name, make in HOSTILE.items()}
+    small = {name: data for name, data in made.items() if len(data) < 2**20}
+    large = {name: data for name, data in made.items() if len(data) >= 2**20}
+    check_costs([*mutants(100, 7, small), *mutants(100, 8, large)])
 
 
 def test_originals_are_sound(worker, photo, caption):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cost import processor_seconds
+from hostile import HOSTILE
 from load import OPTIONS
+from photos import encoded, natural, smooth
 from PIL import Image
 from worker import Worker, by_grpc, rest
 
@@ -83,6 +86,38 @@ def test_the_answer_of_the_contract(worker, captioner, photos):
         assert said["score"] == pytest.approx(caption.score, abs=1e-5)
         assert said["token_log_probs"] == pytest.approx(caption.token_log_probs, abs=1e-5)
         assert said["log_prob"] == pytest.approx(sum(caption.token_log_probs), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["tiff, strips of the same slow bytes", "jpeg, full segments of Photoshop resources"]
+)
+def test_good_photos_wait_for_one_slow_photo_at_most(worker, captioner, photos, name):
+    """Seven that took all of their time, or were decoded just within it, made 14 s."""
+    slow = HOSTILE[name]()
+    worker.predict(rest({"image": photos[0]}), rest({"image": HOSTILE["avif that is none"]()}))
+    before = processor_seconds()
+    good, *others = worker.predict(*(rest({"image": data}) for data in [photos[0], *[slow] * 7]))
+    assert processor_seconds() - before < 2
+    assert good.json["caption"] == captioner.caption([photos[0]])[0][0].text
+    assert others[-1].json["type"] == "ImageTooComplex"
+    # And the next batch is patient again.
+    [answer] = worker.predict(rest({"image": encoded(smooth(), "AVIF")}))
+    assert answer.status == 200
+
+
+def test_ordinary_photos_are_decoded_before_slow_ones(worker, captioner):
+    """AVIF and HEIC get little time after a photo that took too much: not for its place alone."""
+    slow = [rest({"image": HOSTILE["tiff, strips of the same slow bytes"]()})] * 4
+    photo = natural(2400, 1800)
+    ordinary = [
+        encoded(photo, "JPEG", progressive=True),
+        encoded(photo, "PNG"),
+        encoded(photo, "AVIF", speed=9),
+    ]
+    answers = worker.predict(*slow, *(rest({"image": data}) for data in ordinary))
+    assert [answer.status for answer in answers] == [413] * 4 + [200] * 3
+    expected = [captioner.caption([data])[0][0].text for data in ordinary]
+    assert [answer.json["caption"] for answer in answers[4:]] == expected
 
 
 def test_a_photo_alone_or_among_others_has_the_same_caption(worker, photos):

@@ -2,7 +2,7 @@
 colours that a browser shows."""
 
 import contextlib
-import io
+import math
 import os
 import select
 import struct
@@ -11,209 +11,35 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-import pillow_heif
 import psutil
 import pytest
-from photos import encoded, smooth
+from cost import cost_of, forget_processes
+from hostile import (
+    HOSTILE,
+    MEGAPIXELS,
+    RED,
+    bmp,
+    grey_tiff,
+    png_of,
+    red_png,
+    scans,
+    segment,
+)
+from photos import chunk, encoded, heic, smooth
 from PIL import Image
 
 from handler import decode_process
 from handler.image_preprocess import ImageTooComplex, InvalidImage, Patience, decode
-from handler.image_walk import walk
+from handler.image_walk import Effort, walk
 
-RED = (200, 30, 40)
 WHITE = (255, 255, 255)
-PICTURE = Image.new("RGB", (8, 8), RED)
-ROOM = 2**24 - 4096
-
-
-def chunk(name: bytes, content: bytes) -> bytes:
-    crc = struct.pack(">I", zlib.crc32(name + content))
-    return struct.pack(">I", len(content)) + name + content + crc
-
-
-def png_of(rows: bytes, size: int, depth: int, colour: int, *extra: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", size, size, depth, colour, 0, 0, 0)
-    lines = zlib.compress(b"".join(b"\0" + rows for _ in range(size)))
-    parts = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", lines), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def red_png(*extra: bytes) -> bytes:
-    return png_of(bytes(RED) * 8, 8, 8, 2, *extra)
-
-
-def flood(piece: bytes) -> bytes:
-    return piece * (ROOM // len(piece))
-
-
-def segments(piece: bytes) -> bytes:
-    """A JPEG behind as many such segments as fit."""
-    photo = encoded(PICTURE, "JPEG", quality=95)
-    return photo[:2] + flood(piece) + photo[2:]
-
-
-def segment(code: int, content: bytes) -> bytes:
-    return struct.pack(">BBH", 0xFF, code, len(content) + 2) + content
-
-
-def scans(side: int, count: int) -> bytes:
-    """A progressive JPEG with `count` further scans."""
-    photo = encoded(Image.new("L", (side, side), 90), "JPEG", progressive=True)
-    return photo[:-2] + photo[photo.rindex(b"\xff\xda") : -2] * count + b"\xff\xd9"
-
-
-def bmp(
-    width: int, height: int, bits: int, compression: int, content: bytes, **more: bytes
-) -> bytes:
-    masks, palette = more.get("masks", b""), more.get("palette", b"")
-    header = 56 if masks else 40
-    info = struct.pack("<IiiHHIIiiII", header, width, height, 1, bits, compression, len(content),
-                       2835, 2835, len(palette) // 4, 0) + masks + palette  # fmt: skip
-    return (
-        b"BM"
-        + struct.pack("<IHHI", 14 + len(info) + len(content), 0, 0, 14 + len(info))
-        + (info + content)
-    )
-
-
-def tiff(entries: list[tuple[int, int, int, bytes]], strip: bytes, order: str = "<") -> bytes:
-    """A TIFF of one strip; a value of None is that of the strip's offset."""
-    start = 8 + 2 + 12 * len(entries) + 4
-    fields, blobs = b"", b""
-    for tag, kind, count, value in sorted(entries):
-        if value is None:
-            packed = b"STRP"
-        elif len(value) > 4:
-            packed = struct.pack(order + "I", start + len(blobs))
-            blobs += value
-        else:
-            packed = value.ljust(4, b"\0")
-        fields += struct.pack(order + "HHI", tag, kind, count) + packed
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(entries))
-    whole = head + fields + bytes(4) + blobs
-    return whole.replace(b"STRP", struct.pack(order + "I", len(whole))) + strip
-
-
-def grey_tiff(
-    strip: bytes, bits: int, photometric: int = 1, order: str = "<", form: int = 1,
-    compression: int = 1, samples: int = 1,
-) -> bytes:  # fmt: skip
-    """16 x 16 pixels."""
-    short = lambda *values: struct.pack(order + "H" * len(values), *values)  # noqa: E731
-    entries = [(256, 3, 1, short(16)), (257, 3, 1, short(16)), (259, 3, 1, short(compression)),
-               (258, 3, samples, short(*[bits] * samples)), (262, 3, 1, short(photometric)),
-               (273, 4, 1, None), (277, 3, 1, short(samples)), (278, 3, 1, short(16)),
-               (279, 4, 1, struct.pack(order + "I", len(strip))),
-               (339, 3, samples, short(*[form] * samples))]  # fmt: skip
-    return tiff(entries, strip, order)
-
-
-MEGABYTE = zlib.compress(bytes(2**20 - 1), 9)
 # A text of 2 MB, as drawing tools write their workflow.
 NODES = zlib.compress(os.urandom(10**6).hex().encode())
 DEEP = b"\x12\x34\x56\x78\x9a\xbc"  # a colour of 16 bits a channel
 MASKS = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
-HOSTILE: dict[str, Callable[[], bytes]] = {
-    "jpeg, tiny EXIF segments": lambda: segments(segment(0xE1, b"Exif\0\0" + b"0123456789")),
-    "jpeg, empty comments": lambda: segments(segment(0xFE, b"")),
-    "jpeg, empty APP0": lambda: segments(segment(0xE0, b"")),
-    "jpeg, Photoshop resources": lambda: segments(
-        segment(0xED, b"Photoshop 3.0\x008BIM" + bytes(8))
-    ),
-    "jpeg, ICC pieces": lambda: segments(segment(0xE2, b"ICC_PROFILE\0\1\xff")),
-    "jpeg, quantisation tables": lambda: segments(segment(0xDB, bytes(65))),
-    "jpeg, fill bytes": lambda: segments(b"\xff"),
-    "jpeg, thousands of scans": lambda: scans(4000, 5000),
-    "jpeg, comments behind the first scan": lambda: encoded(PICTURE, "JPEG")[:-2]
-    + flood(segment(0xFE, b"")) + b"\xff\xd9",
-    "png, colour profiles": lambda: red_png(flood(chunk(b"iCCP", b"a\0\0" + MEGABYTE))),
-    "png, compressed texts": lambda: red_png(flood(chunk(b"zTXt", b"a\0\0" + MEGABYTE))),
-    "png, international texts": lambda: red_png(
-        flood(chunk(b"iTXt", b"a\0\1\0\xff\0\0" + MEGABYTE))
-    ),
-    "png, empty texts": lambda: red_png(flood(chunk(b"tEXt", b"a\0"))),
-    "png, empty EXIF": lambda: red_png(flood(chunk(b"eXIf", b""))),
-    "png, unknown chunks": lambda: red_png(flood(chunk(b"xxXx", b""))),
-    "png, frame controls": lambda: red_png(
-        chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)), flood(chunk(b"fcTL", bytes(26)))
-    ),
-    "png, empty pieces of the picture": lambda: red_png(flood(chunk(b"IDAT", b""))),
-    "png, 63 megapixels of a kilobyte": lambda: png_of(bytes(3), 7999, 8, 2),
-    "gif, empty comments": lambda: encoded(PICTURE, "GIF")[:13] + bytes(3 * 256)
-    + flood(b"!\xfe\x01a\x00") + b"\x3b",
-    "gif, a comment of one-byte blocks": lambda: encoded(PICTURE, "GIF")[:13] + b"!\xfe"
-    + flood(b"\x01a"),
-    "bmp, run length, one pixel a run": lambda: bmp(
-        8000, 1000, 8, 1, (b"\1\5" * 8000 + b"\0\0") * 1000, palette=bytes(1024)
-    ),
-    "bmp, ends of lines": lambda: bmp(8000, 8000, 8, 1, b"\1\5\0\0" * 8000, palette=bytes(1024)),
-    "bmp, 4 bits, ends of lines": lambda: bmp(
-        8000, 8000, 4, 2, b"\1\5\0\0" * 8000, palette=bytes(64)
-    ),
-    "tiff, millions of strips": lambda: tiff(
-        [(256, 4, 1, b"\x09\0\0\0"), (257, 4, 1, b"\x08\0\0\0"), (258, 3, 1, b"\x08\0"),
-         (259, 3, 1, b"\1\0"), (262, 3, 1, b"\1\0"), (277, 3, 1, b"\1\0"), (278, 4, 1, b"\1\0\0\0"),
-         (273, 1, ROOM, bytes(ROOM)), (279, 4, 1, b"\x09\0\0\0")], b""),
-    "tiff, millions of numbers": lambda: tiff(
-        [(256, 4, 1, b"\x09\0\0\0"), (257, 4, 1, b"\x08\0\0\0"),
-         (65000, 3, ROOM // 2, bytes(ROOM))],
-        b""),
-    "webp, empty chunks": lambda: b"RIFF" + struct.pack("<I", ROOM)
-    + b"WEBPVP8X\x0a\0\0\0" + bytes(10)
-    + flood(b"XXXX\0\0\0\0"),
-    "avif that is none": lambda: b"\0\0\0\x1cftypavif\0\0\0\0avifmif1" + bytes(ROOM),
-    "heic that is none": lambda: b"\0\0\0\x1cftypheic\0\0\0\0heicmif1" + bytes(ROOM),
-}  # fmt: skip
-
-
-# Of those whose header names many.
-MEGAPIXELS = {
-    "jpeg, thousands of scans": 16,
-    "png, 63 megapixels of a kilobyte": 64,
-    "bmp, run length, one pixel a run": 8,
-    "bmp, ends of lines": 64,
-    "bmp, 4 bits, ends of lines": 64,
-}
-
-
-def cost_of(data: bytes, patience: Patience | None = None) -> tuple[float, float]:
-    """Seconds of processor time and MiB that a photo takes, of this process and its children."""
-    forget_processes()
-    own = psutil.Process()
-    before, base = own.cpu_times(), own.memory_info().rss
-    largest, done, watching = [0], threading.Event(), [0.0]
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            with contextlib.suppress(psutil.Error):
-                grown = own.memory_info().rss - base
-                for child in own.children(recursive=True):
-                    grown += child.memory_full_info().pss  # a fork shares most of its pages
-                largest[0] = max(largest[0], grown)
-        watching[0] = time.thread_time()
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        assert decode(data, patience=patience).mode == "RGB"
-    except InvalidImage:
-        pass
-    finally:
-        done.set()
-        watcher.join()
-        forget_processes()  # what it took is known once it has ended
-    after = own.cpu_times()
-    return sum(after[:4]) - sum(before[:4]) - watching[0], largest[0] / 2**20
-
-
-def forget_processes() -> None:
-    decode_process._idle.end()
-    decode_process._idle.clear()
-
 
 # One of each way to be stopped: by the walk, by the time, by the memory, by the size.
 OFTEN = {
@@ -224,6 +50,7 @@ OFTEN = {
     "gif, a comment of one-byte blocks",
     "bmp, run length, one pixel a run",
     "tiff, millions of strips",
+    "tiff, strips of the same slow bytes",
     "avif that is none",
 }
 
@@ -236,9 +63,11 @@ def test_a_hostile_photo_is_answered_in_time(name):
     """8 seconds to minutes of a core each; two of 131 KB stopped the server for two minutes."""
     data = HOSTILE[name]()
     assert len(data) <= 2**24
-    seconds, mib = cost_of(data)
-    assert seconds < 2 + MEGAPIXELS.get(name, 0) / 16
-    assert mib < 512 + 64 + 4 * MEGAPIXELS.get(name, 0)
+    forget_processes()
+    cost, megapixels = cost_of(data), MEGAPIXELS.get(name, 0)
+    assert cost.seconds < 2 + megapixels / 16
+    # The interpreter that decodes is no photo.
+    assert cost.mib < max(512, 12 * megapixels * 10**6 / 2**20) + 64
 
 
 @pytest.mark.parametrize(
@@ -286,18 +115,18 @@ def test_a_kind_of_tiff_that_is_not_read_is_named(bits, form, samples, photometr
         decode(data)
 
 
+def test_a_directory_beyond_any_file_is_damage():
+    """An offset of 64 bits raised OverflowError, and the server answered 500."""
+    with pytest.raises(InvalidImage):
+        decode(b"II+\0\x08\0\0\0" + struct.pack("<Q", 2**64 - 1) + bytes(32))
+
+
 # --- AVIF and HEIC ---
-
-
-def heic(image: Image.Image, **options) -> bytes:
-    out = io.BytesIO()
-    pillow_heif.from_pillow(image).save(out, quality=95, **options)
-    return out.getvalue()
 
 
 WRITERS = {
     "AVIF": lambda image, **options: encoded(image, "AVIF", quality=95, **options),
-    "HEIC": heic,
+    "HEIC": lambda image, **options: heic(image, quality=95, **options),
 }
 
 
@@ -364,8 +193,8 @@ def test_what_cameras_and_programs_write_is_ordinary():
         encoded(photo, "MPO", save_all=True, append_images=[photo]),
         encoded(photo.convert("CMYK"), "JPEG"),
     ):
-        cut, cheap = walk(data, "JPEG")
-        assert cheap
+        cut, effort = walk(data, "JPEG")
+        assert effort == Effort.CHEAP
         assert np.array_equal(decode(data), decode(cut))
 
 
@@ -428,9 +257,21 @@ def test_a_decoder_that_crashes_is_told_from_one_that_overran():
         decode(encoded(smooth(), "AVIF"))
 
 
+def test_patience_is_spent_by_what_is_slow_for_its_size():
+    patience = Patience()
+    patience.spend(-0.5)
+    assert patience.share == 1
+    patience.spend(0.3 * decode_process.SECONDS)
+    assert patience.share == pytest.approx(0.7)
+    shares = []
+    for _ in range(7):
+        patience.spend(math.inf)
+        shares.append(patience.share)
+    assert shares[:2] == [0.2, 0.1] and sum(shares) < 0.4
+
+
 def test_less_patience_ends_it_sooner():
-    seconds, _ = cost_of(scans(4000, 5000), Patience(0.1))
-    assert seconds < 1.2
+    assert cost_of(scans(4000, 5000), Patience(0.1)).seconds < 1.2
 
 
 def test_memory_is_limited():

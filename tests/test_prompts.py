@@ -5,6 +5,7 @@ test_brute_force.py, the server's requests in test_handler.py."""
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from huggingface_models import tiny_bert_tokenizer
 from test_evaluate import run
 from tiny_training import config_of
 
+import handler.answer
 import handler.batch.__main__
-from handler.beam_search import InvalidParameter
+from handler.answer import Job, TokenStream
+from handler.beam_search import DecodeOptions, InvalidParameter
 from handler.caption_tokenizer import CaptionTokenizer, PieceStream
 from handler.captioner import Captioner
 from handler.errors import UserError, run_command
+from handler.request import Request
 from handler.web.word_maps import prompt_of
 from training.checkpoint import load_captioner
 from training.data.manifest import read_manifest
@@ -148,6 +152,24 @@ def test_word_pieces_go_on_where_the_prompt_ends():
         stream = PieceStream(tokenizer, prompt)
         assert [stream.add(token) for token in ids] == pieces
         assert prompt_of(text + "".join(pieces), pieces) == text
+
+
+def test_a_stream_of_word_pieces_goes_on_too(monkeypatch):
+    """The first token of a stream is a piece of the prompt's last word, or brings its space."""
+    tokenizer, sent = CaptionTokenizer(tiny_bert_tokenizer().backend_tokenizer, 2, 3, 0), []
+    monkeypatch.setattr(
+        handler.answer, "send_intermediate_predict_response", lambda body, *_: sent.append(body)
+    )
+    context = SimpleNamespace(request_ids="ab", set_response_content_type=lambda *_: None)
+    request = Request(b"", stream=True)
+    jobs = [
+        Job(place, request, [DecodeOptions(prompt=prompt)], None, None, False)
+        for place, prompt in enumerate(("two dog", "a"))
+    ]
+    stream = TokenStream(SimpleNamespace(tokenizer=tokenizer), jobs, context)
+    stream.on_token(0, tokenizer.vocabulary["##s"])
+    stream.on_token(1, tokenizer.vocabulary["dog"])
+    assert sent == [{0: '{"token": "s"}\n'}, {1: '{"token": " dog"}\n'}]
 
 
 def test_byte_pairs_spell_every_prompt():

@@ -29,7 +29,8 @@ def report(tiny_run: Path, tiny_export: Path, tiny_data: Path, tmp_path_factory)
     out = tmp_path_factory.mktemp("report")
     done = run_program(
         "training.report", "--checkpoint", "build/checkpoints/tiny", "--compare", str(tiny_export),
-        "--data", str(tiny_data), "--num-beams", "3", "--out", str(out), cwd=tiny_run,
+        "--data", str(tiny_data), "--num-beams", "3", "--prompt", "the square", "--out", str(out),
+        cwd=tiny_run,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "report.html: 4 photos" in done.stdout
@@ -62,7 +63,8 @@ def test_captions_are_those_of_the_evaluation(report, tiny_run, tiny_data):
     manifest = read_manifest(tiny_data)
     captioner = load_captioner(tiny_run / "build/checkpoints/tiny")
     photos = [manifest.path(row).read_bytes() for row in manifest.split("val")]
-    captions = [found[0].text for found in captioner.caption(photos, num_beams=3)]
+    options = {"num_beams": 3, "prompt": "the square"}
+    captions = [found[0].text for found in captioner.caption(photos, **options)]
     assert [entry["caption"] for entry in predictions] == captions
 
 
@@ -90,17 +92,28 @@ def test_maps_lie_where_each_model_saw(preprocessing, seen):
     assert entry.seen == pytest.approx(seen)
 
 
-def test_maps_made_in_a_batch_are_those_made_alone(tiny_run, tiny_data):
+def test_a_prompt_stands_before_the_words(report):
+    """Once in each caption, and not as a word: it has no map."""
+    html = report.read_text(encoding="utf-8")
+    lines = re.findall(r'<p class="words".*?</p>', html, re.S)
+    assert lines
+    for line in lines:
+        assert line.count('<span class="quiet">the square</span>') == 1
+        assert ">the square<" not in line.replace('<span class="quiet">the square</span>', "")
+
+
+@pytest.mark.parametrize("prompt", [None, "the square"])
+def test_maps_made_in_a_batch_are_those_made_alone(prompt, tiny_run, tiny_data):
     system = load_system(tiny_run / "build/checkpoints/tiny")
     manifest = read_manifest(tiny_data)
     rows = manifest.split("val")
-    caption_split(system, manifest, rows, {"num_beams": 4})
+    caption_split(system, manifest, rows, {"num_beams": 4, "prompt": prompt})
     maps = maps_of(system, manifest, rows)
     for row in rows:
         assert len(system.captions[row.id]) == len(maps[row.id]) == N_BEST
         image = system.captioner.preprocess(manifest.path(row).read_bytes())
         for caption, words in zip(system.captions[row.id], maps[row.id], strict=True):
-            alone = system.captioner.attention(image, caption.ids)
+            alone = system.captioner.attention(image, caption.ids, caption.prompt_ids)
             assert len(words) == len(alone)
             for word, map_gg in zip(words, alone, strict=True):
                 assert word.map_gg.allclose(map_gg, atol=1e-5)

@@ -9,7 +9,6 @@ import io
 import statistics
 import time
 
-import numpy as np
 import pi_heif
 import pillow_heif
 from PIL import Image
@@ -17,15 +16,7 @@ from PIL import Image
 from handler.image_decode import decode_photo, open_photo, sniff
 from handler.image_preprocess import decode
 from tests.benchmarks.timing import machine, table
-
-
-def natural(width: int, height: int) -> Image.Image:
-    """Smooth colours under noise, about as hard to code as a photograph."""
-    rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 40, width // 40, 3), dtype=np.uint8))
-    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-    noisy = pixels + rng.normal(0, 4, pixels.shape).astype(np.int16)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+from tests.photos import natural
 
 
 def saved(image: Image.Image, kind: str) -> bytes:

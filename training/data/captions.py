@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from handler.caption_tokenizer import CaptionTokenizer
+from handler.errors import UserError
 from training.data.manifest import Row
 
-IGNORED = -100  # torch's cross-entropy leaves these targets out
+IGNORED = -100  # target of padding; torch's cross-entropy leaves it out
+GIVEN = -101  # target of a token that is given: part of a prompt, which is not learnt
 
 
 @dataclass(frozen=True)
 class Batch:
     """`photos` is (B, 3, S, S) images or (B, P, D) features; tokens, positions and targets are
     (B, Q), the mask is (B, Q, Q). `indices` are the positions of the photos in the split; `mirror`
-    is true where a photo and its captions are mirrored."""
+    is true where a photo and its captions are mirrored. `prompted` tells that some targets are
+    GIVEN."""
 
     photos: Tensor
     tokens: Tensor
@@ -33,19 +36,35 @@ class Batch:
     mask: Tensor
     indices: Sequence[int]
     mirror: Sequence[bool]
+    prompted: bool = False
 
     def to(self, device: torch.device) -> "Batch":
         tensors = (self.photos, self.tokens, self.positions, self.targets, self.mask)
         photos, tokens, positions, targets, mask = (t.to(device) for t in tensors)
-        return Batch(photos, tokens, positions, targets, mask, self.indices, self.mirror)
+        return Batch(
+            photos, tokens, positions, targets, mask, self.indices, self.mirror, self.prompted
+        )
+
+    def learnt(self, real_BQ: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The targets of the M tokens that are learnt, and which of the N tokens that `real_BQ`
+        marks they are; None if all of them are."""
+        targets_N = self.targets[real_BQ]
+        if not self.prompted:
+            return targets_N, None
+        learnt_N = targets_N != GIVEN
+        return targets_N[learnt_N], learnt_N
 
 
 def pack_captions(
-    captions: Sequence[Sequence[Sequence[int]]], tokenizer: CaptionTokenizer, max_tokens: int
+    captions: Sequence[Sequence[Sequence[int]]],
+    tokenizer: CaptionTokenizer,
+    max_tokens: int,
+    given: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packs token ids [photo][caption][token] into tokens, positions, targets (B, Q) and mask
-    (B, Q, Q). A caption of more than `max_tokens` tokens, including the end token and a forced
-    first one, is truncated and has no end token among its targets."""
+    (B, Q, Q). Each caption follows the ids `given`, whose targets are GIVEN. A text of more than
+    `max_tokens` tokens, including the end token and a forced first one, is truncated and has no end
+    token among its targets."""
     rows = []
     for photo in captions:
         tokens: list[int] = []
@@ -53,11 +72,11 @@ def pack_captions(
         positions: list[int] = []
         segments: list[int] = []
         for number, ids in enumerate(photo):
-            target = [*tokenizer.opening[1:], *ids, tokenizer.end_id][:max_tokens]
-            tokens += [tokenizer.begin_id, *target[:-1]]
-            targets += target
-            positions += range(len(target))
-            segments += [number] * len(target)
+            text = [*(given or tokenizer.opening[1:]), *ids, tokenizer.end_id][:max_tokens]
+            tokens += [tokenizer.begin_id, *text[:-1]]
+            targets += [GIVEN] * len(given) + text[len(given) :]
+            positions += range(len(text))
+            segments += [number] * len(text)
         rows.append((tokens, positions, targets, segments))
     length = max(len(row[0]) for row in rows)
     fills = (tokenizer.pad_id, 0, IGNORED, -1)
@@ -81,18 +100,29 @@ def mirrored(caption: str) -> str:
 
 
 class Captions:
-    """Token ids of every caption of a split, original and mirrored. `longest` is the length of the
-    longest caption, `cut` the number of captions longer than `max_tokens`; both count the end
-    token and a forced first one. `unknown` is the number of captions with a word that is not in the
-    vocabulary."""
+    """Token ids of every caption of a split, original and mirrored. Each follows the ids of a
+    prompt, `given`, which are not learnt. `longest` is the length of the longest caption, `cut` the
+    number of captions longer than `max_tokens`; both count the prompt, the end token and a forced
+    first one. `unknown` is the number of captions with a word that is not in the vocabulary."""
 
-    def __init__(self, rows: Sequence[Row], tokenizer: CaptionTokenizer, max_tokens: int) -> None:
-        self.rows, self.tokenizer, self.max_tokens = rows, tokenizer, max_tokens
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer: CaptionTokenizer,
+        max_tokens: int,
+        given: Sequence[int] = (),
+    ) -> None:
+        self.rows, self.tokenizer, self.max_tokens, self.given = rows, tokenizer, max_tokens, given
+        if len(given) + 1 >= max_tokens:
+            raise UserError(
+                f"decoder.max_tokens ({max_tokens}) leaves no room for a caption behind the "
+                f"{len(given)} tokens of decoding.prompt; raise it"
+            )
         self.plain = [[tokenizer.encode(c) for c in row.captions] for row in rows]
         self.mirrored = [[tokenizer.encode(mirrored(c)) for c in row.captions] for row in rows]
         every = [ids for photo in self.plain for ids in photo]
         self.total = len(every)
-        lengths = [len(ids) + len(tokenizer.opening) for ids in every]
+        lengths = [len(given) + len(ids) + len(tokenizer.opening) for ids in every]
         self.longest = max(lengths)
         self.cut = sum(length > max_tokens for length in lengths)
         self.unknown = sum(tokenizer.unknown_id in ids for ids in every)
@@ -143,5 +173,7 @@ class Captions:
             (self.mirrored if flipped else self.plain)[index]
             for index, flipped in zip(indices, mirror, strict=True)
         ]
-        tokens, positions, targets, mask = pack_captions(chosen, self.tokenizer, self.max_tokens)
-        return Batch(photos, tokens, positions, targets, mask, indices, mirror)
+        tokens, positions, targets, mask = pack_captions(
+            chosen, self.tokenizer, self.max_tokens, self.given
+        )
+        return Batch(photos, tokens, positions, targets, mask, indices, mirror, len(self.given) > 0)

@@ -20,7 +20,7 @@ from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_model
 from training.config import TrainConfig, build_config, decode_options, read_fields
 from training.data.manifest import Row
-from training.model import CaptioningModel
+from training.model import CaptioningModel, EncoderConfig
 
 # The fields of a config that a start settles, by section.
 SETTLED = {
@@ -52,8 +52,11 @@ def fine_tuning_config(
     vocabulary = _section(read_object(start / "tokenizer.json"), "model")
     kind = KINDS.get(str(vocabulary.get("type")))
     with naming(path):
+        encoder, decoder = (checkpoint["model"][part] for part in ("encoder", "decoder"))
         own = {
-            **checkpoint["model"],
+            # Of a DaViT, sizes that are lists have no field in a config.
+            "encoder": {n: v for n, v in encoder.items() if isinstance(v, int | float)},
+            "decoder": decoder,
             "tokenizer": {"kind": kind, "checkpoint": str(start)},
             "resize": checkpoint["preprocessing"].get("resize", "squash"),
         }
@@ -163,11 +166,15 @@ def load_start(
         for name in OF_WORDS & state.keys():
             state[name] = with_rows(state[name], tokenizer.vocab_size - size)
         size = tokenizer.vocab_size
-    decoder = replace(found.decoder_config, dropout=config.decoder.dropout, vocab_size=size)
-    if tokenizer.tasks:  # the task that is learnt is the one that is asked for
-        prompt_ids = encode_prompt(tokenizer, config.decoding.get("prompt"))
-        decoder = replace(decoder, prompt_ids=tuple(prompt_ids))
-    encoder = replace(found.encoder_config, dropout=config.encoder.dropout)
+    encoder, decoder = found.encoder_config, found.decoder_config
+    if isinstance(encoder, EncoderConfig):
+        encoder = replace(encoder, dropout=config.encoder.dropout)
+    elif config.encoder.dropout:
+        raise UserError(f"encoder.dropout: the encoder of {config.start} has none; leave it out")
+    decoder = replace(decoder, dropout=config.decoder.dropout, vocab_size=size)
+    if tokenizer.tasks:  # the task that is learnt is the one that is asked for by default
+        task = encode_prompt(tokenizer, config.decoding.get("prompt"))
+        decoder = replace(decoder, prompt_ids=tuple(task))
     model = CaptioningModel(encoder, decoder)
     model.load_state_dict(state)
     return model, PreprocessConfig.from_dict(checkpoint["preprocessing"]), tokenizer

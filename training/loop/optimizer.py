@@ -57,7 +57,10 @@ def parameter_groups(model: CaptioningModel, stage: Stage) -> list[dict[str, Any
 def set_checkpointing(model: CaptioningModel, on: bool) -> None:
     """Gradient checkpointing (Chen et al. 2016): the activations within a block are recomputed in
     the backward pass instead of being kept."""
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
+    blocks = [*model.encoder.blocks, *model.decoder.blocks]
+    if model.decoder.prompt_encoder is not None:
+        blocks += model.decoder.prompt_encoder.blocks
+    for block in blocks:
         vars(block).pop("forward", None)
         if on:
             vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import Captioner
+from handler.captioner import Captioner, encode_prompt, written_prompt
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
@@ -93,6 +93,11 @@ class Run:
 
     def decoding(self) -> dict[str, Any]:
         return {"max_new_tokens": self.config.decoder.max_tokens - 1, **self.config.decoding}
+
+    def prompt(self) -> list[int]:
+        """The ids of the default prompt that each caption follows."""
+        prompt = encode_prompt(self.tokenizer, self.decoding().get("prompt"))
+        return written_prompt(self.tokenizer, prompt)
 
     def captioner(self) -> Captioner:
         """A captioner with the averaged weights."""

@@ -46,8 +46,9 @@ class Work:
         teachers = None
         if stage.distillation is not None:
             teachers = load_teachers(stage, run.student(), stage.encoder == "frozen")
-        longest = run.config.decoder.max_tokens - 1
-        loss = make_loss(stage, teachers, run.train_rows, run.tokenizer, longest, self.seed)
+        prompt = run.prompt()
+        longest = run.config.decoder.max_tokens - 1 - len(prompt)
+        loss = make_loss(stage, teachers, run.train_rows, run.tokenizer, longest, self.seed, prompt)
         self.whole = Objective(run.model, loss, stage.encoder == "frozen")
         self.objective = run.processes.parallel(self.whole)
         self.shard_of_N = shard_numbers(run.train_rows)

@@ -74,7 +74,7 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
                 else f"{folder / 'config.json'}: field 'model.encoder.{difference}' is"
             )
             raise UserError(
-                f"{what} not that of the student, but with a frozen encoder they must share its "
+                f"{what} not the student's, but with a frozen encoder they must share its "
                 f"features; set encoder: trained in stage {stage.name!r}"
             )
     return ensemble.to(student.device)

@@ -102,7 +102,7 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
 
 
 def train_stages(run: Run, state: dict[str, Any] | None) -> None:
-    captions = Captions(run.train_rows, run.tokenizer, run.config.decoder.max_tokens)
+    captions = Captions(run.train_rows, run.tokenizer, run.config.decoder.max_tokens, run.prompt())
     borrowed = run.config.tokenizer.checkpoint
     for note in captions.notes(run.decoding()["max_new_tokens"], borrowed):
         run.log.say(note)

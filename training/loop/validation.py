@@ -123,7 +123,7 @@ def caption_and_loss(
     options = captioner.options(
         num_beams=run.config.validation.num_beams, num_return_sequences=1, do_sample=False
     )
-    captions = Captions(rows, run.tokenizer, run.config.decoder.max_tokens)
+    captions = Captions(rows, run.tokenizer, run.config.decoder.max_tokens, run.prompt())
     cross_entropy = CrossEntropyLoss(smoothing=0.0)
     predictions: dict[str, str] = {}
     totals = torch.zeros(2, dtype=torch.float64)

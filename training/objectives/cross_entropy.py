@@ -35,13 +35,14 @@ class CrossEntropyLoss:
         self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Cross-entropy summed over the caption tokens of a batch, and the number of these tokens;
-        padding does not count."""
+        padding and prompts do not count."""
         real_BQ = batch.targets != IGNORED
         hidden_ND = decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, real_BQ)
-        total = summed_cross_entropy(
-            decoder.head(hidden_ND), batch.targets[real_BQ], self.smoothing
-        )
-        return total, real_BQ.sum(), {}
+        targets_M, learnt_N = batch.learnt(real_BQ)
+        hidden_MD = hidden_ND if learnt_N is None else hidden_ND[learnt_N]
+        total = summed_cross_entropy(decoder.head(hidden_MD), targets_M, self.smoothing)
+        tokens = real_BQ if learnt_N is None else learnt_N
+        return total, tokens.sum(), {}
 
 
 def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:

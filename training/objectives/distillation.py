@@ -56,18 +56,20 @@ class DistillationLoss:
             teachers_BQV = self.teachers.log_probs(
                 batch.tokens, batch.positions, batch.mask, memories, temperature
             )
-            teachers_NV = teachers_BQV[real_BQ]
-        logits_NV = decoder.head(
-            decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, real_BQ)
-        ).float()
+            teachers_MV = teachers_BQV[real_BQ]
+        hidden_MD = decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, real_BQ)
+        targets_M, learnt_N = batch.learnt(real_BQ)
+        if learnt_N is not None:
+            teachers_MV, hidden_MD = teachers_MV[learnt_N], hidden_MD[learnt_N]
+        logits_MV = decoder.head(hidden_MD).float()
         truth = F.cross_entropy(
-            logits_NV, batch.targets[real_BQ], label_smoothing=self.smoothing, reduction="sum"
+            logits_MV, targets_M, label_smoothing=self.smoothing, reduction="sum"
         )
-        student_NV = (logits_NV / temperature).log_softmax(-1)
+        student_MV = (logits_MV / temperature).log_softmax(-1)
         divergence = temperature**2 * F.kl_div(
-            student_NV, teachers_NV, reduction="sum", log_target=True
+            student_MV, teachers_MV, reduction="sum", log_target=True
         )
-        tokens = real_BQ.sum()
+        tokens = (real_BQ if learnt_N is None else learnt_N).sum()
         figures = {
             "cross_entropy": truth.detach() / tokens,
             "divergence": divergence.detach() / tokens,

@@ -53,12 +53,14 @@ def make_loss(
     tokenizer: CaptionTokenizer,
     max_new_tokens: int,
     seed: int,
+    prompt: Sequence[int],
 ) -> Loss:
-    """The loss of a stage that trains on `rows`. `teachers` are required for distillation."""
+    """The loss of a stage that trains on `rows`, whose captions follow the ids of a `prompt`.
+    `teachers` are required for distillation."""
     if stage.distillation is not None:
         assert teachers is not None
         frozen = stage.encoder == "frozen"
         return DistillationLoss(stage.distillation, teachers, stage.smoothing, frozen)
     if stage.self_critical is not None:
-        return SelfCriticalLoss(stage.self_critical, rows, tokenizer, max_new_tokens, seed)
+        return SelfCriticalLoss(stage.self_critical, rows, tokenizer, max_new_tokens, seed, prompt)
     return CrossEntropyLoss(stage.smoothing)

@@ -35,7 +35,7 @@ from torch import Tensor
 from handler.beam_search import DecodeOptions, Hypothesis, search
 from handler.caption_tokenizer import CaptionTokenizer
 from training.config import SelfCritical
-from training.data.captions import IGNORED, Batch, mirrored, pack_captions
+from training.data.captions import GIVEN, IGNORED, Batch, mirrored, pack_captions
 from training.data.manifest import Row
 from training.data.seeds import seed_of
 from training.model import Decoder
@@ -59,11 +59,14 @@ class SelfCriticalLoss:
         tokenizer: CaptionTokenizer,
         max_new_tokens: int,
         seed: int,
+        prompt: Sequence[int] = (),
     ) -> None:
         """`rows` are those of the training split. The samples of a photo depend on (seed, epoch,
-        photo) only, and not on the other photos in the batch."""
+        photo) only, and not on the other photos in the batch. They follow the ids of `prompt`."""
         self.choice, self.rows, self.tokenizer = choice, rows, tokenizer
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.max_new_tokens, self.seed, self.prompt = max_new_tokens, seed, list(prompt)
+        # What stands before a sample and is not sampled.
+        self.given = self.prompt or tokenizer.opening[1:]
         self.cider = CiderD([[reward_words(c) for c in row.captions] for row in rows])
 
     def __call__(
@@ -84,7 +87,8 @@ class SelfCriticalLoss:
         for weights_Q, own, sizes in zip(weights_BQ, advantages, lengths, strict=True):
             each = torch.tensor(own).repeat_interleave(torch.tensor(sizes))
             weights_Q[: len(each)] = each
-        tokens = torch.tensor(sum(map(sum, lengths)), device=nll_BQ.device)
+        sampled = sum(size - len(self.given) for sizes in lengths for size in sizes)
+        tokens = torch.tensor(sampled, device=nll_BQ.device)
         mean = sum(map(sum, rewards)) / sum(map(len, rewards))
         return (weights_BQ.to(nll_BQ.device) * nll_BQ).sum(), tokens, {"reward": torch.tensor(mean)}
 
@@ -121,25 +125,31 @@ class SelfCriticalLoss:
         self, decoder: Decoder, memory_BPD: Tensor, samples: Sequence[Sequence[Hypothesis]]
     ) -> tuple[Tensor, list[list[int]]]:
         """The negative log-probability of every token of the samples, packed (B, Q) and 0 on
-        padding, and the number of tokens of each sample."""
+        padding and on what is given, and the number of tokens of each sample with what is given."""
         ids = [[sample.ids for sample in photo] for photo in samples]
         # A sample without end token has `max_new_tokens`, so packing cuts the end token off.
+        longest = len(self.given) + self.max_new_tokens
         tokens_BQ, positions_BQ, targets_BQ, mask_BQQ = (
-            t.to(memory_BPD.device) for t in pack_captions(ids, self.tokenizer, self.max_new_tokens)
+            t.to(memory_BPD.device) for t in pack_captions(ids, self.tokenizer, longest, self.given)
         )
+        targets_BQ = targets_BQ.masked_fill(targets_BQ == GIVEN, IGNORED)
         logits_BQV = decoder(tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
         logits_BQV = logits_BQV / self.choice.temperature
-        suppressed = torch.tensor(self.tokenizer.suppressed_ids, device=logits_BQV.device)
+        suppressed = torch.tensor(
+            self.tokenizer.suppressed_ids, dtype=torch.long, device=logits_BQV.device
+        )
         logits_BQV = logits_BQV.index_fill(2, suppressed, -math.inf)
         nll_BQ = F.cross_entropy(
             logits_BQV.transpose(1, 2), targets_BQ, ignore_index=IGNORED, reduction="none"
         )
-        return nll_BQ, [[len(s.ids) + s.finished for s in photo] for photo in samples]
+        before = len(self.given)
+        return nll_BQ, [[before + len(s.ids) + s.finished for s in photo] for photo in samples]
 
     def _search(
         self, decoder: Decoder, memory_BPD: Tensor, options: Sequence[DecodeOptions]
     ) -> list[list[Hypothesis]]:
-        return search(decoder, memory_BPD, options, self.tokenizer.special)
+        prompts = [self.prompt] * len(options)
+        return search(decoder, memory_BPD, options, self.tokenizer.special, prompts=prompts)
 
     def _reward(self, photos: Sequence[Sequence[Hypothesis]], batch: Batch) -> list[list[float]]:
         rewards = []

@@ -79,7 +79,9 @@ def import_tasks(
     folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any], tasks: Mapping[str, str]
 ) -> dict[str, Task]:
     """The words of each task with their ids, as its processor makes them: between the tokenizer's
-    begin and end token. Raises UserError where it has none."""
+    begin and end token. Raises UserError where it has none, unless there are no tasks."""
+    if not tasks:
+        return {}
     begin, end = _text(settings.get("bos_token", "<s>")), _text(settings.get("eos_token", "</s>"))
     for token in (begin, end):
         if tokenizer.token_to_id(token) is None:
