@@ -149,11 +149,13 @@ def deadly(path: Path) -> Iterator[list[int]]:
                 handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
             except OSError:
                 continue  # nobody reads it
-            while not (readers := readers_of(path)) and not done.is_set():
+            # One that is dying still has it open.
+            while not (readers := set(readers_of(path)) - set(dead)) and not done.is_set():
                 time.sleep(0.01)
             for reader in readers:
                 dead.append(reader)
-                os.kill(reader, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(reader, signal.SIGKILL)
             os.close(handle)
 
     watcher = threading.Thread(target=watch)

@@ -1,6 +1,7 @@
 """What decoding a photo takes: processor time and memory, of this process and its decoders."""
 
 import contextlib
+import ctypes
 import os
 import re
 import resource
@@ -13,22 +14,26 @@ from handler import decode_process
 from handler.errors import InvalidImage
 from handler.image_preprocess import Patience, decode
 
+INTERPRETER_MIB = 64
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
 class Cost:
-    """Seconds of processor time, and MiB of memory: what this process grew by, and all of a process
-    that decodes, which is 50 MiB before its first photo."""
+    """Seconds of processor time, MiB of memory, and the size of the picture, None where the photo
+    was refused. Memory is what this process grew by, and all of a process that decodes:
+    INTERPRETER_MIB before its first photo."""
 
     seconds: float
     mib: float
+    size: tuple[int, int] | None
 
 
 def cost_of(data: bytes, patience: Patience | None = None) -> Cost:
     """What a photo takes that is decoded now, the start of a process included where none waits.
     Must run in the main thread."""
     own = os.getpid()
+    ctypes.CDLL(None).malloc_trim(0)  # pages that are free would be used without growth
     for pid in (own, *forks()):
         reset_peak(pid)
     resident, before = memory(own, "VmRSS"), processor_seconds()
@@ -47,15 +52,18 @@ def cost_of(data: bytes, patience: Patience | None = None) -> Cost:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    size = None
     try:
-        assert decode(data, patience=patience).mode == "RGB"
+        image = decode(data, patience=patience)
+        assert image.mode == "RGB"
+        size = image.size
     except InvalidImage:
         pass
     finally:
         done.set()
         watcher.join()
     measure()
-    return Cost(processor_seconds() - before - watching[0], largest[0])
+    return Cost(processor_seconds() - before - watching[0], largest[0], size)
 
 
 def forget_processes() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pillow_heif
 import pytest
 import torch
-from cost import cost_of
+from cost import INTERPRETER_MIB, cost_of
 from hostile import HOSTILE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,7 +41,6 @@ TYPES = {
 }
 BATCH = 8
 MOST_GROWTH = 2**30
-INTERPRETER = 64  # MiB of a process before it decodes
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,10 @@ def check_costs(cases: Iterable[tuple[str, bytes]]) -> None:
         if cost.seconds > 2 or cost.mib > 512:
             megapixels = megapixels_of(data)
             assert cost.seconds < 2 + megapixels / 16, (what, cost)
-            assert cost.mib < max(512, 12 * megapixels * 10**6 / 2**20) + INTERPRETER, (what, cost)
+            assert cost.mib < max(512, 12 * megapixels * 10**6 / 2**20) + INTERPRETER_MIB, (
+                what,
+                cost,
+            )
     slowest = max(costs, key=lambda what: costs[what].seconds)
     largest = max(costs, key=lambda what: costs[what].mib)
     print(f"{len(costs)} photos; the slowest, {costs[slowest].seconds:.2f} s: {slowest};", end=" ")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import psutil
 import pytest
-from cost import cost_of, forget_processes
+from cost import INTERPRETER_MIB, cost_of, forget_processes
 from hostile import (
     HOSTILE,
     MEGAPIXELS,
@@ -28,7 +28,7 @@ from hostile import (
     scans,
     segment,
 )
-from photos import chunk, encoded, heic, smooth
+from photos import chunk, encoded, heic, natural, smooth
 from PIL import Image
 
 from handler import decode_process
@@ -55,6 +55,11 @@ OFTEN = {
 }
 
 
+def most_mib(megapixels: float) -> float:
+    """What a photo may take, and the interpreter that decodes it."""
+    return max(512, 12 * megapixels * 10**6 / 2**20) + INTERPRETER_MIB
+
+
 @pytest.mark.parametrize(
     "name",
     [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in HOSTILE],
@@ -66,8 +71,7 @@ def test_a_hostile_photo_is_answered_in_time(name):
     forget_processes()
     cost, megapixels = cost_of(data), MEGAPIXELS.get(name, 0)
     assert cost.seconds < 2 + megapixels / 16
-    # The interpreter that decodes is no photo.
-    assert cost.mib < max(512, 12 * megapixels * 10**6 / 2**20) + 64
+    assert cost.mib < most_mib(megapixels)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +170,41 @@ def test_truncated_ones_are_invalid(kind, share):
     data = WRITERS[kind](smooth(160, 120))
     with pytest.raises(InvalidImage):
         decode(data[: int(share * len(data))])
+
+
+LARGE = {
+    "JPEG": lambda image: encoded(image, "JPEG", quality=88),
+    "progressive JPEG": lambda image: encoded(image, "JPEG", quality=88, progressive=True),
+    "PNG with alpha": lambda image: encoded(with_alpha(image), "PNG", compress_level=3),
+    "WebP": lambda image: encoded(image, "WEBP", quality=80, method=0),
+    "AVIF": lambda image: encoded(image, "AVIF", quality=75, speed=10),
+    "AVIF with alpha": lambda image: encoded(with_alpha(image), "AVIF", quality=60, speed=10),
+    "HEIC": lambda image: heic(image, quality=55, enc_params={"preset": "ultrafast"}),
+    "HEIC with alpha": lambda image: heic(
+        with_alpha(image), quality=50, enc_params={"preset": "ultrafast"}
+    ),
+}
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    """As a program may write it in 16 MiB: colours in blocks of 64 pixels."""
+    small = image.resize((image.width // 8, image.height // 8))
+    small.putalpha(Image.linear_gradient("L").resize(small.size))
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("height", [6000, 8000])
+@pytest.mark.parametrize("kind", LARGE)
+def test_ordinary_photos_of_48_and_64_megapixels_are_read(kind, height):
+    tile = np.asarray(natural(1000, 1000))
+    data = LARGE[kind](Image.fromarray(np.tile(tile, (height // 1000, 8, 1))))
+    forget_processes()
+    cost, megapixels = cost_of(data), 8000 * height / 10**6
+    print(f"{kind} of {megapixels:.0f} megapixels, {len(data):,} bytes: {cost}")
+    assert cost.size == (8000, height)
+    assert cost.seconds < 2 + megapixels / 16
+    assert cost.mib < most_mib(megapixels)
 
 
 # --- what is ordinary stays in this process ---

@@ -163,7 +163,7 @@ def test_a_stream_of_word_pieces_goes_on_too(monkeypatch):
     context = SimpleNamespace(request_ids="ab", set_response_content_type=lambda *_: None)
     request = Request(b"", stream=True)
     jobs = [
-        Job(place, request, [DecodeOptions(prompt=prompt)], None, None, False)
+        Job(place, request, None, [DecodeOptions(prompt=prompt)], False)
         for place, prompt in enumerate(("two dog", "a"))
     ]
     stream = TokenStream(SimpleNamespace(tokenizer=tokenizer), jobs, context)

@@ -32,7 +32,6 @@ def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, An
             raise UserError(
                 f"{export / 'config.json'}: no field {field!r}; give an export's folder"
             )
-    check_config(export, config)
     tokenizer, shape = load_tokenizer(export, config), config["model"]["decoder"]
     sizes = shape["vocab_size"], shape["max_positions"]
     chosen = choose_options(options, config.get("decoding", {}), tokenizer, *sizes)
