@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,17 +69,19 @@ def tiny_model(
     return model
 
 
-def tiny_tokenizer() -> "transformers.GPT2Tokenizer":
+def tiny_tokenizer(
+    sentences: Sequence[str] = SENTENCES, vocab_size: int = 300
+) -> "transformers.GPT2Tokenizer":
     """A byte-level BPE whose last token is <|endoftext|>, as GPT-2's is."""
     fitted = Tokenizer(models.BPE())
     fitted.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fitted.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    fitted.train_from_iterator(SENTENCES, trainer)
+    fitted.train_from_iterator(sentences, trainer)
     model = json.loads(fitted.to_str())["model"]
     vocabulary = {**model["vocab"], "<|endoftext|>": len(model["vocab"])}
     merges = [tuple(pair) for pair in model["merges"]]
@@ -125,8 +129,9 @@ def tiny_bert_tokenizer() -> "transformers.BertTokenizer":
     return transformers.BertTokenizer(vocab={entry: i for i, entry in enumerate(entries)})
 
 
-def tiny_roberta_tokenizer() -> "transformers.RobertaTokenizer":
-    model = tiny_tokenizer()
+def tiny_roberta_tokenizer(*fitted: Any) -> "transformers.RobertaTokenizer":
+    """As `tiny_tokenizer`, with RoBERTa's special tokens, which are BART's, too."""
+    model = tiny_tokenizer(*fitted)
     vocabulary = {token: i for token, i in model.get_vocab().items() if token != "<|endoftext|>"}
     special = {token: i for i, token in enumerate(("<s>", "<pad>", "</s>", "<unk>", "<mask>"))}
     vocabulary = {**special, **{token: i + len(special) for token, i in vocabulary.items()}}
@@ -213,19 +218,26 @@ def tiny_family(name: str):
     return model.eval(), tokenizer, processor
 
 
-def tiny_florence():
-    """(model, processor) of a Florence-2 with opinions: two stages, windows of 4 x 4 of which the
-    last are not full, prompt and text of one vocabulary."""
-    torch.manual_seed(FLORENCE_SEED)
-    tokenizer = tiny_roberta_tokenizer()
+def florence_processor(side: int, tokens: int, *fitted: Any) -> "transformers.Florence2Processor":
+    """Photos of `side` pixels as so many tokens; the tokenizer is `fitted` as `tiny_tokenizer`."""
+    tokenizer = tiny_roberta_tokenizer(*fitted)
     tokenizer.add_tokens(["<loc_0>", "<loc_1>"], special_tokens=True)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    tokenizer.image_token, image = "<image>", tokenizer.convert_tokens_to_ids("<image>")
-    tokenizer.image_token_id = image
-    square = {"height": FLORENCE_SIDE, "width": FLORENCE_SIDE}
+    tokenizer.image_token = "<image>"
+    tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    square = {"height": side, "width": side}
     mean_std = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     photos = transformers.CLIPImageProcessorPil(size=square, do_center_crop=False, **mean_std)
-    photos.image_seq_length = 1 + (FLORENCE_SIDE // 8) ** 2
+    photos.image_seq_length = tokens
+    return transformers.Florence2Processor(photos, tokenizer)
+
+
+def tiny_florence():
+    """(model, processor) of a Florence-2 with opinions: two stages, windows of 4 x 4 of which the
+    last are not full."""
+    torch.manual_seed(FLORENCE_SEED)
+    processor = florence_processor(FLORENCE_SIDE, 1 + (FLORENCE_SIDE // 8) ** 2)
+    tokenizer = processor.tokenizer
     vision = {
         "depths": (1, 2), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1),
         "patch_prenorm": (False, True), "embed_dim": (8, 16), "num_heads": (2, 4),
@@ -237,7 +249,7 @@ def tiny_florence():
         "decoder_layers": LAYERS, "decoder_ffn_dim": 24, "decoder_attention_heads": HEADS,
     }  # fmt: skip
     config = transformers.Florence2Config(
-        vision_config=vision, text_config=text, image_token_id=image
+        vision_config=vision, text_config=text, image_token_id=tokenizer.image_token_id
     )
     model = transformers.Florence2ForConditionalGeneration(config).eval()
     with torch.no_grad():
@@ -253,11 +265,16 @@ def tiny_florence():
         last = bart.decoder.layers[-1].final_layer_norm
         likes = FLORENCE_LIKING * last.bias / last.bias.norm() ** 2
         bart.shared.weight[tokenizer.eos_token_id] += likes
+    set_florence_generation(model)
+    return model, processor
+
+
+def set_florence_generation(model) -> None:
+    """As it is published."""
     settings = {"num_beams": 3, "no_repeat_ngram_size": 3, "early_stopping": True}
     settings |= {"forced_bos_token_id": 0, "forced_eos_token_id": 2}
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
-    return model, transformers.Florence2Processor(photos, tokenizer)
 
 
 def save_florence(folder: Path):

@@ -26,6 +26,7 @@ from training.model import (
     Mlp,
     attend,
     initialise,
+    layer_norm,
     merge_heads,
     refuse_unless,
     split_heads,
@@ -123,30 +124,52 @@ class DaViTConfig:
         return DaViT(self)
 
 
-class Entry(nn.Module):
-    """A strided convolution into a stage: (B, C, side, side) -> tokens (B, N, D)."""
-
-    def __init__(self, config: DaViTConfig, stage: int) -> None:
-        super().__init__()
-        width, before = config.widths[stage], (3, *config.widths)[stage]
-        self.conv = nn.Conv2d(
-            before, width, config.kernels[stage], config.strides[stage], config.paddings[stage]
-        )
-        self.pre_norm = config.pre_norms[stage]
-        self.norm = nn.LayerNorm(before if self.pre_norm else width, eps=config.layer_norm_eps)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        if self.pre_norm:
-            x_BCHW = self.norm(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x_BND = self.conv(x_BCHW).flatten(2).transpose(1, 2)
-        return x_BND if self.pre_norm else self.norm(x_BND)
-
-
 def strips(x_BND: Tensor, tokens: int, width: int) -> tuple[Tensor, ...]:
     """The tokens in strips, each of a multiple of so many `tokens`, that layers of `width` take one
     after the other: what they make of a strip stays in the processor's cache, where what they make
     of a whole stage would be new memory from the system each time."""
     return x_BND.split(tokens * max(1, STRIP // (tokens * width)), dim=1)
+
+
+class Entry(nn.Module):
+    """A strided convolution of pixels (B, 3, side, side) into the first stage: (B, N, D)."""
+
+    def __init__(self, config: DaViTConfig) -> None:
+        super().__init__()
+        kernel, stride, padding = config.kernels[0], config.strides[0], config.paddings[0]
+        self.norm_pre = layer_norm(3, config.layer_norm_eps, config.pre_norms[0])
+        self.conv = nn.Conv2d(3, config.widths[0], kernel, stride, padding)
+        self.norm = layer_norm(config.widths[0], config.layer_norm_eps, not config.pre_norms[0])
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        images_B3HW = self.norm_pre(images_B3HW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.norm(self.conv(images_B3HW).flatten(2).transpose(1, 2))
+
+
+class Passage(nn.Module):
+    """A strided convolution of tokens (B, N, D) into the next stage, as a linear layer over the
+    tokens below each place of the kernel, which every precision of linear layers is for."""
+
+    def __init__(self, config: DaViTConfig, stage: int) -> None:
+        super().__init__()
+        before, width = config.widths[stage - 1], config.widths[stage]
+        self.kernel, self.stride = config.kernels[stage], config.strides[stage]
+        self.padding, self.side = config.paddings[stage], config.sides[stage - 1]
+        self.seen = self.kernel**2 * before
+        # Of as many rows of places as a strip has.
+        self.rows = max(1, STRIP // (config.sides[stage] * self.seen))
+        self.norm_pre = layer_norm(before, config.layer_norm_eps, config.pre_norms[stage])
+        self.linear = nn.Linear(self.seen, width)
+        self.norm = layer_norm(width, config.layer_norm_eps, not config.pre_norms[stage])
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        around = [0, 0] + 4 * [self.padding]
+        x_BHWD = F.pad(self.norm_pre(x_BND).unflatten(1, (self.side, self.side)), around)
+        # (B, rows, columns, D, kernel, kernel)
+        places = x_BHWD.unfold(1, self.kernel, self.stride).unfold(2, self.kernel, self.stride)
+        parts = places.permute(0, 1, 2, 4, 5, 3).split(self.rows, dim=1)
+        x_BND = torch.cat([self.linear(part.flatten(3).flatten(1, 2)) for part in parts], dim=1)
+        return self.norm(x_BND)
 
 
 class DepthwiseConv(nn.Module):
@@ -271,7 +294,8 @@ class DaViT(ImageEncoder):
         self.config = config
         width = config.widths[-1]
         stages = [stage for stage, depth in enumerate(config.depths) for _ in range(depth)]
-        self.entries = nn.ModuleList(Entry(config, stage) for stage in range(len(config.widths)))
+        passages = (Passage(config, stage) for stage in range(1, len(config.widths)))
+        self.entries = nn.ModuleList([Entry(config), *passages])
         self.blocks = nn.ModuleList(Block(config, stage) for stage in stages)
         self.grid_positions = nn.Parameter(torch.zeros(1, config.grid**2, width))
         self.projection = nn.Linear(width, config.memory_width, bias=False)
@@ -280,15 +304,11 @@ class DaViT(ImageEncoder):
         nn.init.trunc_normal_(self.grid_positions, std=0.02)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        x_BCHW = images_B3HW
-        blocks = iter(self.blocks)
-        for entry, depth, side in zip(
-            self.entries, self.config.depths, self.config.sides, strict=True
-        ):
-            x_BND = entry(x_BCHW)
+        x_BND, blocks = images_B3HW, iter(self.blocks)
+        for entry, depth in zip(self.entries, self.config.depths, strict=True):
+            x_BND = entry(x_BND)
             for _ in range(depth):
                 x_BND = next(blocks)(x_BND)
-            x_BCHW = x_BND.transpose(1, 2).unflatten(2, (side, side))
         x_BPD = x_BND + self.grid_positions
         memory_BPD = torch.cat([x_BPD.mean(1, keepdim=True), x_BPD], dim=1)
         return self.norm(self.projection(memory_BPD))

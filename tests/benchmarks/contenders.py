@@ -1,6 +1,7 @@
 """What is timed and weighed against each other: captions of noise, of exactly so many tokens, by an
 export of ours and by Hugging Face's `generate`. Imports no more than their users would."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,17 +13,27 @@ def images_of(photos: int, size: int) -> torch.Tensor:
     return torch.randn(photos, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def ours(captioner: Captioner, images: torch.Tensor, beams: int, tokens: int):
-    options = captioner.options(num_beams=beams, min_new_tokens=tokens, max_new_tokens=tokens)
+def ours(
+    captioner: Captioner, images: torch.Tensor, beams: int, tokens: int, task: str | None = None
+):
+    options = captioner.options(
+        prompt=task, num_beams=beams, min_new_tokens=tokens, max_new_tokens=tokens
+    )
     return captioner.caption_tensors(images, [options] * len(images))
 
 
-def generate(model, images: torch.Tensor, beams: int, tokens: int) -> torch.Tensor:
+def generate(
+    model, images: torch.Tensor, beams: int, tokens: int, task_ids: Sequence[int] = ()
+) -> torch.Tensor:
+    """Sequences; `task_ids` is the prompt of a Florence-2, behind the places of its 577 tokens."""
+    given = {"pixel_values": images.to(model.device, model.dtype)}
+    if task_ids:
+        ids = [model.config.image_token_id] * 577 + list(task_ids)
+        given["input_ids"] = torch.tensor([ids] * len(images), device=model.device)
     with torch.inference_mode():
         found = model.generate(
-            pixel_values=images.to(model.device, model.dtype), num_beams=beams, do_sample=False,
-            min_new_tokens=tokens, max_new_tokens=tokens,
-        )  # fmt: skip
+            **given, num_beams=beams, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
+        )
     return found.cpu()
 
 

@@ -4,6 +4,7 @@ in the same run.
     python -m tests.benchmarks.decoding                all yardsticks, one after the other
     python -m tests.benchmarks.decoding yardstick      ViT-B/16 + GPT-2, random weights
     python -m tests.benchmarks.decoding blip git       BLIP base at 384 pixels, GIT base at 224
+    python -m tests.benchmarks.decoding florence       Florence-2 base at 768
     python -m tests.benchmarks.decoding CHECKPOINT     one of ours, eager against its exports
 
 A yardstick is built with transformers, imported by `training.import_huggingface` and exported by
@@ -17,6 +18,7 @@ With --device cuda everything runs on a GPU; int8, which is for processors, is l
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +30,7 @@ from handler.cuda_graphs import GraphedEncoder
 from tests.benchmarks.contenders import generate, images_of, load_theirs, ours
 from tests.benchmarks.timing import machine, medians, peak_megabytes, report, table
 from training.checkpoint import load_captioner, load_model
+from training.weights.florence import TASKS
 
 ROOT = Path("build/bench")
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -81,7 +84,49 @@ def git(folder: Path) -> None:
     transformers.GitProcessor(processor, tiny_bert_tokenizer()).save_pretrained(folder)
 
 
-YARDSTICKS = {"yardstick": vit_gpt2, "blip": blip, "git": git}
+def florence(folder: Path) -> None:
+    """A random Florence-2 base, 231 million parameters: the published fields where they are not
+    the class's defaults, and a tokenizer to which the words of a task are a token each."""
+    import transformers
+
+    from tests.huggingface_models import florence_processor, set_florence_generation
+
+    torch.manual_seed(0)
+    layers = {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in (("layers", 6), ("ffn_dim", 3072), ("attention_heads", 12))
+    }
+    processor = florence_processor(768, 577, list(TASKS.values()), 400)
+    config = transformers.Florence2Config(
+        vision_config={"projection_dim": 768},
+        text_config={"vocab_size": 51289, "d_model": 768, **layers},
+        image_token_id=processor.tokenizer.image_token_id,
+    )
+    model = transformers.Florence2ForConditionalGeneration(config).eval()
+    set_florence_generation(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+YARDSTICKS = {"yardstick": vit_gpt2, "blip": blip, "git": git, "florence": florence}
+
+
+class Setting(NamedTuple):
+    """Photos at once, beams, and exactly so many tokens each, for a task if there are any."""
+
+    photos: int
+    beams: int
+    tokens: int
+    task: str | None = None
+
+
+def settings_of(captioner: Captioner, tokens: int) -> list[Setting]:
+    """Those that are timed: of a model with tasks a sentence and a paragraph."""
+    if captioner.tokenizer.tasks:
+        first, *_, last = captioner.tokenizer.tasks
+        return [Setting(1, 3, tokens, first), Setting(1, 3, 5 * tokens, last)]
+    return [Setting(photos, beams, tokens) for photos in (1, 8) for beams in (1, 3, 5)]
 
 
 def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, dict[str, Path]]:
@@ -118,7 +163,10 @@ def encoder_in(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "models", nargs="*", default=list(YARDSTICKS), help="yardstick, blip, git or a checkpoint"
+        "models",
+        nargs="*",
+        default=list(YARDSTICKS),
+        help=f"{', '.join(YARDSTICKS)} or a checkpoint",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
@@ -134,53 +182,54 @@ def measure(name: str, device: str, rounds: int, tokens: int) -> None:
     theirs, checkpoint, exports = prepare(name, precisions)
     captioners = load_contenders(checkpoint, exports, device)
     size = captioners["eager"].preprocessing.image_size
+    tasks = captioners["eager"].tokenizer.tasks
+    settings = settings_of(captioners["eager"], tokens)
     models = {}
     if theirs:
         models["generate"] = load_theirs(theirs, device)
-        images = images_of(2, size)
-        expected = generate(models["generate"], images, 5, tokens)[:, 1:].tolist()
-        for same in ("eager", "fp32"):
-            found = [best[0].ids for best in ours(captioners[same], images, 5, tokens)]
-            assert found == expected, f"{same} does not give the sequences of generate"
+        check_same(models["generate"], captioners, settings[0])
         models["generate, bf16"] = load_theirs(theirs, device, torch.bfloat16)
 
     rows, figures = [], []
-    for photos, beams in ((p, b) for p in (1, 8) for b in (1, 3, 5)):
+    for setting in settings:
+        photos, beams, length, task = setting
         images = images_of(photos, size)
+        task_ids = tasks[task]["ids"] if task else ()
         contenders = {
-            name: lambda m=model, i=images, b=beams: generate(m, i, b, tokens)
+            name: lambda m=model, i=images, s=setting, t=task_ids: generate(m, i, *s[1:3], t)
             for name, model in models.items()
         }
         contenders |= {
-            name: lambda c=captioner, i=images, b=beams: ours(c, i, b, tokens)
+            name: lambda c=captioner, i=images, s=setting: ours(c, i, *s[1:])
             for name, captioner in captioners.items()
         }
         seconds = medians(contenders, rounds)
         first = next(iter(seconds.values()))
         for contender, value in seconds.items():
             rows.append([
-                photos, beams, contender, f"{1000 * value:.{0 if value > 0.1 else 1}f}",
+                photos, beams, length, contender, f"{1000 * value:.{0 if value > 0.1 else 1}f}",
                 f"{photos / value:.3g}", f"{first / value:.1f}",
             ])  # fmt: skip
-            figure = {"photos": photos, "beams": beams, "contender": contender, "seconds": value}
-            figures.append(figure)
+            figures.append({**setting._asdict(), "contender": contender, "seconds": value})
     parts = "; ".join(described(captioners[name].config) for name in precisions)
-    title = f"{checkpoint.name}, exactly {tokens} tokens, {rounds} rounds. "
+    title = f"{checkpoint.name}, exactly so many tokens, {rounds} rounds. "
     title += f"{machine(device)}. Exports: {parts}"
-    header = ("photos", "beams", "contender", "ms", "photos/s", "times the first")
+    header = ("photos", "beams", "tokens", "contender", "ms", "photos/s", "times the first")
     suffix = checkpoint.name if device == "cpu" else f"{checkpoint.name}-{device}"
     report(f"decoding-{suffix}", f"{title}\n\n{table(header, rows)}\n", figures)
     report_encoders(captioners, figures, rounds, suffix)
-    report_growth(captioners[precisions[-1]], precisions[-1], rounds, tokens, suffix)
+    if not tasks:  # hours for one with photos of 768 pixels
+        report_growth(captioners[precisions[-1]], precisions[-1], rounds, tokens, suffix)
 
-    peaks = {
-        name: peak_megabytes(
-            "tests.benchmarks.peak", name, str(folder), str(size), str(tokens), device
-        )
-        for name, folder in (({"generate": theirs} if theirs else {}) | exports).items()
-    }
+    last = settings[-1]
+    given = tuple(map(str, (size, last.tokens, last.beams, device)))
+    asked = {"generate": ",".join(map(str, tasks[last.task]["ids"]))} if last.task else {}
+    peaks = {}
+    for name, folder in (({"generate": theirs} if theirs else {}) | exports).items():
+        task = asked.get(name, last.task) or ""
+        peaks[name] = peak_megabytes("tests.benchmarks.peak", name, str(folder), *given, task)
     rows = [[name, f"{value:.0f}"] for name, value in peaks.items()]
-    header = ("contender", "peak MB, one photo, 5 beams")
+    header = ("contender", f"peak MB, one photo, {last.beams} beams, {last.tokens} tokens")
     report(f"memory-{suffix}", table(header, rows) + "\n", peaks)
 
 
@@ -201,22 +250,38 @@ def load_contenders(
     return captioners
 
 
+def check_same(model: Any, captioners: dict[str, Captioner], setting: Setting) -> None:
+    """Two photos' sequences in float32 are those of `generate`."""
+    photos, tokenizer = (
+        images_of(2, captioners["eager"].preprocessing.image_size),
+        captioners["eager"].tokenizer,
+    )
+    task_ids = tokenizer.tasks[setting.task]["ids"] if setting.task else ()
+    found = generate(model, photos, 5, setting.tokens, task_ids).tolist()
+    # A forced end is no part of a caption.
+    last = -1 if tokenizer.forces_end else None
+    expected = [row[len(tokenizer.opening) : last] for row in found]
+    for same in ("eager", "fp32"):
+        captions = ours(captioners[same], photos, 5, setting.tokens, setting.task)
+        assert [best[0].ids for best in captions] == expected, f"{same}: not generate's sequences"
+
+
 def report_encoders(
-    captioners: dict[str, Captioner], figures: list[dict[str, object]], rounds: int, suffix: str
+    captioners: dict[str, Captioner], figures: list[dict[str, Any]], rounds: int, suffix: str
 ) -> None:
-    """What of the time with 5 beams is the encoder's."""
+    """What of the time of the longest search of as many photos is the encoder's."""
     rows = []
-    for photos in (1, 8):
+    for photos in dict.fromkeys(f["photos"] for f in figures):
         images = images_of(photos, captioners["eager"].preprocessing.image_size)
         runs = {name: lambda c=c, i=images: c.encode(i) for name, c in captioners.items()}
-        whole = {
-            f["contender"]: f["seconds"]
-            for f in figures
-            if (f["photos"], f["beams"]) == (photos, 5)
-        }
+        last = {f["contender"]: f for f in figures if f["photos"] == photos}
         for name, value in medians(runs, rounds).items():
-            rows.append([photos, name, f"{1000 * value:.0f}", f"{value / whole[name]:.0%}"])
-    header = ("photos", "contender", "encoder, ms", "of the caption with 5 beams")
+            of = last[name]
+            rows.append([
+                photos, of["beams"], of["tokens"], name, f"{1000 * value:.0f}",
+                f"{value / of['seconds']:.0%}",
+            ])  # fmt: skip
+    header = ("photos", "beams", "tokens", "contender", "encoder, ms", "of the caption")
     report(f"encoder-{suffix}", table(header, rows) + "\n", rows)
 
 

@@ -190,6 +190,7 @@ def _arrange(
     config: Config, weights: Weights, encoder: DaViTConfig, decoder: DecoderConfig
 ) -> None:
     _join_positions(weights, encoder.grid)
+    _name_entries(weights, encoder)
     for name in ("decoder.prompt_encoder.positions.weight", "decoder.position_embedding.weight"):
         (positions,) = weights.take(name)
         weights.ours[name] = positions[FIRST_POSITION:]
@@ -200,6 +201,19 @@ def _arrange(
         bias = weights.ours.pop("decoder.head.logits", torch.zeros(decoder.vocab_size))
         weights.ours["decoder.head.bias"] = bias.flatten()
     tie_head(Section(config, "text_config"), weights, True)
+
+
+def _name_entries(weights: Weights, encoder: DaViTConfig) -> None:
+    """Norms before or behind, and convolutions that are linear layers over places and channels."""
+    for stage, pre_norm in enumerate(encoder.pre_norms):
+        entry = f"encoder.entries.{stage}"
+        if pre_norm:
+            for kind in ("weight", "bias"):
+                (weights.ours[f"{entry}.norm_pre.{kind}"],) = weights.take(f"{entry}.norm.{kind}")
+        if stage:
+            conv, bias = weights.take(f"{entry}.conv.weight", f"{entry}.conv.bias")
+            weights.ours[f"{entry}.linear.weight"] = conv.permute(0, 2, 3, 1).flatten(1)
+            weights.ours[f"{entry}.linear.bias"] = bias
 
 
 def _join_positions(weights: Weights, grid: int) -> None:
