@@ -15,7 +15,7 @@ from training.data.manifest import Row, read_manifest, write_manifest
 from training.data.scene_language import referents
 from training.loop.train import train
 from training.model import Encoder, EncoderConfig
-from training.scores import grounding
+from training.scores import captions, grounding
 from training.scores.grounding import judge, measure, overlap, rollout, ways
 
 CIRCLE = {"shape": "circle", "colour": "red", "size": "large", "texture": "plain",
@@ -66,7 +66,7 @@ def test_measure_knows_what_the_model_saw(monkeypatch):
     """A model that sees the middle of a picture, in which the object is at the edge."""
     judged = []
     monkeypatch.setattr(grounding, "judge", lambda *given: judged.append(given) or (True, 1.0))
-    monkeypatch.setattr(grounding, "read_photo", lambda *_: None)
+    monkeypatch.setattr(captions, "read_photo", lambda *_: None)
     monkeypatch.setattr(
         grounding, "all_maps", lambda *_: iter([("way", torch.full((2, 2, 2), 0.25))])
     )

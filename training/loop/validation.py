@@ -7,21 +7,18 @@ Dimension key: B photos, P memory tokens, D width.
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from handler.captioner import Captioner
 from handler.errors import UserError
 from training.data.captions import Captions
 from training.data.manifest import Row
-from training.data.photos import read_photo
 from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
+from training.scores.captions import preprocessed
 from training.scores.claims import score_claims
 from training.scores.habits import distinct, little_learnt
 from training.scores.metrics import choose_tokenizer, score
 
-BATCH = 50
 # CIDEr weights a word by log(photos / photos with the word). With one photo, all weights are 0;
 # with a few, nearly all words have one of two or three weights.
 LEAST_PHOTOS_FOR_CIDER = 10
@@ -127,13 +124,12 @@ def caption_and_loss(
     cross_entropy = CrossEntropyLoss(smoothing=0.0)
     predictions: dict[str, str] = {}
     totals = torch.zeros(2, dtype=torch.float64)
-    for start in tqdm(range(0, len(rows), BATCH), desc="validate", leave=False, delay=5):
-        part = rows[start : start + BATCH]
-        images = [captioner.preprocess(read_photo(run.manifest, row)) for row in part]
-        memory_BPD: Tensor = captioner.encode(torch.stack(images))
+    bar = {"desc": "validate", "leave": False, "delay": 5}
+    for part, images_B3SS in preprocessed(captioner, run.manifest, rows, **bar):
+        memory_BPD = captioner.encode(images_B3SS)
         results = captioner.caption_memory(memory_BPD, [options] * len(part))
+        indices = range(len(predictions), len(predictions) + len(part))
         predictions |= {row.id: best[0].text for row, best in zip(part, results, strict=True)}
-        indices = range(start, start + len(part))
         batch = captions.batch(memory_BPD, indices, [False] * len(part)).to(run.device)
         total, tokens, _ = cross_entropy(captioner.decoder, memory_BPD, batch, 0)
         totals += torch.stack([total, tokens]).double().cpu()

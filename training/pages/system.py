@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from handler.beam_search import DecodeOptions
 from handler.captioner import Caption, Captioner
@@ -17,15 +16,14 @@ from handler.errors import UserError
 from handler.web.word_maps import Word, words_of
 from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row
-from training.data.photos import read_photo
 from training.data.scenes import check
 from training.folders import LOG_FILE, WEIGHTS_FILE
+from training.scores.captions import preprocessed
 from training.scores.claims import score_claims
 from training.scores.intervals import Floats, bootstrap_scores, resampled
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize
 from training.scores.mistakes import Mistakes, find_mistakes
 
-BATCH = 50
 # Captions shown of each photo.
 N_BEST = 3
 
@@ -83,13 +81,10 @@ def caption_split(
         # The number of returned captions does not change the best one.
         chosen = system.captioner.options(**options, num_return_sequences=min(N_BEST, chosen.beams))
     system.decoding = chosen
-    with tqdm(total=len(rows), desc=f"captions of {system.name}", unit="photo") as bar:
-        for start in range(0, len(rows), BATCH):
-            part = rows[start : start + BATCH]
-            photos = [system.captioner.preprocess(read_photo(manifest, row)) for row in part]
-            captions = system.captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
-            system.captions |= {row.id: best for row, best in zip(part, captions, strict=True)}
-            bar.update(len(part))
+    title = f"captions of {system.name}"
+    for part, images_B3SS in preprocessed(system.captioner, manifest, rows, desc=title):
+        captions = system.captioner.caption_tensors(images_B3SS, [chosen] * len(part))
+        system.captions |= {row.id: best for row, best in zip(part, captions, strict=True)}
 
 
 def score_system(system: System, rows: Sequence[Row]) -> None:
@@ -123,10 +118,9 @@ def maps_of(system: System, manifest: Manifest, rows: Sequence[Row]) -> dict[str
     of photos and all their captions."""
     captioner = system.captioner
     words_by_id: dict[str, list[list[Word]]] = {}
-    for start in tqdm(range(0, len(rows), BATCH), desc=f"maps of {system.name}", unit="batch"):
-        part = rows[start : start + BATCH]
-        photos = [captioner.preprocess(read_photo(manifest, row)) for row in part]
-        memory_BPD = captioner.encode(torch.stack(photos))
+    title = f"maps of {system.name}"
+    for part, images_B3SS in preprocessed(captioner, manifest, rows, desc=title):
+        memory_BPD = captioner.encode(images_B3SS)
         pairs = [(i, c) for i, row in enumerate(part) for c in system.captions[row.id]]
         photo_of = torch.tensor([i for i, _ in pairs], device=captioner.device)
         maps = captioner.attention_memory(

@@ -3,11 +3,12 @@ them."""
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from handler.captioner import Captioner
@@ -22,6 +23,18 @@ from training.scores.intervals import score_with_intervals
 BATCH = 50
 
 
+def preprocessed(
+    captioner: Captioner, manifest: Manifest, rows: Sequence[Row], **bar: Any
+) -> Iterator[tuple[Sequence[Row], Tensor]]:
+    """Rows with their preprocessed photos (n, 3, S, S), BATCH at a time, behind a progress bar with
+    these settings. Raises UserError naming a damaged photo."""
+    with tqdm(total=len(rows), unit="photo", **bar) as shown:
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            yield part, torch.stack([captioner.preprocess(read_photo(manifest, r)) for r in part])
+            shown.update(len(part))
+
+
 def caption_rows(
     captioner: Captioner, manifest: Manifest, rows: Sequence[Row], **options: Any
 ) -> dict[str, list[str]]:
@@ -31,14 +44,10 @@ def caption_rows(
     if "num_return_sequences" not in options:
         chosen = dataclasses.replace(chosen, num_return_sequences=chosen.beams)
     captions: dict[str, list[str]] = {}
-    with tqdm(total=len(rows), desc="captions", unit="photo") as bar:
-        for start in range(0, len(rows), BATCH):
-            part = rows[start : start + BATCH]
-            photos = [captioner.preprocess(read_photo(manifest, row)) for row in part]
-            results = captioner.caption_tensors(torch.stack(photos), [chosen] * len(part))
-            for row, best in zip(part, results, strict=True):
-                captions[row.id] = [caption.text for caption in best]
-            bar.update(len(part))
+    for part, images_B3SS in preprocessed(captioner, manifest, rows, desc="captions"):
+        results = captioner.caption_tensors(images_B3SS, [chosen] * len(part))
+        for row, best in zip(part, results, strict=True):
+            captions[row.id] = [caption.text for caption in best]
     return captions
 
 

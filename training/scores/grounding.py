@@ -21,18 +21,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
 from handler.image_preprocess import seen_region
 from handler.web.word_maps import WHOLE, box, on_photo, peak, words_of
 from training.data.manifest import Manifest, Row
-from training.data.photos import read_photo
 from training.data.scene_language import SceneObject, caption_words, referents
 from training.model import Encoder, split_heads
-
-BATCH = 50
+from training.scores.captions import preprocessed
 
 
 def rollout(encoder: Encoder, images_B3SS: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,11 +125,9 @@ def measure(
     results: dict[str, list[tuple[bool, float]]] = defaultdict(list)
     counted = absent = 0
     options = captioner.options()
-    for start in tqdm(range(0, len(rows), BATCH), desc="grounding", unit="batch"):
-        part = rows[start : start + BATCH]
-        images = torch.stack([captioner.preprocess(read_photo(manifest, row)) for row in part])
-        captions = captioner.caption_tensors(images, [options] * len(part))
-        for row, image_3SS, [caption, *_] in zip(part, images, captions, strict=True):
+    for part, images_B3SS in preprocessed(captioner, manifest, rows, desc="grounding"):
+        captions = captioner.caption_tensors(images_B3SS, [options] * len(part))
+        for row, image_3SS, [caption, *_] in zip(part, images_B3SS, captions, strict=True):
             scene = row.scene or {}
             named = referents(caption.text, scene)
             absent += sum(not objects for _, objects in named)
