@@ -149,12 +149,7 @@ class Captioner:
         if prompts is None:
             return self.caption_each(photos, [self.options(**options)] * len(photos))
         each = [self.options(**given) for given in prompted(options, prompts)]
-        found = []
-        for start in range(0, len(photos), BATCH):
-            part = photos[start : start + BATCH]
-            memory_BPD = self.encode(torch.stack([self.preprocess(photo) for photo in part]))
-            memory_NPD = memory_BPD.repeat_interleave(len(each), dim=0)
-            found += self.caption_memory(memory_NPD, each * len(part))
+        found = self._in_batches(photos, each * len(photos), len(each))
         return [found[first : first + len(each)] for first in range(0, len(found), len(each))]
 
     def caption_each(
@@ -164,10 +159,22 @@ class Captioner:
         are not as many DecodeOptions."""
         check_photos(photos)
         check_options(options, len(photos))
+        return self._in_batches(photos, options, 1)
+
+    @torch.inference_mode()
+    def _in_batches(
+        self, photos: Sequence[Photo], options: Sequence[DecodeOptions], each: int
+    ) -> list[list[Caption]]:
+        """The captions by each of the options, of which every photo in turn has so many."""
         captions: list[list[Caption]] = []
         for start in range(0, len(photos), BATCH):
-            images = torch.stack([self.preprocess(p) for p in photos[start : start + BATCH]])
-            captions += self.caption_tensors(images, options[start : start + BATCH])
+            part = photos[start : start + BATCH]
+            memory_BPD = self.encode(torch.stack([self.preprocess(photo) for photo in part]))
+            if each > 1:
+                memory_BPD = memory_BPD.repeat_interleave(each, dim=0)
+            captions += self.caption_memory(
+                memory_BPD, options[start * each : (start + len(part)) * each]
+            )
         return captions
 
     def preprocess(self, photo: Photo) -> Tensor:
@@ -218,12 +225,13 @@ class Captioner:
             prompts if self.tokenizer.tasks else None,
         )
         return [
-            [self._caption(hypothesis, prompt) for hypothesis in photo]
-            for photo, prompt in zip(found, prompts, strict=True)
+            [self._caption(hypothesis, *ids) for hypothesis in photo]
+            for photo, *ids in zip(found, prompts, written, strict=True)
         ]
 
-    def _caption(self, hypothesis: Hypothesis, prompt_ids: list[int]) -> Caption:
-        written = written_prompt(self.tokenizer, prompt_ids)
+    def _caption(
+        self, hypothesis: Hypothesis, prompt_ids: list[int], written: list[int]
+    ) -> Caption:
         return Caption(
             text=self.tokenizer.decode([*written, *hypothesis.ids]),
             tokens=self.tokenizer.pieces(hypothesis.ids, written),
