@@ -7,7 +7,7 @@ code of its own. They differ in names, in one transposed weight, and in a bias o
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -52,6 +52,18 @@ ORIGINAL_PHOTO_NAMES: Names = (
     ("image_projection", "encoder.projection"),
     ("image_proj_norm.{p}", "encoder.norm.{p}"),
     ("language_model.final_logits_bias", "decoder.head.logits"),
+)
+
+# A half of a DaViT's block: our name, transformers', the original's; `{a}` is the attention's name.
+HALF_NAMES = (
+    ("conv1.conv", "conv1", "conv1.fn.dw"),
+    ("norm1", "norm1", "{a}.norm"),
+    ("attention.qkv", "{a}.qkv", "{a}.fn.qkv"),
+    ("attention.out", "{a}.proj", "{a}.fn.proj"),
+    ("conv2.conv", "conv2", "conv2.fn.dw"),
+    ("norm2", "norm2", "ffn.norm"),
+    ("mlp.up", "ffn.fc1", "ffn.fn.net.fc1"),
+    ("mlp.down", "ffn.fc2", "ffn.fn.net.fc2"),
 )
 
 
@@ -123,43 +135,27 @@ def _decoder(config: Config) -> DecoderConfig:
 
 def _names(config: Config) -> Names:
     depths = Section(config, "vision_config").numbers("depths", [1, 1, 9, 1])
-    blocks = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
     original = _is_original(config)
-    vision = _original_vision_names if original else _vision_names
     return (
-        *(name for number, place in enumerate(blocks) for name in vision(*place, number)),
+        *_block_names(depths, original),
         *(ORIGINAL_PHOTO_NAMES if original else PHOTO_NAMES),
         *_bart_names("language_model.model" if original else "model.language_model"),
         ("language_model.lm_head.weight" if original else "lm_head.weight", "decoder.head.weight"),
     )
 
 
-def _vision_names(stage: int, block: int, number: int) -> Iterator[tuple[str, str]]:
-    for half, attention in (("spatial", "window_attn"), ("channel", "channel_attn")):
-        theirs = f"model.vision_tower.blocks.{stage}.{block}.{half}_block"
-        ours = f"encoder.blocks.{number}.{half}"
-        yield f"{theirs}.conv1.{{p}}", f"{ours}.conv1.conv.{{p}}"
-        yield f"{theirs}.norm1.{{p}}", f"{ours}.norm1.{{p}}"
-        yield f"{theirs}.{attention}.qkv.{{p}}", f"{ours}.attention.qkv.{{p}}"
-        yield f"{theirs}.{attention}.proj.{{p}}", f"{ours}.attention.out.{{p}}"
-        yield f"{theirs}.conv2.{{p}}", f"{ours}.conv2.conv.{{p}}"
-        yield f"{theirs}.norm2.{{p}}", f"{ours}.norm2.{{p}}"
-        yield f"{theirs}.ffn.fc1.{{p}}", f"{ours}.mlp.up.{{p}}"
-        yield f"{theirs}.ffn.fc2.{{p}}", f"{ours}.mlp.down.{{p}}"
-
-
-def _original_vision_names(stage: int, block: int, number: int) -> Iterator[tuple[str, str]]:
-    for half, attention in (("spatial", "window_attn"), ("channel", "channel_attn")):
-        theirs = f"vision_tower.blocks.{stage}.{block}.{half}_block"
-        ours = f"encoder.blocks.{number}.{half}"
-        yield f"{theirs}.conv1.fn.dw.{{p}}", f"{ours}.conv1.conv.{{p}}"
-        yield f"{theirs}.{attention}.norm.{{p}}", f"{ours}.norm1.{{p}}"
-        yield f"{theirs}.{attention}.fn.qkv.{{p}}", f"{ours}.attention.qkv.{{p}}"
-        yield f"{theirs}.{attention}.fn.proj.{{p}}", f"{ours}.attention.out.{{p}}"
-        yield f"{theirs}.conv2.fn.dw.{{p}}", f"{ours}.conv2.conv.{{p}}"
-        yield f"{theirs}.ffn.norm.{{p}}", f"{ours}.norm2.{{p}}"
-        yield f"{theirs}.ffn.fn.net.fc1.{{p}}", f"{ours}.mlp.up.{{p}}"
-        yield f"{theirs}.ffn.fn.net.fc2.{{p}}", f"{ours}.mlp.down.{{p}}"
+def _block_names(depths: Sequence[int], original: bool) -> Iterator[tuple[str, str]]:
+    """The blocks of a DaViT, which theirs counts in each stage, and ours through all of them."""
+    tower = "vision_tower" if original else "model.vision_tower"
+    places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
+    for number, (stage, block) in enumerate(places):
+        for half, attention in (("spatial", "window_attn"), ("channel", "channel_attn")):
+            for ours, *theirs in HALF_NAMES:
+                name = theirs[original].replace("{a}", attention)
+                yield (
+                    f"{tower}.blocks.{stage}.{block}.{half}_block.{name}.{{p}}",
+                    f"encoder.blocks.{number}.{half}.{ours}.{{p}}",
+                )
 
 
 def _bart_names(model: str) -> Iterator[tuple[str, str]]:
