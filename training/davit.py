@@ -24,6 +24,7 @@ from training.model import (
     Dropout,
     ImageEncoder,
     Mlp,
+    PatchGrid,
     attend,
     initialise,
     layer_norm,
@@ -38,7 +39,7 @@ PER_STAGE = ("depths", "heads", "groups", "kernels", "strides", "paddings", "pre
 
 
 @dataclass(frozen=True)
-class DaViTConfig:
+class DaViTConfig(PatchGrid):
     """Shape of a DaViT; the defaults are those of Florence-2 base. A tuple has a number for each
     stage. `pre_norms` says whether a stage's norm stands before its convolution or behind it.
     `patch_size` is the product of `strides`: the pixels of a side that a token of the memory
@@ -110,15 +111,6 @@ class DaViTConfig:
     @property
     def layers(self) -> int:
         return sum(self.depths)
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def memory_tokens(self) -> int:
-        return self.prefix_tokens + self.grid**2
 
     def build(self) -> "DaViT":
         return DaViT(self)

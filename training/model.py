@@ -57,8 +57,25 @@ class EncoderShape(Protocol):
         """The encoder with new weights."""
 
 
+class PatchGrid:
+    """Of an encoder's config: a square of patches behind `prefix_tokens` tokens."""
+
+    image_size: int
+    patch_size: int
+    prefix_tokens: int
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def memory_tokens(self) -> int:
+        return self.prefix_tokens + self.grid**2
+
+
 @dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(PatchGrid):
     """Shape of the Vision Transformer.
 
     `prefix_tokens` counts the learned tokens before the patches (class, distillation, registers);
@@ -93,15 +110,6 @@ class EncoderConfig:
         )
         _check_transformer("encoder", self.width, self.heads, self.layers, self.activation)
         refuse_unless(self.prefix_tokens >= 0, "encoder.prefix_tokens must be 0 or more")
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def memory_tokens(self) -> int:
-        return self.prefix_tokens + self.grid**2
 
     @property
     def memory_width(self) -> int:
