@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pillow_heif
@@ -80,3 +81,14 @@ def huge_headers() -> dict[str, bytes]:
         "TIFF": bytes(tiff),
         "WEBP": bytes(webp),
     }
+
+
+def write_mixed_folder(folder: Path) -> Path:
+    """Three photos, one in a folder below and one without a suffix, beside what is none."""
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("a.jpg", "deeper/b.PNG"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    Image.new("RGB", (4, 4)).save(folder / "no_suffix", "WEBP")
+    (folder / "notes.txt").write_text("no photo")
+    (folder / ".hidden.jpg").write_bytes(b"")
+    return folder

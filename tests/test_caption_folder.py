@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from photos import write_mixed_folder
 from PIL import Image
 
 from handler.client import folder as folder_module
@@ -27,14 +28,7 @@ NAMES = ["a.jpg", "deeper/b.PNG", "no_suffix"]
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "photos"
-    (folder / "deeper").mkdir(parents=True)
-    for name in ("a.jpg", "deeper/b.PNG"):
-        Image.new("RGB", (4, 4)).save(folder / name)
-    Image.new("RGB", (4, 4)).save(folder / "no_suffix", "WEBP")
-    (folder / "notes.txt").write_text("no photo")
-    (folder / ".hidden.jpg").write_bytes(b"")
-    return folder
+    return write_mixed_folder(tmp_path / "photos")
 
 
 class Asked:

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import grpc
 import pytest
 from conftest import run_program
-from PIL import Image
+from photos import write_mixed_folder
 
 from handler.beam_search import DecodeOptions
 from handler.client import connection as client_module
@@ -264,14 +264,7 @@ def test_grpc_errors_are_those_of_rest(grpc_server, key_file, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = tmp_path / "photos"
-    (folder / "deeper").mkdir(parents=True)
-    for name in ("a.jpg", "deeper/b.PNG"):
-        Image.new("RGB", (4, 4)).save(folder / name)
-    Image.new("RGB", (4, 4)).save(folder / "no_suffix", "WEBP")
-    (folder / "notes.txt").write_text("no photo")
-    (folder / ".hidden.jpg").write_bytes(b"")
-    return folder
+    return write_mixed_folder(tmp_path / "photos")
 
 
 @pytest.fixture
