@@ -20,7 +20,7 @@ from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_model
 from training.config import TrainConfig, build_config, decode_options, read_fields
 from training.data.manifest import Row
-from training.model import CaptioningModel, EncoderConfig
+from training.model import CaptioningModel
 
 # The fields of a config that a start settles, by section.
 SETTLED = {
@@ -166,12 +166,8 @@ def load_start(
         for name in OF_WORDS & state.keys():
             state[name] = with_rows(state[name], tokenizer.vocab_size - size)
         size = tokenizer.vocab_size
-    encoder, decoder = found.encoder_config, found.decoder_config
-    if isinstance(encoder, EncoderConfig):
-        encoder = replace(encoder, dropout=config.encoder.dropout)
-    elif config.encoder.dropout:
-        raise UserError(f"encoder.dropout: the encoder of {config.start} has none; leave it out")
-    decoder = replace(decoder, dropout=config.decoder.dropout, vocab_size=size)
+    encoder = replace(found.encoder_config, dropout=config.encoder.dropout)
+    decoder = replace(found.decoder_config, dropout=config.decoder.dropout, vocab_size=size)
     if tokenizer.tasks:  # the task that is learnt is the one that is asked for by default
         task = encode_prompt(tokenizer, config.decoding.get("prompt"))
         decoder = replace(decoder, prompt_ids=tuple(task))
