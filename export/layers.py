@@ -102,7 +102,7 @@ class HalfLinear(nn.Module):
         bias = linear.bias
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self.algorithm = "" if gelu is None else gelu.approximate
-        # A placeholder from which TorchScript infers the type; `prepack` sets the real value.
+        # TorchScript infers the type from this value; `prepack` replaces it.
         self.kernel = torch.ops.quantized.linear_prepack_fp16(torch.zeros(1, 1), None)
         self.packed = False
 

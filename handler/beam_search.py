@@ -28,7 +28,7 @@ Where it deviates:
   -1e9 (a strongly negative length penalty on a long caption). Here a list is shorter instead.
 - Where processors forbid every token, a caption ends as if it had reached its greatest length.
 - `SpecialIds.suppressed` are never generated (padding, begin, <unk>).
-- A forced first token (`forced_bos_token_id`) is not searched for: it stands in the text, and
+- A forced first token (`forced_bos_token_id`) is not searched for: it is part of the text, and
   counts as generated.
 - Sampling inverts the cumulative distribution with uniforms that each request draws up front from
   a generator of its own, so that a seed's captions do not depend on the rest of the batch.
@@ -474,7 +474,7 @@ class _Batch:
 
     What a photo's text begins with, the begin token b and its prompt, ends in slot T - 1, behind
     padding (x) where another photo's is longer; every beam descends from it. What beam k wrote at
-    time t > 0 lies in slot T + (t - 1) * K + k. Two photos of K = 2 beams at t = 2, T = 3:
+    time t > 0 is in slot T + (t - 1) * K + k. Two photos of K = 2 beams at t = 2, T = 3:
 
         slots   0 1 2   3 4   5 6        mask of beam 1   0 0 1   1 0   0 1
                 x x b   a c   d e        (d and e both    1 1 1   1 0   0 1
@@ -491,7 +491,7 @@ class _Batch:
     ) -> None:
         photos = len(texts)
         self.decoder, self.beams, self.device = decoder, beams, device
-        self.rows = list(range(photos))  # which photo lies in each row
+        self.rows = list(range(photos))  # the photo of each row
         self.time = self.used = 0
         self.memory, self.texts = memory, texts
         # How many tokens each photo may yet generate.
@@ -877,7 +877,7 @@ def _one_at_a_time(
         logits_BKV = batch.step(tokens_BQ).expand(-1, beams, -1)
         tokens_BQ, gain_BK, log_BK = _next_tokens(logits_BKV, processors, sampler, time)
         history.append(_Moment(rows, (tokens_BQ,), (gain_BK, log_BK)))
-        # NaN is a dead end, where nothing may follow, or a broken model; it is told apart below.
+        # NaN is a dead end, where nothing may follow, or a broken model: `_sequence` checks.
         open_BK = open_BK & (tokens_BQ != end_id) & (log_BK == log_BK)
         open_BK = open_BK & ~last_BT[:, time : time + 1]
 

@@ -27,7 +27,7 @@ class CaptionHandler:
     """Captions a batch of requests; a bad one never touches its neighbours."""
 
     def initialize(self, context: Any) -> None:
-        """Loads the export that lies in the archive's folder. `handler:` in `model-config.yaml`
+        """Loads the export in the archive's folder. `handler:` in `model-config.yaml`
         sets `threads` (of torch), `decoding` (defaults below the checkpoint's own) and
         `max_beam_tokens` (see `handler.request.HandlerSettings`)."""
         # TorchServe would decode JSON bodies itself, whatever they hold: see parse_json().
