@@ -3,11 +3,10 @@ its processes, and a photo that kills whoever reads it."""
 
 import io
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import threading
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -95,10 +94,11 @@ class Driver:
     def __init__(self, command: list[str], cwd: Path) -> None:
         self.folder = cwd / f"driver-{uuid.uuid4().hex[:8]}"
         self.folder.mkdir()
+        given = filter(None, [os.environ.get("PYTHONPATH")])
         self.process = subprocess.Popen(
             command,
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([*given, str(REPOSITORY)])},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -134,44 +134,32 @@ class Driver:
         assert not left, [process.cmdline() for process in left]
 
 
+# Run by each interpreter that starts while a photo is deadly.
+ENDS_WHO_OPENS = """
+import os, signal, sys
+
+def watch(event, arguments):
+    if event == "open" and str(arguments[0]) == {photo!r}:
+        with open({dead!r}, "a") as file:
+            print(os.getpid(), file=file)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+"""
+
+
 @contextmanager
 def deadly(path: Path) -> Iterator[list[int]]:
-    """A file (a pipe) whose every reader is killed, as a decoder's crash would kill it. Yields the
-    process ids of the dead."""
+    """A photo that ends whatever process opens it, as a decoder's crash would. Yields the process
+    ids of the dead, which are known at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.mkfifo(path)
+    path.write_bytes(b"never read")
     dead: list[int] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            try:
-                handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:
-                continue  # nobody reads it
-            # One that is dying still has it open.
-            while not (readers := set(readers_of(path)) - set(dead)) and not done.is_set():
-                time.sleep(0.01)
-            for reader in readers:
-                dead.append(reader)
-                with suppress(ProcessLookupError):
-                    os.kill(reader, signal.SIGKILL)
-            os.close(handle)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        log = Path(folder) / "dead"
+        hook = ENDS_WHO_OPENS.format(photo=str(path), dead=str(log))
+        (Path(folder) / "sitecustomize.py").write_text(hook)
+        patch.setenv("PYTHONPATH", folder)
+        patch.syspath_prepend(folder)  # of which a batch's processes take theirs
         yield dead
-    finally:
-        done.set()
-        watcher.join()
-
-
-def readers_of(path: Path) -> list[int]:
-    found = []
-    for process in psutil.process_iter():
-        with suppress(OSError):
-            files = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
-            if str(path) in files and process.pid != os.getpid():
-                found.append(process.pid)
-    return found
+        dead += [int(line) for line in log.read_text().split()] if log.exists() else []

@@ -222,7 +222,6 @@ def test_a_name_twice_in_a_tar_is_two_rows(tmp_path, photos):
     assert ids == ["a.jpg", "a.jpg#2", "a.jpg#3"]
 
 
-@pytest.mark.slow
 def test_a_photo_that_kills_its_worker_is_a_row(tmp_path, tiny_export, photos, expected):
     few = {name: photos[name] for name in ("006.jpg", "008.jpg")}
     where = write_folder(tmp_path / "in", few)
@@ -498,20 +497,26 @@ def test_photos_come_from_a_web_server(
     check_rows(rows_of(tmp_path / "out"), expected)
 
 
-@pytest.mark.slow
 def test_a_photo_that_the_network_does_not_bring_is_a_row(
     web, tmp_path, tiny_export, photos, monkeypatch
 ):
     monkeypatch.setattr(source, "WAITS_S", (0.0, 0.0))
     monkeypatch.setattr(RangeServer, "troubles", [503] * 9)
     write_folder(tmp_path / "in", {"000.jpg": photos["000.jpg"]})
-    caption_all(tiny_export, f"{web}/in/sub/000.jpg", tmp_path / "out")
+    shards = [shard.Shard("x#0", "folder", f"{web}/in/sub", photos=("000.jpg",))]
+    Worker(Job(str(tiny_export), {}, str(tmp_path / "out"))).caption(shards[0])
     [row] = rows_of(tmp_path / "out")
     assert (row["id"], row["error"]["type"]) == ("000.jpg", "MissingImage")
 
 
+def test_a_source_that_the_network_does_not_bring_is_one_line(web, tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(RangeServer, "troubles", [503] * 9)
+    write_folder(tmp_path / "in", {"000.jpg": photos["000.jpg"]})
+    with pytest.raises(UserError, match=r"/in/sub/000.jpg: .*503"):
+        find(f"{web}/in/sub/000.jpg")
+
+
 @needs_namespace
-@pytest.mark.slow
 def test_an_actor_and_a_driver_killed_lose_and_double_nothing(
     tmp_path, tiny_export, photos, expected
 ):

@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import secrets
+import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
-        ray.init(
+        context = ray.init(
             address="local",
             num_cpus=cpus,
             num_gpus=gpus,
@@ -65,10 +66,20 @@ def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
+        start_reaper(context.address_info["session_dir"])
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def start_reaper(session: str) -> None:
+    """Ends all of a Ray once this process is gone: see `handler.batch.reaper`."""
+    reading, _writing = os.pipe()  # the other end closes with this process
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "handler.batch.reaper", session]
+    subprocess.Popen(command, stdin=reading, env=environment, start_new_session=True)
+    os.close(reading)
 
 
 class Pool:

@@ -146,7 +146,7 @@ def _files(url: str) -> list[str]:
             paths = [path]
         else:
             paths = system.find(path)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # every filesystem has kinds of its own
         raise UserError(f"{url}: {error}") from error
     return [system.unstrip_protocol(path) if URL.match(url) else path for path in sorted(paths)]
 
