@@ -107,9 +107,8 @@ def run(clone: Path, command: str, **more) -> subprocess.CompletedProcess[str]:
     command = command.replace("127.0.0.1:7070", f"127.0.0.1:{settings['grpc_inference_port']}")
     stamps = "-o .venv/.installed -o .venv/.installed-batch"
     command = re.sub(r"\bmake\b(?! -o)", f"make {stamps}", command)
-    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
-    environment = {k: v for k, v in os.environ.items() if k not in outer}
-    environment |= {
+    environment = {
+        **os.environ,
         "HOME": str(clone.parent),
         "PATH": f"{clone / '.venv/bin'}:{os.environ['PATH']}",
         "TS_CONFIG_FILE": str(clone / "config.properties"),

@@ -18,6 +18,7 @@ HEAVY = ("torch", "grpc", "requests", "numpy", "PIL")
 # Run by make setup alone, and by handler.batch.
 COMMANDS = {name for name in MODULES if is_command(name)} - {
     *("handler.client.generate_stubs", "handler.batch.child", "handler.batch.loopback"),
+    "handler.batch.reaper",
 }
 
 
