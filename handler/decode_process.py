@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
+from handler.image_decode import Resizing
 from handler.image_walk import Effort
 
 # Processor seconds and bytes of memory that a photo may take. The limit is 2 s in all, and one more
@@ -45,7 +46,8 @@ MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
 ORDINARY_PIXELS_A_SECOND = 9e6
 # Limits on elapsed time, with room for a process that has to wait for a processor.
 WALL_FACTOR, WALL_SECONDS = 8, 5
-REQUEST = struct.Struct("<qd4s")  # min_side, patience, kind
+REQUEST = struct.Struct("<d4s?ii??")  # patience, kind, whether it is resized, and how
+UNSIZED = Resizing(0, 0, False, False)
 # One arena, which keeps the pages of one photo for the next (the system takes 1 us to give a page),
 # as that of any process does that has once freed a larger array.
 ENVIRONMENT = {
@@ -82,13 +84,14 @@ class Patience:
 
 
 def decode_elsewhere(
-    data: bytes, kind: str, effort: Effort, min_side: int | None, patience: Patience
+    data: bytes, kind: str, effort: Effort, resizing: Resizing | None, patience: Patience
 ) -> Image.Image:
-    """The photo in RGB, as `handler.image_decode.decode_photo` returns it. Raises InvalidImage, and
-    ImageTooComplex if the process needs too much time or memory."""
+    """The photo in RGB, as `handler.image_decode.decode_photo` returns it, or resized, which is
+    less to transfer. Raises InvalidImage, and ImageTooComplex if the process needs too much time or
+    memory."""
     process = _idle.take()
     try:
-        image = process.decode(data, kind, effort, min_side, patience)
+        image = process.decode(data, kind, effort, resizing, patience)
     except InvalidImage:
         _idle.give_back(process)
         raise
@@ -123,15 +126,17 @@ class DecodeProcess:
         self.alive = True
 
     def decode(
-        self, data: bytes, kind: str, effort: Effort, min_side: int | None, patience: Patience
+        self, data: bytes, kind: str, effort: Effort, resizing: Resizing | None, patience: Patience
     ) -> Image.Image:
-        side, pixels = -1 if min_side is None else min_side, 0
+        pixels = 0
         share = patience.share * (UNKNOWN_SHARE if effort == Effort.UNKNOWN else 1)
         try:
             self.socket.settimeout(WALL_SECONDS + WALL_FACTOR * SECONDS)
             with memory_file() as file:
                 file.write(data)
-                request = REQUEST.pack(side, share, kind.encode())
+                request = REQUEST.pack(
+                    share, kind.encode(), resizing is not None, *(resizing or UNSIZED)
+                )
                 socket.send_fds(self.socket, [request], [file.fileno()])
             answer = self._answer(seconds_for((0, 0), share))
             if "seconds" not in answer:  # of the header alone

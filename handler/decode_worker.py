@@ -23,7 +23,7 @@ from handler.decode_process import (
     seconds_for,
 )
 from handler.errors import ImageTooComplex, InvalidImage
-from handler.image_decode import decode_photo, open_photo
+from handler.image_decode import Resizing, decode_photo, open_photo
 
 # Threads that decode one AVIF or HEIC, and address space that is mapped and never touched: their
 # stacks of 8 MiB, arenas of the allocator.
@@ -63,12 +63,13 @@ def _decode_all(connection: socket.socket) -> None:
         request, descriptors, _, _ = socket.recv_fds(connection, REQUEST.size, 1)
         if not request:
             return
-        side, share, kind = REQUEST.unpack(request)
+        share, kind, resized, *how = REQUEST.unpack(request)
+        resizing = Resizing(*how) if resized else None
         with os.fdopen(descriptors[0], "rb", buffering=0) as file:
             data = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
         timer = Timer(share)
         try:
-            _decode(connection, data, kind.rstrip(b"\0").decode(), side, timer, base)
+            _decode(connection, data, kind.rstrip(b"\0").decode(), resizing, timer, base)
         except InvalidImage as error:
             _refuse(connection, error, timer.stop())
         except MemoryError:
@@ -102,7 +103,12 @@ class Timer:
 
 
 def _decode(
-    connection: socket.socket, data: bytes, kind: str, side: int, timer: Timer, base: int
+    connection: socket.socket,
+    data: bytes,
+    kind: str,
+    resizing: Resizing | None,
+    timer: Timer,
+    base: int,
 ) -> None:
     """`base` bytes of address space are not the photo's."""
     _limit_memory(base + MEMORY)
@@ -110,11 +116,11 @@ def _decode(
     timer.extend(image.size)
     _limit_memory(base + max(MEMORY, MEMORY_A_PIXEL * image.width * image.height))
     _say(connection, {"size": image.size})
-    rgb = decode_photo(image, data, None if side < 0 else side)
+    rgb = decode_photo(image, data, None if resizing is None else resizing.side)
     del image
-    if side > 0:
-        # As JPEG's draft mode does: it would take long to transfer pixels that are then averaged.
-        rgb = rgb.reduce(max(1, min(rgb.size) // (GAP * side)))
+    if resizing is not None:
+        # As JPEG's draft mode does: a bicubic filter over so many pixels takes long.
+        rgb = resizing.apply(rgb.reduce(max(1, min(rgb.size) // (GAP * resizing.side))))
     with memory_file() as file:
         rgb.save(file, "PPM")  # a line of text, then the pixels, without a copy of them
         _say(connection, {"size": rgb.size, "seconds": timer.stop()})

@@ -6,7 +6,7 @@ of a photo.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from handler.image_decode import (
     FORMATS,
     MAX_BYTES,
     PHOTO_SUFFIXES,
+    Box,
+    Resizing,
     check_size,
     decode_photo,
     open_photo,
@@ -35,6 +37,7 @@ from handler.image_walk import CHEAP_PIXELS, Effort, walk
 __all__ = [
     "MAX_BYTES",
     "PHOTO_SUFFIXES",
+    "Box",
     "ImageTooComplex",
     "ImageTooLarge",
     "InvalidImage",
@@ -44,6 +47,7 @@ __all__ = [
     "PreprocessConfig",
     "check",
     "decode",
+    "decode_resized",
     "preprocess",
     "resize",
     "seen_region",
@@ -52,9 +56,7 @@ __all__ = [
 ]
 
 Interpolation = Literal["bicubic", "bilinear"]
-# Left, top, right, bottom.
-Box = tuple[float, float, float, float]
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+INTERPOLATIONS = get_args(Interpolation)
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,17 @@ class PreprocessConfig:
             raise UserError(f"preprocessing: std is {self.std!r}; give numbers above 0")
         if self.resize not in ("squash", "crop"):
             raise UserError(f"preprocessing: resize is {self.resize!r}; give squash or crop")
-        if self.interpolation not in RESAMPLING:
+        if self.interpolation not in INTERPOLATIONS:
             raise UserError(
                 f"preprocessing: interpolation is {self.interpolation!r}; give bicubic or bilinear"
             )
 
     @property
-    def side(self) -> int:
-        """The length in pixels that a photo's sides are resized to; with `crop`, its short side."""
-        return self.resize_to or self.image_size
+    def resizing(self) -> Resizing:
+        """What of this changes the size of a photo."""
+        side = self.resize_to or self.image_size
+        bicubic = self.interpolation == "bicubic"
+        return Resizing(self.image_size, side, self.resize == "crop", bicubic)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PreprocessConfig":
@@ -123,7 +127,7 @@ def preprocess(
     photo: bytes | bytearray | memoryview | Image.Image, config: PreprocessConfig
 ) -> Tensor:
     """A photo as input of the encoder: float32 (3, S, S), normalized. Raises InvalidImage."""
-    return to_tensor(resize(decode(photo, min_side=config.side), config), config)
+    return to_tensor(decode_resized(photo, config), config)
 
 
 @dataclass(frozen=True)
@@ -163,16 +167,10 @@ def check(photo: bytes | bytearray | memoryview) -> CheckedPhoto:
 
 def decode(
     photo: bytes | bytearray | memoryview | Image.Image | CheckedPhoto,
-    min_side: int | None = None,
     patience: Patience | None = None,
 ) -> Image.Image:
     """Decodes a photo to RGB, upright and with alpha over white; of several frames or pages the
     first.
-
-    With `min_side` (the side to which it will be resized), a large JPEG is decoded at 1/2, 1/4 or
-    1/8 of its size, in the frequency domain, as long as both sides are at least twice `min_side`.
-    This is several times faster; tests/test_image_preprocess.py limits the difference after the
-    resize.
 
     Decoding takes at most 2 s of processor time, one more for every 16 megapixels of its header,
     and 512 MiB, or 12 bytes per pixel if that is more. Photos that are decoded one after the other
@@ -181,43 +179,49 @@ def decode(
     Raises InvalidImage or one of its subclasses UnsupportedMediaType, ImageTooLarge and
     ImageTooComplex.
     """
+    return _decode(photo, None, patience or Patience())
+
+
+def decode_resized(
+    photo: bytes | bytearray | memoryview | Image.Image | CheckedPhoto,
+    config: PreprocessConfig,
+    patience: Patience | None = None,
+) -> Image.Image:
+    """`decode` and `resize`, faster: RGB (S, S). A large JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size, in the frequency domain, as long as both sides are at least twice the side to which it is
+    resized. tests/test_image_preprocess.py limits the difference."""
+    return _decode(photo, config.resizing, patience or Patience())
+
+
+def _decode(
+    photo: bytes | bytearray | memoryview | Image.Image | CheckedPhoto,
+    resizing: Resizing | None,
+    patience: Patience,
+) -> Image.Image:
     if isinstance(photo, Image.Image):
         check_size(photo.size)
-        return decode_photo(photo)
+        rgb = decode_photo(photo)
+        return rgb if resizing is None else resizing.apply(rgb)
     if not isinstance(photo, CheckedPhoto):
         photo = check(photo)
     data, kind = photo.data, photo.kind
     if photo.effort == Effort.CHEAP:
         image = open_photo(data, kind)
         if kind == "JPEG" or image.width * image.height <= CHEAP_PIXELS:
-            return decode_photo(image, data, min_side)
-    return decode_elsewhere(data, kind, photo.effort, min_side, patience or Patience())
+            rgb = decode_photo(image, data, None if resizing is None else resizing.side)
+            return rgb if resizing is None else resizing.apply(rgb)
+    return decode_elsewhere(data, kind, photo.effort, resizing, patience)
 
 
 def resize(image: Image.Image, config: PreprocessConfig) -> Image.Image:
-    """Resizes a photo (to a square, or by its short side) and crops its middle: RGB (S, S). The
-    geometry is that of Hugging Face, which resizes first and crops then."""
-    # Cropped before the resize, since a strip of 1 x 60,000 would grow to S x 60,000 S.
-    size = (config.image_size, config.image_size)
-    return image.resize(size, RESAMPLING[config.interpolation], box=_seen_box(image.size, config))
-
-
-def _seen_box(size: tuple[int, int], config: PreprocessConfig) -> Box:
-    """The region of a photo of this size that is the model's input, in pixels of the photo."""
-    sides = []
-    for length in size:
-        resized = config.side * length // min(size) if config.resize == "crop" else config.side
-        start = (resized - config.image_size) // 2
-        end = start + config.image_size
-        sides.append((start * length / resized, end * length / resized))
-    (left, right), (top, bottom) = sides
-    return left, top, right, bottom
+    """Resizes a photo (to a square, or by its short side) and crops its middle: RGB (S, S)."""
+    return config.resizing.apply(image)
 
 
 def seen_region(size: tuple[int, int], config: PreprocessConfig) -> Box:
     """The region of an upright photo of this size (width, height) that is the model's input, and
     that word maps cover: (x0, y0, x1, y1) as shares of the photo's width and height."""
-    left, top, right, bottom = _seen_box(size, config)
+    left, top, right, bottom = config.resizing.box(size)
     width, height = size
     return left / width, top / height, right / width, bottom / height
 

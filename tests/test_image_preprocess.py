@@ -17,12 +17,14 @@ from PIL import Image, ImageCms
 
 from handler import image_decode
 from handler.errors import UserError
+from handler.image_decode import decode_photo, open_photo
 from handler.image_preprocess import (
     ImageTooLarge,
     InvalidImage,
     PreprocessConfig,
     UnsupportedMediaType,
     decode,
+    decode_resized,
     preprocess,
     resize,
     seen_region,
@@ -170,7 +172,8 @@ def test_the_two_pictures_of_a_phone_are_one_jpeg():
     """Multi-picture JPEGs (MPO) are what many phones write; Pillow opens them as their own kind."""
     data = encoded(smooth(), "MPO", save_all=True, append_images=[smooth(seed=1)])
     assert difference(decode(data), smooth()).mean() < 5
-    assert decode(encoded(smooth(900, 900), "MPO"), min_side=112).size == (225, 225)
+    large = encoded(smooth(900, 900), "MPO")
+    assert decode_photo(open_photo(large, "JPEG"), large, min_side=112).size == (225, 225)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "LAB", "I", "F", "I;16"])
@@ -434,22 +437,31 @@ def test_reduced_jpeg_decoding_changes_little(size):
     """Decoded at 1/2 or 1/4, then resized: within 1 level in the mean and 10 at the worst."""
     config = PreprocessConfig()
     data = encoded(natural(*size), "JPEG", quality=90)
-    reduced = decode(data, min_side=224)
+    reduced = decode_photo(open_photo(data, "JPEG"), data, min_side=224)
     assert 448 <= min(reduced.size) < min(size)
-    off = difference(resize(reduced, config), resize(decode(data), config))
+    off = difference(decode_resized(data, config), resize(decode(data), config))
     assert off.mean() < 1
     assert off.max() <= 10
 
 
 def test_small_jpegs_are_decoded_whole():
-    data = encoded(smooth(500, 448), "JPEG")
-    assert decode(data, min_side=224).tobytes() == decode(data).tobytes()
+    data, config = encoded(smooth(500, 448), "JPEG"), PreprocessConfig()
+    assert decode_resized(data, config).tobytes() == resize(decode(data), config).tobytes()
+
+
+@pytest.mark.parametrize("how", [PreprocessConfig(64), PreprocessConfig(48, resize="crop",
+                         resize_to=64, interpolation="bilinear")])  # fmt: skip
+@pytest.mark.parametrize("kind", ["AVIF", "TIFF"])
+def test_resized_in_the_decoding_process_or_here(kind, how):
+    """The process that decodes what is not known to be cheap resizes as this one does."""
+    data = encoded(smooth(150, 120), kind)
+    assert decode_resized(data, how).tobytes() == resize(decode(data), how).tobytes()
 
 
 def test_a_python_image_is_left_alone():
     """Reduced decoding changes the picture's size, which would be seen by its owner."""
     image = Image.open(io.BytesIO(encoded(smooth(1000, 1000), "JPEG")))
-    decode(image, min_side=100)
+    decode_resized(image, PreprocessConfig(100))
     assert image.size == (1000, 1000)
 
 

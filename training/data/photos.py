@@ -36,7 +36,8 @@ class Augment:
 
     def __init__(self, preprocessing: PreprocessConfig, augment: bool, flip: bool) -> None:
         self.preprocessing, self.augment, self.flip = preprocessing, augment, flip
-        size = [preprocessing.side] * 2  # of which the middle is cut out, as of every photo
+        # Of which the middle is cut out, as of every photo.
+        size = [preprocessing.resizing.side] * 2
         self.transform = v2.Compose(
             [
                 v2.RandomResizedCrop(
