@@ -160,8 +160,8 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 	@python -c 'from pathlib import Path; from handler.serve.server import running; \
 	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
 	@python -m training.demo
-	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 ARGS=--overwrite \
-		CHECKPOINT= FROM= EXPORT=build/export/demo
+	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 \
+		ARGS="--overwrite --processes 2" CHECKPOINT= FROM= EXPORT=build/export/demo
 	@set -e; python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)); \
 	trap 'python -m handler.serve stop' EXIT; \
 	photo=$$(python -c 'from pathlib import Path; from training.data.manifest import read_manifest; \

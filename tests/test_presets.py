@@ -18,7 +18,7 @@ from training.checkpoint import load_captioner
 from training.config import CONFIGS, TrainConfig, load_config
 from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest
-from training.loop.optimizer import parameter_groups, set_checkpointing
+from training.loop.optimizer import Optimizer, set_checkpointing
 from training.loop.start import make_model
 from training.loop.train import train
 from training.model import CaptioningModel
@@ -40,7 +40,7 @@ def tokenizer() -> CaptionTokenizer:
 def one_step(model: CaptioningModel, config: TrainConfig, tokenizer: CaptionTokenizer, device: str):
     """A step of the first stage on one random photo; returns the loss and the gradient's norm."""
     stage = config.stages[0]
-    optimizer = torch.optim.AdamW(parameter_groups(model, stage), lr=stage.encoder_lr)
+    optimizer = Optimizer(model, stage)
     set_checkpointing(model.train(), stage.gradient_checkpointing)
     row = Row("a", "a.png", CAPTIONS, "train")
     size = config.encoder.image_size

@@ -88,7 +88,7 @@ STAGES = [
     {"name": "frozen", "encoder": "frozen", "epochs": 1, "batch_photos": 8, "views": 2,
      "flip": True},
     {"name": "rewarded", "encoder": "frozen", "epochs": 1, "batch_photos": 8, "decoder_lr": 1e-4,
-     "self_critical": {"samples": 3, "baseline": "greedy"}},
+     "optimizer": "muon", "self_critical": {"samples": 3, "baseline": "greedy"}},
     {"name": "rewarded whole", "epochs": 1, "batch_photos": 4, "accumulate": 2, "flip": True,
      "self_critical": {"samples": 3}},
 ]  # fmt: skip
@@ -166,9 +166,9 @@ def test_a_finished_run_may_get_further_stages(tiny_run, tiny_data, tmp_path, mo
 
 
 def test_several_processes_make_the_steps_of_one(tiny_run, tiny_data, tmp_path):
-    """torchrun with two: the same weights but for the order in which floats are added. Biases of
-    attention keys are left out: they change nothing (softmax does not see them), so their gradient
-    is rounding alone, which Adam blows up to steps of full size."""
+    """Two: the same weights but for the order in which floats are added. Biases of attention keys
+    are left out: they change nothing (softmax does not see them), so their gradient is rounding
+    alone, which Adam blows up to steps of full size."""
     still = {**TINY["decoder"], "dropout": 0.0}
     stages = [*(STAGES[n] for n in (0, 1, 3)), distilled(tiny_run, epochs=1)]
     (tmp_path / "tiny.yaml").write_text(
@@ -177,8 +177,7 @@ def test_several_processes_make_the_steps_of_one(tiny_run, tiny_data, tmp_path):
     command = ["--config", "tiny.yaml", "--data", str(tiny_data), "--run"]
     one = run_program("training.train", *command, "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
-    launcher = ["--standalone", "--nproc-per-node", "2", "-m", "--", "training.train"]
-    two = run_program("torch.distributed.run", *launcher, *command, "two", cwd=tmp_path)
+    two = run_program("training.train", *command, "two", "--processes", "2", cwd=tmp_path)
     assert two.returncode == 0, two.stderr
     folders = [tmp_path / "build/checkpoints" / name for name in ("one", "two")]
     # Only the first process writes: as many lines as from one.
@@ -201,6 +200,16 @@ def test_several_processes_make_the_steps_of_one(tiny_run, tiny_data, tmp_path):
         elif name.endswith("cross_attention.kv.bias"):
             tensor[: len(tensor) // 2] = other[: len(tensor) // 2] = 0
         torch.testing.assert_close(other, tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_processes_end_with_the_first(tiny_data, tmp_path):
+    """What the first refuses is one line, and nobody waits for it."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "build/checkpoints/run").mkdir(parents=True)
+    (tmp_path / "build/checkpoints/run/thesis.txt").write_text("mine")
+    command = ["--config", "tiny.yaml", "--data", str(tiny_data), "--run", "run"]
+    done = run_program("training.train", *command, "--processes", "2", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1, done.stderr
 
 
 def test_layers_further_down_learn_more_slowly():

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import config_of
 
+from training.config import Stage
 from training.data.manifest import read_manifest
-from training.loop.optimizer import learning_rate_factor, update_average
+from training.loop.optimizer import Optimizer, learning_rate_factor, update_average
 from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 
@@ -81,6 +82,30 @@ def test_the_rates_of_a_run_are_those_of_the_schedule(tiny_data, tmp_path, monke
     groups = state["optimizer"]["param_groups"]
     last = learning_rate_factor(11, 12, 0.25)
     assert groups and all(g["lr"] == pytest.approx(last * g["base_lr"]) for g in groups)
+
+
+def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest():
+    """Muon's update is a matrix whose singular values are about equal, with the size of AdamW's."""
+    encoder = EncoderConfig(32, 2, 2, 64, image_size=32, patch_size=8)
+    model = CaptioningModel(encoder, DecoderConfig(50, 12, 32, 2, 2, 64, 32))
+    stage = Stage("x", 1, optimizer="muon", decoder_lr=1e-2, encoder_lr=1e-2, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Optimizer(model, stage)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * torch.rand(parameter.shape[-1])
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"]
+    optimizer.step()
+    steps = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    matrices = {n for n, step in steps.items() if step.ndim == 2 and ".blocks." in n}
+    assert "decoder.blocks.1.mlp.up.weight" in matrices and len(matrices) == 2 * 4 + 2 * 7
+    for name, step in steps.items():
+        if name in matrices:
+            singular = torch.linalg.svdvals(step)
+            assert singular.quantile(0.1) > 0.4 * singular.max(), name
+            assert 1e-3 < step.square().mean().sqrt() < 4e-3, name
+        else:  # the first step of AdamW: the rate, whatever the gradient
+            assert step.abs().max() == pytest.approx(1e-2, rel=1e-3), name
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 6), (2, 3), (3, 4)])

@@ -280,6 +280,13 @@ class Stage:
     )
     batch_photos: int = field(default=32, metadata=about("Photos per batch", COUNT))
     accumulate: int = field(default=1, metadata=about("Batches per optimizer step", COUNT))
+    optimizer: Literal["adamw", "muon"] = field(
+        default="adamw",
+        metadata=about(
+            "`muon`: Muon for the matrices of the blocks and AdamW for all other weights, with the "
+            "same rates; for models that start from random weights"
+        ),
+    )
     decoder_lr: float = field(
         default=3e-4, metadata=about("Peak learning rate of the decoder", RATE)
     )
@@ -299,7 +306,7 @@ class Stage:
         ),
     )
     weight_decay: float = field(
-        default=0.01, metadata=about("Weight decay of AdamW", Range(0, 100, "0 to 100"))
+        default=0.01, metadata=about("Weight decay of the optimizer", Range(0, 100, "0 to 100"))
     )
     label_smoothing: float | None = field(
         default=None,

@@ -8,6 +8,7 @@ from training.config import load_config, read_fields
 from training.data.manifest import data_folder, read_manifest
 from training.folders import CHECKPOINTS
 from training.loop.allocator import keep_freed_memory
+from training.loop.distributed import together
 from training.loop.fine_tuning import fine_tuning_config
 from training.loop.run import pick_device
 from training.loop.train import train
@@ -36,11 +37,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--device", help="auto, cpu, cuda")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="processes that train together"
+    )
     parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace a run of this name")
     arguments = parser.parse_args()
     if arguments.resume and arguments.overwrite:
         parser.error("--resume continues a run and --overwrite replaces it; give one of them")
+    if arguments.processes < 1:
+        parser.error(f"--processes is {arguments.processes}; give 1 or more")
     preset = arguments.config or (FINETUNE if arguments.start else USUAL)
     if preset == FINETUNE and arguments.start is None:
         parser.error(f"--config {FINETUNE} needs --from DIR (make: FROM=DIR), a checkpoint")
@@ -60,14 +66,15 @@ def main() -> None:
     _, own = read_fields(preset)
     is_own = arguments.data is None or own["data"] in (arguments.data, manifest.name)
     name = arguments.run or (config.name if is_own else manifest.name)  # as in the Makefile
-    train(
-        config,
-        manifest,
-        CHECKPOINTS / name,
-        arguments.encoder_weights,
-        arguments.resume,
-        arguments.overwrite,
-    )
+    with together(arguments.processes):
+        train(
+            config,
+            manifest,
+            CHECKPOINTS / name,
+            arguments.encoder_weights,
+            arguments.resume,
+            arguments.overwrite,
+        )
 
 
 if __name__ == "__main__":

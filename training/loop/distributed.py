@@ -1,9 +1,11 @@
-"""Training in one process, or in several that `torchrun` starts on one machine or many.
+"""Training in one process, in several on this machine, or in several that `torchrun` starts on
+many.
 
-    torchrun --standalone --nproc-per-node 4 -m -- training.train --config NAME
+    python -m training.train --config NAME --processes 4
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:PORT
+        -m -- training.train --config NAME
 
-(Without `--`, torchrun would interpret `--run` as one of its own options. On several machines,
-replace `--standalone` with `--nnodes`, `--rdzv-backend c10d` and `--rdzv-endpoint`.)
+(Without `--`, torchrun would interpret `--run` as one of its own options.)
 
 Each process trains on its share of every batch, and DistributedDataParallel averages the gradients,
 so that N processes make the same steps as one. The run's folder must be on a disk that all
@@ -12,9 +14,13 @@ processes can read; only the first one writes to it.
 
 import contextlib
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +32,9 @@ from handler.errors import UserError
 
 # How long the others wait while the first process computes features or validates.
 PATIENCE = timedelta(hours=6)
+
+# The file by which processes of one machine find each other: no port is opened but on loopback.
+STORE = "TRAINING_STORE"
 
 T = TypeVar("T")
 
@@ -98,8 +107,65 @@ def join(device: torch.device) -> Processes:
     if world > 1 and not dist.is_initialized():
         # Objects are broadcast over gloo, gradients on GPUs over NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store = os.environ.get(STORE)
+        dist.init_process_group(
+            backend,
+            init_method=None if store is None else f"file://{store}",
+            timeout=PATIENCE,
+            rank=rank,
+            world_size=world,
+        )
     return Processes(rank, world, local)
+
+
+@contextlib.contextmanager
+def together(count: int) -> Iterator[None]:
+    """Runs this program in `count` processes, of which this one is the first, and which share the
+    cores. On a CPU two processes of one thread train faster than one of two threads.
+
+    Raises UserError if another process ends early.
+    """
+    if count == 1 or STORE in os.environ:
+        yield
+        return
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("torchrun has started several processes; leave --processes out")
+    threads = max(1, torch.get_num_threads() // count)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        os.environ |= {
+            STORE: f"{folder}/store",
+            "WORLD_SIZE": str(count),
+            "OMP_NUM_THREADS": str(threads),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        torch.set_num_threads(threads)
+        command = [sys.executable, *sys.orig_argv[1:]]
+        others = []
+        for rank in range(count):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if rank:
+                output = stack.enter_context(Path(folder, str(rank)).open("wb"))
+                others.append(subprocess.Popen(command, stdout=output, stderr=output))
+                stack.callback(_end, others[-1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+        try:
+            yield
+        except RuntimeError as error:  # how gloo and NCCL report a lost connection
+            for rank, other in enumerate(others, start=1):
+                if other.poll():
+                    last = Path(folder, str(rank)).read_text(errors="replace").splitlines()[-1:]
+                    raise UserError(
+                        f"process {rank} of {count} ended with status {other.returncode}: "
+                        + " ".join(last)
+                    ) from error
+            raise
+        for other in others:
+            other.wait()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.wait()
 
 
 def leave() -> None:

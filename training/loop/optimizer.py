@@ -1,4 +1,4 @@
-"""Learning rates, parameter groups, the average of the weights, gradient checkpointing."""
+"""Learning rates, the optimizer, the average of the weights, gradient checkpointing."""
 
 import math
 from functools import partial
@@ -34,24 +34,66 @@ def learning_rate(name: str, stage: Stage, encoder_layers: int) -> float:
     return stage.encoder_lr * stage.encoder_layer_decay**below
 
 
-def parameter_groups(model: CaptioningModel, stage: Stage) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW by learning rate. Vectors (biases, norms) and position embeddings
-    have no weight decay."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), or where the stage has `optimizer:
+    muon`, Muon for the matrices of the blocks and AdamW for everything else. Muon's updates have
+    the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that both take the same rates.
+
+    With Muon its state is that of both, under their names.
+    """
+
+    def __init__(self, model: CaptioningModel, stage: Stage) -> None:
+        matrices, others = parameter_groups(model, stage)
+        self.adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), lr=0.0)
+        self.muon = (
+            torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw") if matrices else None
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [*self.adamw.param_groups, *(self.muon.param_groups if self.muon else ())]
+
+    def step(self) -> None:
+        self.adamw.step()
+        if self.muon:
+            self.muon.step()
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.adamw.state_dict()
+        return {"adamw": state, "muon": self.muon.state_dict()} if self.muon else state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"] if self.muon else state)
+        if self.muon:
+            self.muon.load_state_dict(state["muon"])
+
+
+def parameter_groups(
+    model: CaptioningModel, stage: Stage
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The parameter groups for Muon and for AdamW by learning rate. Vectors (biases, norms) and
+    position embeddings have no weight decay."""
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.") and stage.encoder == "frozen":
             continue
         rate = learning_rate(name, stage, len(model.encoder.blocks))
         decay = parameter.ndim > 1 and "position" not in name
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "base_lr": rate,
-            "weight_decay": stage.weight_decay if decay else 0.0,
-        }
-        for (rate, decay), parameters in groups.items()
-    ]
+        is_matrix = stage.optimizer == "muon" and parameter.ndim == 2 and ".blocks." in name
+        groups.setdefault((is_matrix, rate, decay), []).append(parameter)
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for (is_matrix, rate, decay), parameters in groups.items():
+        weight_decay = stage.weight_decay if decay else 0.0
+        (matrices if is_matrix else others).append(
+            {"params": parameters, "base_lr": rate, "weight_decay": weight_decay}
+        )
+    return matrices, others
 
 
 def set_checkpointing(model: CaptioningModel, on: bool) -> None:

@@ -26,6 +26,7 @@ from training.folders import LOG_FILE, STATE_FILE, WEIGHTS_FILE
 from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
 from training.loop.log import Log, NullLog
+from training.loop.optimizer import Optimizer
 from training.loop.student import Student
 from training.model import CaptioningModel, DecoderConfig
 from training.scores.metrics import Tokenizer as MetricTokenizer
@@ -130,7 +131,7 @@ class Run:
         self.write(entry)
         self.log.step(shown, photos)
 
-    def save_state(self, optimizer: torch.optim.Optimizer, epoch: int, step_in_epoch: int) -> None:
+    def save_state(self, optimizer: Optimizer, epoch: int, step_in_epoch: int) -> None:
         """Saves everything for `--resume` atomically. A resumed run skips the first `step_in_epoch`
         batches of `epoch`."""
         state = {
@@ -156,7 +157,7 @@ class Run:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         self.folder.publish()
 
-    def restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, state: dict[str, Any], optimizer: Optimizer) -> None:
         """Restores the state that `save_state` has saved; later lines of the log are removed."""
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])

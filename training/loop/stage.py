@@ -18,8 +18,8 @@ from training.data.photos import Augment, PhotoDataset, epoch_order, photo_batch
 from training.data.seeds import seed_of
 from training.loop.distributed import without_exchange
 from training.loop.optimizer import (
+    Optimizer,
     learning_rate_factor,
-    parameter_groups,
     set_checkpointing,
     update_average,
 )
@@ -39,9 +39,7 @@ class Work:
         stage = run.config.stages[run.stage]
         self.run, self.stage, self.captions, self.features = run, stage, captions, features
         self.seed = stage_seed(run)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(run.model, stage), betas=(0.9, 0.98), lr=0.0
-        )
+        self.optimizer = Optimizer(run.model, stage)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         teachers = None
         if stage.distillation is not None:
