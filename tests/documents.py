@@ -37,7 +37,7 @@ def commands() -> list[str]:
     for path in documents():
         prose = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
         code = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
-        lines += [line for line in code if not re.fullmatch("make [a-z-]+", line)]
+        lines += [line for line in code if not re.fullmatch("make [a-z-]+|\\S+", line)]
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
     return list(dict.fromkeys(line for line in lines if line.split(" ")[0] in PROGRAMS))
 
