@@ -279,4 +279,5 @@ def test_claims_are_counted_by_kind_and_captions_as_a_whole():
     assert 0.5 < shares["claims_true"] < 1
     assert shares["claims_true_colour"] == pytest.approx(2 / 3)
     # Three circles and three colours where the references have four of each.
-    assert shares["claims_per_reference"] == shares["claims_per_reference_object"] == 0.75
+    assert shares["claims_per_reference"] == pytest.approx(0.75)
+    assert shares["claims_per_reference_object"] == pytest.approx(0.75)
