@@ -278,6 +278,7 @@ def test_claims_are_counted_by_kind_and_captions_as_a_whole():
     assert shares["captions_true"] == 0.5
     assert 0.5 < shares["claims_true"] < 1
     assert shares["claims_true_colour"] == pytest.approx(2 / 3)
-    # Three circles and three colours where the references have four of each.
-    assert shares["claims_per_reference"] == pytest.approx(0.75)
-    assert shares["claims_per_reference_object"] == pytest.approx(0.75)
+    # "nothing" claims something, too.
+    assert shares["claims_per_reference"] == pytest.approx(7 / 8)
+    assert shares["claims_per_reference_object"] == pytest.approx(1)
+    assert shares["claims_per_reference_colour"] == pytest.approx(3 / 4)
