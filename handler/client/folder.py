@@ -67,6 +67,8 @@ def check_writable(path: Path) -> None:
     """Refuses a path that no file can be written to, before anything is asked."""
     if path.is_dir():
         raise UserError(f"{path}: this is a folder; give the path of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: this is a pipe or a device; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{path}: it cannot be written; give another path")
@@ -75,26 +77,33 @@ def check_writable(path: Path) -> None:
 # --- the file of captions
 
 
+# How every row begins, and so what a killed run left half begins with.
+ROW_START = b'{"image": '
+
+
 class CaptionFile:
     """The file of captions: `rows` holds the latest of each photo. A last line that a killed run
-    left half is cut. Raises UserError for a file of something else."""
+    left half is cut. Raises UserError for a file of something else, which stays as it is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
         data = read_file(path) if path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]
+        if not _is_half(data[len(whole) :]):
+            whole = data
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 row = json.loads(line)
                 self.rows[str(row["image"])] = row
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path}: line {number} has no field 'image': not an earlier OUT; name another"
                 ) from error
         # Without a buffer: nothing is left to be written when the file is closed.
         self.file = path.open("ab", buffering=0)
         self.file.truncate(len(whole))
+        self.gap = b"\n" if whole and not whole.endswith(b"\n") else b""
 
     def __enter__(self) -> "CaptionFile":
         return self
@@ -104,7 +113,7 @@ class CaptionFile:
 
     def append(self, row: Row) -> None:
         """Appends a row whole or not at all. Raises UserError where the disk is full."""
-        line, end = json_line(row), self.file.seek(0, os.SEEK_END)
+        line, end = self.gap + json_line(row), self.file.seek(0, os.SEEK_END)
         try:
             while line:
                 line = line[self.file.write(line) :]
@@ -114,7 +123,7 @@ class CaptionFile:
                 f"{self.path}: {error.strerror}; the captions so far are in it: make room and run "
                 "again"
             ) from error
-        self.rows[row["image"]] = row
+        self.rows[row["image"]], self.gap = row, b""
 
     def compact(self, photos: Iterable[str]) -> None:
         """Writes the file anew, whole or not at all, with one row a photo: those of `photos` first,
@@ -123,6 +132,24 @@ class CaptionFile:
         content = b"".join(json_line(self.rows[name]) for name in names)
         if content != self.path.read_bytes():
             write_atomic(Path(os.path.realpath(self.path)), content)  # a link stays one
+
+
+def _is_half(line: bytes) -> bool:
+    """Whether a line without its end is the beginning of a row, and not all of something."""
+    if line[: len(ROW_START)] != ROW_START[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def is_ours(row: Row) -> bool:
+    """Whether a run wrote a row, of this version or an earlier one; other programs' captions, and
+    those for training, are no objects."""
+    captions = row.get("captions")
+    return isinstance(captions, list) and all(isinstance(caption, dict) for caption in captions)
 
 
 def json_line(row: Row) -> bytes:
@@ -198,6 +225,12 @@ def caption_folder(
     request = FolderRequest(ask, options, photos)
     refused: Refused = []
     with CaptionFile(out) as file:
+        foreign = [name for name in photos if name in file.rows and not is_ours(file.rows[name])]
+        if foreign:
+            raise UserError(
+                f"{out}: the caption of {foreign[0]!r} was not written by this command; give the "
+                "new captions another file"
+            )
         again = differences(request, file)
         kept = [name for name in photos if name in file.rows and name not in again]
         with tqdm(desc="captions", unit="photo", total=len(photos), disable=None) as bar:
