@@ -105,7 +105,11 @@ def replace_folder(
             shutil.rmtree(leftover, ignore_errors=True)
         new.mkdir()
         try:
-            yield new
+            try:
+                yield new
+            except OSError as error:
+                error.filename = error.filename or str(out)  # a full disk has no name
+                raise
             check_replaceable(out, kind, inputs)
             if real.exists():
                 real.rename(old)

@@ -1,5 +1,6 @@
 """Folders that are replaced whole, and never somebody else's."""
 
+import errno
 import json
 import os
 import signal
@@ -78,9 +79,13 @@ def test_an_input_behind_a_link_is_never_replaced(tmp_path):
 
 def test_a_failure_leaves_what_was_there(tmp_path):
     write_box(tmp_path / "a")
-    with pytest.raises(OSError), replace_folder(tmp_path / "a", KIND) as new:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write raises it
+    with (
+        pytest.raises(OSError, match=f"left on device: '{tmp_path}/a'"),
+        replace_folder(tmp_path / "a", KIND) as new,
+    ):
         (new / "box.json").write_text("half")
-        raise OSError
+        raise full
     assert read_json(tmp_path / "a" / "box.json")["lid"] == "red"
     assert sorted(os.listdir(tmp_path)) == ["a"]
 
