@@ -118,6 +118,10 @@ def test_yaml_that_is_no_config_is_one_line(text, message, tmp_path):
         (["--seed", "-1"], "seed must be 0"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--precision", "fp8"], "precision"),
+        (["--run", "../other"], "--run is '../other'; give the name of a folder"),
+        (["--run", ".."], "give the name of a folder"),
+        (["--run", ""], "give the name of a folder"),
+        (["--run", "/tmp/run"], "give the name of a folder"),
     ],
 )
 def test_a_command_line_is_refused_before_anything_is_read(

@@ -494,7 +494,7 @@ class TrainConfig:
                 f"{name} is empty; give a name",
             )
         _require(
-            not set(self.name) & {"/", "\\"} and self.name not in (".", ".."),
+            is_folder_name(self.name),
             f"name must be the name of a folder, not {self.name!r}",
         )
         _check_fields(self, "")
@@ -515,6 +515,11 @@ class TrainConfig:
                 value <= longest,
                 f"decoding.{name} is {value}, but decoder.max_tokens allows {longest}; raise it",
             )
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a name, as that of a run, is one folder of the folder that it is put into."""
+    return bool(name.strip()) and not set(name) & {"/", "\\", "\0"} and name not in (".", "..")
 
 
 def decode_options(decoding: Mapping[str, Any]) -> DecodeOptions:

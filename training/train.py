@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from handler.errors import ArgumentParser, run_command
-from training.config import load_config, read_fields
+from training.config import is_folder_name, load_config, read_fields
 from training.data.manifest import data_folder, read_manifest
 from training.folders import CHECKPOINTS
 from training.loop.allocator import keep_freed_memory
@@ -52,6 +52,8 @@ def main() -> None:
         parser.error(f"--config {FINETUNE} needs --from DIR (make: FROM=DIR), a checkpoint")
     if arguments.add_words is not None and arguments.start is None:
         parser.error("--add-words needs --from DIR (make: FROM=DIR), a checkpoint")
+    if arguments.run is not None and not is_folder_name(arguments.run):
+        parser.error(f"--run is {arguments.run!r}; give the name of a folder (make: RUN=NAME)")
     names = ("data", "epochs", "seed", "precision", "device")
     overrides = {name: getattr(arguments, name) for name in names}
     if arguments.start is None:
