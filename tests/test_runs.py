@@ -1,5 +1,6 @@
 """What a person has trained, exported and packed is never lost by an ordinary command."""
 
+import dataclasses
 import json
 import os
 import re
@@ -230,6 +231,22 @@ def test_a_second_start_of_a_run_is_refused(config, tiny_data, tmp_path):
     ):
         train(config, read_manifest(tiny_data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_continued_on_its_own_data(config, tiny_data, tmp_path):
+    """A run whose dataset was prepared anew from other photos went on, and said nothing. Where the
+    dataset is on the disk does not matter."""
+    train(config, read_manifest(tiny_data), Path("alone"))
+    manifest = read_manifest(tiny_data)
+    before = contents(Path("alone"))
+    for change in ({"captions": ("another",)}, {"id": "another"}, {"split": "test"}):
+        rows = [dataclasses.replace(manifest.rows[0], **change), *manifest.rows[1:]]
+        write_manifest(tmp_path / "other", "tiny", rows, manifest.image_root, [])
+        with pytest.raises(UserError, match="alone: the photos or captions of the dataset 'tiny'"):
+            train(config, read_manifest(tmp_path / "other"), Path("alone"), resume=True)
+        assert contents(Path("alone")) == before
+    write_manifest(tmp_path / "moved", "moved", manifest.rows, manifest.image_root, [])
+    train(config, read_manifest(tmp_path / "moved"), Path("alone"), resume=True)
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tiny_data, tmp_path):

@@ -7,8 +7,10 @@ uninterrupted one.
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import encoder_config, load_model, save_checkpoint, update_training
 from training.config import TrainConfig
-from training.data.manifest import Manifest
+from training.data.manifest import Manifest, Row
 from training.folders import LOG_FILE, STATE_FILE, WEIGHTS_FILE
 from training.loop.distributed import Processes, join
 from training.loop.folder import RunFolder
@@ -67,6 +69,7 @@ class Run:
         self.train_rows, self.val_rows = manifest.split("train"), manifest.split("val")
         if config.validation.photos:
             self.val_rows = self.val_rows[: config.validation.photos]
+        self.data_hash = digest_of([*self.train_rows, *self.val_rows])
         self.device, self.bf16 = pick_device(config)
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = 1 if self.device.type == "cpu" else min(8, max(1, cores))
@@ -145,6 +148,7 @@ class Run:
         state = {
             "format": FORMAT,
             "config": dataclasses.asdict(self.config),
+            "data_hash": self.data_hash,
             "encoder": dataclasses.asdict(self.model.encoder_config),
             "decoder": dataclasses.asdict(self.model.decoder_config),
             "preprocessing": self.preprocessing.to_dict(),
@@ -236,6 +240,14 @@ class Run:
 def goodness(result: dict[str, Any]) -> float:
     """The figure by which a checkpoint is chosen; higher is better."""
     return float(result["CIDEr"] if result["chosen_by"] == "CIDEr" else -result["loss"])
+
+
+def digest_of(rows: Iterable[Row]) -> str:
+    """A hash of the photos and captions of a dataset, wherever it is on the disk."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.id, row.split, row.captions)).encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from handler.errors import UserError
 from training.config import TrainConfig
 from training.data.captions import Captions
 from training.data.manifest import Manifest
@@ -78,6 +79,13 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
     state: dict[str, Any] | None = None
     if resume:
         state = read_state(run.folder.final, run.config)
+        # Version 1.0 saved none.
+        if state.get("data_hash", run.data_hash) != run.data_hash:
+            raise UserError(
+                f"{run.folder.final}: the photos or captions of the dataset "
+                f"{run.manifest.name!r} have changed; prepare it as it was, or train again with "
+                "--overwrite"
+            )
         run.model, run.preprocessing, run.tokenizer = restore_parts(run.folder.final, state)
     else:
         if run.config.start is not None:
