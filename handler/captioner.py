@@ -84,6 +84,8 @@ class Captioner:
         self.config = config
         self.preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
         self.decoding: dict[str, Any] = dict(config.get("decoding", {}))
+# The decoder layers whose attention makes the maps; None for all.
+        self.map_layers: list[int] | None = config.get("word_maps", {}).get("layers")
         # A frozen TorchScript module has no parameters that would tell its device.
         self.device = torch.device(device)
 
@@ -251,9 +253,10 @@ class Captioner:
         """The attention maps of the T generated tokens `ids` of a caption: (T, grid, grid), each
         map summing to 1. The tokens of the prompt have no maps.
 
-        One parallel pass over the finished caption; the mean over layers and heads of the
-        cross-attention, over the image patches alone (class and other prefix tokens left out). Of
-        the ways that training.scores.grounding compares, this one points best.
+        One parallel pass over the finished caption: the mean over heads of the cross-attention of
+        the layers in `word_maps.layers` of `config.json`, or of all layers, over the image patches
+        alone (class and other prefix tokens left out). Training chooses the layers that point best
+        where the truth is known (see training.scores.grounding).
         """
         memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
         return self.attention_memory(memory_1PD, [ids], [prompt_ids])[0]
@@ -296,9 +299,9 @@ class Captioner:
         ]
 
     def _attention(self, inputs: Sequence[Tensor], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The mean of the decoder's attention over layers and heads, (B, Q, P)."""
+        """The mean of the decoder's attention over `map_layers` and heads, (B, Q, P)."""
         if not self.tokenizer.tasks:
-            return self.decoder.attention(*inputs).mean(dim=(0, 2))
+            return self._mean(self.decoder.attention(*inputs))
         # Prompts of one length at a time, as the search reads them.
         parts = []
         rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
@@ -306,9 +309,14 @@ class Captioner:
             part = list(group)
             prompt_BT = torch.tensor([list(prompts[row]) for row in part], device=self.device)
             weights_LBHQP = self.decoder.attention(*(x[part] for x in inputs), prompt_BT)
-            parts.append(weights_LBHQP.mean(dim=(0, 2)))
+            parts.append(self._mean(weights_LBHQP))
         order = torch.tensor(rows, device=self.device).argsort()
         return torch.cat(parts)[order]
+
+    def _mean(self, weights_LBHQP: Tensor) -> Tensor:
+        if self.map_layers is not None:
+            weights_LBHQP = weights_LBHQP[self.map_layers]
+        return weights_LBHQP.mean(dim=(0, 2))
 
 
 def choose_options(
@@ -442,6 +450,19 @@ def check_config(directory: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: {error}") from error
     except TypeError as error:
         raise UserError(f"{path}: field 'preprocessing' or 'decoding': {error}") from error
+    layers = decoder.get("layers")
+    try:
+        chosen = config.get("word_maps", {}).get("layers")
+        inside = chosen is None or (
+            chosen and all(type(n) is int and 0 <= n < layers for n in chosen)
+        )
+    except (AttributeError, TypeError):
+        inside = False
+    if not inside:
+        raise UserError(
+            f"{path}: field 'word_maps.layers' must be a list of numbers from 0 to below "
+            "'model.decoder.layers'"
+        )
     if preprocessing.image_size != encoder["image_size"]:
         raise UserError(
             f"{path}: field 'preprocessing.image_size' is {preprocessing.image_size}, "

@@ -48,6 +48,8 @@ def stage(**fields: object) -> dict[str, object]:
         ({"decoder": {"layers": 0}}, "decoder.layers"),
         ({"encoder": {"width": 10, "heads": 3}}, "encoder.width 10 is no multiple"),
         ({"encoder": {"image_size": 33, "patch_size": 8}}, "encoder.image_size 33 is no multiple"),
+        ({"encoder": {"patch_size": 28, "stem": "convolutional"}}, "multiple of 8"),
+        ({"encoder": {"stem": "conv"}}, "encoder.stem"),
         ({"encoder": {"image_size": 0}}, "encoder.image_size must be 1 to 4096, not 0"),
         ({"encoder": {"dropout": float("nan")}}, "encoder.dropout must be"),
         ({"encoder": {"pretrained": "timm/x", "layers": 3}}, "encoder.layers is that of"),

@@ -23,7 +23,7 @@ from training.checkpoint import load_captioner, load_model, save_checkpoint
 from training.config import Distillation, SelfCritical, Stage, TokenizerChoice
 from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest, write_manifest
-from training.data.scenes import make_rows
+from training.data.scenes import make_row
 from training.distil_captions import main, with_captions
 from training.loop.teachers import ensemble_captioner
 from training.loop.train import train
@@ -374,9 +374,11 @@ def drawn(tmp_path_factory) -> Path:
     """6 + 3 scenes."""
     folder = tmp_path_factory.mktemp("drawn")
     rows = []
-    for row, picture in make_rows({"train": 6, "val": 3}, seed=1):
-        picture.save(folder / row.image)
-        rows.append(row)
+    for split, count in (("train", 6), ("val", 3)):
+        for number in range(count):
+            row, picture = make_row(1, split, number)
+            picture.save(folder / row.image)
+            rows.append(row)
     write_manifest(folder, "drawn", rows, folder, [])
     return folder
 

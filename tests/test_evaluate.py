@@ -14,6 +14,7 @@ from handler.captioner import Captioner
 from handler.errors import UserError, run_command
 from training.checkpoint import load_captioner
 from training.data.manifest import Row, read_manifest
+from training.data.scenes import check
 from training.evaluate import main, model_size
 from training.scores.captions import read_predictions, score_rows, write_predictions
 from training.scores.claims import score_claims
@@ -278,3 +279,6 @@ def test_claims_are_counted_by_kind_and_captions_as_a_whole():
     assert shares["captions_true"] == 0.5
     assert 0.5 < shares["claims_true"] < 1
     assert shares["claims_true_colour"] == pytest.approx(2 / 3)
+    assert shares["claims_per_reference_colour"] == pytest.approx(3 / 4)
+    said = sum(len(check(caption, scene)) for caption in captions)
+    assert shares["claims_per_reference"] == pytest.approx(said / (4 * 2))

@@ -1,22 +1,25 @@
 """Grounding: maps of known objects are judged as they should be, the ways differ as they should."""
 
 import dataclasses
+import json
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import run_program
+from conftest import TINY, run_program
 from tiny_training import config_of
 
-from handler.captioner import Caption
+from export.torchscript import script_decoder
+from handler.captioner import Caption, Captioner
 from handler.image_preprocess import PreprocessConfig
 from handler.web.word_maps import peak
+from training.checkpoint import load_model
 from training.data.manifest import Row, read_manifest, write_manifest
 from training.data.scene_language import referents
 from training.loop.train import train
 from training.model import Encoder, EncoderConfig
 from training.scores import captions, grounding
-from training.scores.grounding import judge, measure, overlap, rollout, ways
+from training.scores.grounding import best_layers, judge, measure, overlap, rollout, ways
 
 CIRCLE = {"shape": "circle", "colour": "red", "size": "large", "texture": "plain",
           "box": [0, 0, 48, 48]}  # fmt: skip
@@ -77,6 +80,66 @@ def test_measure_knows_what_the_model_saw(monkeypatch):
     captioner.tokenizer.decode.return_value = ""
     measure(captioner, MagicMock(), [Row("1", "1.png", ("x",), "val", scene=SCENE)])
     assert [given[3] for given in judged] == [(0.125, 0.125, 0.875, 0.875)]
+
+
+def test_the_layer_that_points_best_is_chosen(monkeypatch):
+    """Of three layers the second looks at the circle; the mean of all looks elsewhere."""
+    monkeypatch.setattr(captions, "read_photo", lambda *_: None)
+    captioner = MagicMock(preprocessing=PreprocessConfig(96), map_layers=[2])
+    captioner.config = {"model": {"decoder": {"layers": 3}}}
+    captioner.preprocess.return_value = torch.zeros(3, 96, 96)
+    captioner.tokenizer.encode.side_effect = str.split
+    captioner.tokenizer.pieces.side_effect = lambda ids: ids
+
+    def maps(memory, ids):
+        cell = 0 if captioner.map_layers == [1] else 3
+        map_gg = torch.zeros(4, 4)
+        map_gg[cell, cell] = 1.0
+        return [map_gg.expand(len(caption), 4, 4) for caption in ids]
+
+    captioner.attention_memory.side_effect = maps
+    rows = [Row("1", "1.png", ("a red circle",), "val", scene=SCENE)]
+    assert best_layers(captioner, MagicMock(), rows) == ([1], 1.0)
+    assert captioner.map_layers == [2]
+    rows = [Row("1", "1.png", ("a red star",), "val", scene=SCENE)]
+    assert best_layers(captioner, MagicMock(), rows) == ([0, 1, 2], 1.0)  # all, if none is better
+
+
+def test_a_run_on_scenes_chooses_its_maps(tiny_data, tmp_path, monkeypatch):
+    """Stored in the checkpoint, inherited by what is fine-tuned from it on photos without truth."""
+    monkeypatch.chdir(tmp_path)
+    manifest = read_manifest(tiny_data)
+    rows = [dataclasses.replace(row, scene={**SCENE, "size": [40, 30]}) for row in manifest.rows]
+    write_manifest(tmp_path / "squares", "squares", rows, manifest.image_root, [])
+    decoder = {**TINY["decoder"], "layers": 2}
+    config = config_of(tmp_path / "c.yaml", data="squares", decoder=decoder)
+    train(config, read_manifest(tmp_path / "squares"), tmp_path / "run")
+    chosen = json.loads((tmp_path / "run/config.json").read_text())["word_maps"]
+    assert chosen["layers"] and 0 <= chosen["pointing"] <= 1
+
+    model, settings, tokenizer = load_model(tmp_path / "run")
+    image, ids = torch.randn(3, 32, 32), tokenizer.encode("a square")
+    maps = {}
+    for layers in ([0], [1], [0, 1]):
+        settings["word_maps"] = {"layers": layers}
+        for decoder in (model.decoder, script_decoder(model.decoder)):
+            captioner = Captioner(model.encoder, decoder, tokenizer, settings)
+            found = captioner.attention(image, ids)
+            torch.testing.assert_close(maps.setdefault(str(layers), found), found)
+    with torch.inference_mode():
+        begin = torch.tensor([[tokenizer.begin_id, *ids[:-1]]])
+        mask = torch.ones(1, len(ids), len(ids), dtype=torch.bool).tril()
+        memory = model.encoder(image[None])
+        weights = model.decoder.attention(begin, torch.arange(len(ids))[None], mask, memory)
+    by_layer = weights[:, 0].mean(1)[..., 1:]
+    for layer in (0, 1):
+        expected = by_layer[layer] / by_layer[layer].sum(-1, keepdim=True)
+        torch.testing.assert_close(maps[f"[{layer}]"].flatten(1), expected)
+    assert not torch.equal(maps["[0]"], maps["[0, 1]"])
+
+    tuned = dataclasses.replace(config, start=str(tmp_path / "run"), data=str(tiny_data))
+    train(tuned, manifest, tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned/config.json").read_text())["word_maps"] == chosen
 
 
 def test_ways_keep_weights_that_sum_to_one():

@@ -62,6 +62,11 @@ LIES: list[tuple[tuple[str, ...], Any]] = [
     (("decoding", "num_beams"), 99),
     (("decoding", "beams"), 3),
     (("decoding",), [3]),
+    (("word_maps",), {"layers": [1]}),
+    (("word_maps",), {"layers": [-1]}),
+    (("word_maps",), {"layers": []}),
+    (("word_maps",), {"layers": 0}),
+    (("word_maps",), 3),
     (("model",), {"encoder": 3, "decoder": []}),
     (("model", "decoder"), None),
 ]

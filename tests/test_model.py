@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from export.precision import in_precision
-from export.torchscript import script_decoder
+from export.torchscript import script_decoder, trace_encoder
 from handler.captioner import prepare_script
 from handler.errors import UserError
 from training.loop.optimizer import set_checkpointing
@@ -187,6 +187,23 @@ def test_every_family_is_exported_in_every_precision(model, precision):
             pair.append(one.step(tokens, positions, mask, cache, 0, one.begin(memory)))
     difference = (pair[0] - pair[1]).abs().max() / pair[1].abs().max()
     assert difference < {"fp32": 1e-5, "bf16": 0.05, "int8": 0.1}[precision]
+
+
+def test_a_convolutional_stem_makes_a_token_of_each_patch():
+    """Traced as an export does; a patch changes its own token, and those beside it alone."""
+    config = replace(ENCODER, image_size=64, patch_size=16, stem="convolutional")
+    encoder = Encoder(config).eval()
+    images = torch.randn(2, 3, 64, 64)
+    traced = trace_encoder(encoder, 64)
+    with torch.inference_mode():
+        memory = encoder(images)
+        assert memory.shape == (2, 17, 32)
+        torch.testing.assert_close(traced(images), memory)
+        tokens = encoder.patch_embed(images)
+        assert tokens.shape == (2, 32, 4, 4) and 0.3 < tokens.std() < 3
+        images[:, :, :16, :16] = 0
+        changed = (encoder.patch_embed(images) != tokens).any(1)[0]
+    assert changed[0, 0] and not changed[2:].any() and not changed[:, 2:].any()
 
 
 def test_attention_sums_to_one_and_changes_nothing(model):

@@ -20,7 +20,8 @@ from training.data.scenes import Preset, check, generate
 
 @pytest.fixture(scope="module")
 def drawn():
-    return list(scenes.make_rows({"train": 500, "val": 200}, seed=3))
+    numbers = [("train", n) for n in range(500)] + [("val", n) for n in range(200)]
+    return [scenes.make_row(3, *number) for number in numbers]
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +312,7 @@ def test_generate_is_deterministic(tmp_path, monkeypatch):
         for folder in "abc"
     }
     assert files["a"] == files["b"] and len(files["a"]) == 11
-    assert all(files["a"][name] != files["c"][name] for name in files["a"] if name.suffix == ".png")
+    assert all(files["a"][name] != files["c"][name] for name in files["a"] if name.suffix == ".jpg")
     manifest = read_manifest(tmp_path / "a")
     assert len(manifest.split("train")) == 6 and len(manifest.split("val")) == 3
     assert all(manifest.path(row).is_file() for row in manifest.rows)
@@ -325,16 +326,14 @@ def test_an_interrupted_run_leaves_the_earlier_scenes(tmp_path, monkeypatch):
         return {str(path): path.read_bytes() for path in whole}
 
     generate(tmp_path, "tiny", 1)
-    before, draw, left = files(), scenes.draw, [3]
+    before = files()
 
-    def stop(scene, rng: random.Random):
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return draw(scene, rng)
+    def stop(drawn, **_):
+        next(iter(drawn))
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(scenes, "draw", stop)
+        patch.setattr(scenes, "tqdm", stop)
         generate(tmp_path, "tiny", 2)
     assert files() == before
     generate(tmp_path, "tiny", 2)

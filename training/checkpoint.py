@@ -36,6 +36,7 @@ def save_checkpoint(
     preprocessing: dict[str, Any],
     decoding: dict[str, Any],
     training: dict[str, Any],
+    word_maps: dict[str, Any] | None = None,
 ) -> None:
     """Writes the folder. The weights are written first and take their place last: a full disk is
     met before anything is replaced, and where the weights are new, the rest is too."""
@@ -48,6 +49,7 @@ def save_checkpoint(
         "preprocessing": preprocessing,
         "tokenizer": tokenizer.settings,
         "decoding": decoding,
+        **({} if word_maps is None else {"word_maps": word_maps}),
         "training": training,
     }
     state = {

@@ -98,6 +98,13 @@ class EncoderSource:
     patch_size: int = field(
         default=16, metadata=about("Side of a patch in pixels; must divide image_size", SIDE)
     )
+    stem: Literal["linear", "convolutional"] = field(
+        default="linear",
+        metadata=about(
+            "What makes a token of a patch: one linear layer, or four convolutions, which learn "
+            "faster from scratch (patch_size must be a multiple of 8)"
+        ),
+    )
     width: int = field(default=192, metadata=about("Width of a token; a multiple of heads", WIDTH))
     layers: int = field(default=12, metadata=about("Transformer blocks", LAYERS))
     heads: int = field(default=3, metadata=about("Attention heads per block", LAYERS))
@@ -110,6 +117,11 @@ class EncoderSource:
             _require(
                 size % self.patch_size == 0,
                 f"encoder.image_size {size} is no multiple of encoder.patch_size {self.patch_size}",
+            )
+            _require(
+                self.stem == "linear" or (self.patch_size % 8 == 0 and self.width % 4 == 0),
+                "encoder.stem convolutional needs an encoder.patch_size that is a multiple of 8, "
+                "and an encoder.width that is a multiple of 4",
             )
             _require(
                 self.width % self.heads == 0,

@@ -82,7 +82,8 @@ class EncoderConfig(PatchGrid):
     `prefix_positions` says whether they have position embeddings of their own; `pre_norm` is the
     layer norm that CLIP puts before the first block; `layer_scale` the per-channel gain after each
     branch (Touvron et al. 2021); `projection_width` the width of the memory where a linear layer
-    and a norm follow (GIT).
+    and a norm follow (GIT). `stem` is what makes tokens of patches: one linear layer, or
+    convolutions (see `ConvolutionalStem`).
     """
 
     width: int
@@ -101,8 +102,17 @@ class EncoderConfig(PatchGrid):
     layer_norm_eps: float = 1e-6
     dropout: float = 0.0
     projection_width: int | None = None
+    stem: Literal["linear", "convolutional"] = "linear"
 
     def __post_init__(self) -> None:
+        refuse_unless(
+            self.stem in ("linear", "convolutional"), "encoder.stem must be linear or convolutional"
+        )
+        refuse_unless(
+            self.stem == "linear" or (self.patch_size % 8 == 0 and self.width % 4 == 0),
+            "encoder.stem convolutional needs a patch_size that is a multiple of 8, and a width "
+            "that is a multiple of 4",
+        )
         refuse_unless(
             self.image_size % self.patch_size == 0,
             f"encoder.image_size {self.image_size} is no multiple of "
@@ -419,6 +429,27 @@ class EncoderBlock(nn.Module):
         return self.dropout(x_BPD if scale_D is None else x_BPD * scale_D)
 
 
+class ConvolutionalStem(nn.Sequential):
+    """Patches to tokens by three convolutions of 3 x 3 that halve the image, and a last one that
+    makes one token of each patch (after Xiao et al. 2021, arXiv:2106.14881). From scratch it learns
+    in far fewer steps than a linear layer what is in a patch, wherever in it that is."""
+
+    def __init__(self, width: int, patch_size: int) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for wider in (width // 4, width // 2, width):
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1), nn.GELU()]
+            channels = wider
+        side = patch_size // 8
+        super().__init__(*layers, nn.Conv2d(width, width, side, stride=side))
+
+    def initialise(self) -> None:
+        """As He et al. 2015 (arXiv:1502.01852), so that no layer shrinks what it passes on."""
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+
 class Encoder(ImageEncoder):
     """Vision Transformer: images (B, 3, image_size, image_size), normalised, to memory (B, P, D),
     P = prefix_tokens + grid * grid, patches row by row, D = memory_width."""
@@ -430,10 +461,14 @@ class Encoder(ImageEncoder):
         self.config = config
         width, prefix = config.width, config.prefix_tokens
         patches = config.grid * config.grid
-        # CLIP's patch embedding has no bias: its pre-norm would take it out again.
-        self.patch_embed = nn.Conv2d(
-            3, width, config.patch_size, stride=config.patch_size, bias=not config.pre_norm
-        )
+        self.patch_embed: nn.Module
+        if config.stem == "convolutional":
+            self.patch_embed = ConvolutionalStem(width, config.patch_size)
+        else:
+            # CLIP's patch embedding has no bias: its pre-norm would take it out again.
+            self.patch_embed = nn.Conv2d(
+                3, width, config.patch_size, stride=config.patch_size, bias=not config.pre_norm
+            )
         self.prefix = nn.Parameter(torch.zeros(1, prefix, width)) if prefix else None
         self.positions = nn.Parameter(
             torch.zeros(1, patches + (prefix if config.prefix_positions else 0), width)
@@ -450,6 +485,8 @@ class Encoder(ImageEncoder):
         self.dropout = Dropout(config.dropout)
         # GPT-2's constant 0.02 is too small for a narrow encoder, which learns little for long.
         self.apply(initialise)
+        if isinstance(self.patch_embed, ConvolutionalStem):
+            self.patch_embed.initialise()
         nn.init.trunc_normal_(self.positions, std=0.02)
         with torch.no_grad():
             waves_PD = waves(config.grid, width)

@@ -11,11 +11,14 @@ on the left and b on the right"), and in the mirrored picture.
 Preset, seed and number determine a scene completely.
 """
 
+import os
 import random
 import shutil
-from collections.abc import Iterator
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from functools import partial as bind
 from itertools import permutations
 from math import cos, pi, sin
 from pathlib import Path
@@ -81,7 +84,7 @@ class Preset:
     val: int
 
 
-PRESETS = {"scenes": Preset(train=6000, val=300), "scenes_full": Preset(train=24000, val=500)}
+PRESETS = {"scenes": Preset(train=36000, val=300), "scenes_full": Preset(train=72000, val=500)}
 
 
 def generate(directory: Path, preset: str, seed: int = 0) -> None:
@@ -102,28 +105,33 @@ def generate(directory: Path, preset: str, seed: int = 0) -> None:
         raise UserError(
             f"{directory}: {error.strerror}; choose a folder that can be written"
         ) from None
-    rows = []
-    with tqdm(total=sum(counts.values()), desc=preset, unit="scene") as bar:
-        for row, picture in make_rows(counts, seed):
-            # Noise hardly compresses: a higher level takes longer and saves nothing.
-            picture.save(partial / row.image, compress_level=1)
-            rows.append(row)
-            bar.update()
+    names = [(split, number) for split, count in counts.items() for number in range(count)]
+    make = bind(_make_file, partial, seed)
+    # Ctrl-C is for this process, which then ends the others.
+    ignore = signal.SIGINT, signal.SIG_IGN
+    with ProcessPoolExecutor(os.cpu_count(), None, signal.signal, ignore) as pool:
+        drawn = pool.map(make, names, chunksize=32)
+        rows = list(tqdm(drawn, total=len(names), desc=preset, unit="scene"))
     # Earlier pictures are kept until all new ones are drawn.
     shutil.rmtree(images, ignore_errors=True)
     partial.rename(images)
     write_manifest(directory, preset, rows, images, [], {"seed": seed})
 
 
-def make_rows(counts: dict[str, int], seed: int) -> Iterator[tuple[Row, Image.Image]]:
-    """The rows of each split with their pictures (96 x 96 pixels, RGB)."""
-    for split, count in counts.items():
-        for number in range(count):
-            name = f"{split}-{number:05d}"
-            rng = random.Random(f"scenes/{seed}/{name}")
-            scene = make_scene(rng, split)
-            captions = describe(scene, rng)
-            yield Row(name, f"{name}.png", captions, split, scene), draw(scene, rng)
+def _make_file(folder: Path, seed: int, name: tuple[str, int]) -> Row:
+    row, picture = make_row(seed, *name)
+    # Noise hardly compresses without loss.
+    picture.save(folder / row.image, quality=92, subsampling=0)
+    return row
+
+
+def make_row(seed: int, split: str, number: int) -> tuple[Row, Image.Image]:
+    """A row of a split with its picture (96 x 96 pixels, RGB)."""
+    name = f"{split}-{number:05d}"
+    rng = random.Random(f"scenes/{seed}/{name}")
+    scene = make_scene(rng, split)
+    captions = describe(scene, rng)
+    return Row(name, f"{name}.jpg", captions, split, scene), draw(scene, rng)
 
 
 def make_scene(rng: random.Random, split: str) -> Scene:

@@ -135,6 +135,7 @@ def together(count: int) -> Iterator[None]:
         os.environ |= {
             STORE: f"{folder}/store",
             "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
             "OMP_NUM_THREADS": str(threads),
             "GLOO_SOCKET_IFNAME": "lo",
         }

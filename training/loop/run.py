@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import Captioner, encode_prompt, written_prompt
+from handler.captioner import Captioner, encode_prompt, read_config, written_prompt
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path
 from handler.image_preprocess import PreprocessConfig
@@ -82,6 +82,11 @@ class Run:
         self.since_best = 0  # validations without a better figure
         # The scores before and after each finished stage.
         self.stages: list[dict[str, Any]] = []
+        # Which maps show where a word was looked for; a fine-tuned checkpoint has its start's.
+        start = config.start
+        self.word_maps: dict[str, Any] | None = (
+            None if start is None else read_config(Path(start)).get("word_maps")
+        )
         # Chosen once, because the scores of a run are compared with each other.
         self.metric_tokenizer: MetricTokenizer = "python"
         self.model: CaptioningModel
@@ -104,7 +109,10 @@ class Run:
         """A captioner with the averaged weights."""
         model = self.average.eval()
         config = {
-            "model": {"encoder": dataclasses.asdict(model.encoder_config)},
+            "model": {
+                "encoder": dataclasses.asdict(model.encoder_config),
+                "decoder": dataclasses.asdict(model.decoder_config),
+            },
             "preprocessing": self.preprocessing.to_dict(),
             "decoding": self.decoding(),
         }
@@ -220,6 +228,7 @@ class Run:
                 "minutes": round(self.seconds / 60, 1),
                 **({} if self.at_start is None else {"validation_at_start": self.at_start}),
             },
+            self.word_maps,
         )
         self.folder.publish()
 

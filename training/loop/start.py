@@ -80,6 +80,7 @@ def make_model(
             mlp_width=4 * source.width,
             image_size=224 if source.image_size is None else source.image_size,
             patch_size=source.patch_size,
+            stem=source.stem,
             dropout=source.dropout,
         )
     decoder_config = DecoderConfig(

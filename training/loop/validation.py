@@ -16,6 +16,7 @@ from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.scores.captions import preprocessed
 from training.scores.claims import score_claims
+from training.scores.grounding import best_layers
 from training.scores.habits import distinct, little_learnt
 from training.scores.metrics import choose_tokenizer, score
 
@@ -36,6 +37,8 @@ def validate(run: Run) -> None:
     if all(row.scene is not None for row in rows):
         claims = score_claims(predictions, rows)
         result |= {name: claims[name] for name in ("claims_true", "captions_true")}
+        layers, pointing = best_layers(captioner, run.manifest, rows)
+        run.word_maps = {"layers": layers, "pointing": round(pointing, 4)}
     run.write({"step": run.step, "seconds": run.seconds, "val": result})
     figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
     samples = "; ".join(predictions[row.id] for row in rows[:3])

@@ -164,6 +164,9 @@ def score_name(name: str) -> str:
     """The name of a score as it is shown: `claims_true_colour` becomes "true claims: colour"."""
     if name.startswith("claims_true_"):
         return f"true claims: {name.removeprefix('claims_true_')}"
+    if name.startswith("claims_per_reference"):
+        kind = name.removeprefix("claims_per_reference").replace("_", ": ")
+        return f"claims for one of a reference{kind}"
     return {"claims_true": "true claims", "captions_true": "entirely true captions"}.get(name, name)
 
 

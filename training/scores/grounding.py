@@ -27,7 +27,7 @@ from handler.errors import UserError
 from handler.image_preprocess import seen_region
 from handler.web.word_maps import WHOLE, box, on_photo, peak, words_of
 from training.data.manifest import Manifest, Row
-from training.data.scene_language import SceneObject, caption_words, referents
+from training.data.scene_language import Scene, SceneObject, caption_words, referents
 from training.model import Encoder, split_heads
 from training.scores.captions import preprocessed
 
@@ -93,6 +93,60 @@ def judge(
 
 
 @torch.inference_mode()
+def best_layers(
+    captioner: Captioner, manifest: Manifest, rows: Sequence[Row]
+) -> tuple[list[int], float]:
+    """The decoder layers whose mean attention points best, one of them or all, and their pointing
+    accuracy (0 if no word names a shape). The words are those of one reference of each row, so that
+    the choice does not depend on what the model says."""
+    count = captioner.config["model"]["decoder"]["layers"]
+    candidates = [[*range(count)], *([layer] for layer in range(count) if count > 1)]
+    before, inside = captioner.map_layers, [0] * len(candidates)
+    total = 0
+    for part, images_B3SS in preprocessed(captioner, manifest, rows, disable=True):
+        memory_BPD = captioner.encode(images_B3SS)
+        named = [_named(row.captions[0], row.scene or {}) for row in part]
+        ids = [captioner.tokenizer.encode(row.captions[0]) for row in part]
+        total += sum(map(len, named))
+        for number, captioner.map_layers in enumerate(candidates):
+            for row, words, maps_Tgg, tokens in zip(
+                part, named, captioner.attention_memory(memory_BPD, ids), ids, strict=True
+            ):
+                pieces = captioner.tokenizer.pieces(tokens)
+                judged = _judge_words(words, pieces, maps_Tgg, row.scene or {}, captioner)
+                inside[number] += sum(is_inside for is_inside, _ in judged)
+    captioner.map_layers = before
+    best = max(range(len(candidates)), key=inside.__getitem__)
+    return candidates[best], inside[best] / max(1, total)
+
+
+NamedWord = tuple[int, list[SceneObject]]
+
+
+def _named(caption: str, scene: Scene) -> list[NamedWord]:
+    """The words of a caption that name a shape in the picture."""
+    return [(index, objects) for index, objects in referents(caption, scene) if objects]
+
+
+def _judge_words(
+    named: Sequence[NamedWord],
+    tokens: Sequence[str],
+    maps_Tgg: Tensor,
+    scene: Scene,
+    captioner: Captioner,
+) -> list[tuple[bool, float]]:
+    """`judge` for each word that names a shape, by its index among the words of `tokens`."""
+    words = words_of(tokens, [0.0] * len(tokens), maps_Tgg)
+    owner = [word for word in words for _ in caption_words(word.text)]
+    seen = seen_region(scene["size"], captioner.preprocessing)
+    return [
+        judge(owner[index].map_gg, objects, scene["size"], seen)
+        for index, objects in named
+        if index < len(owner)  # the caption is cut at the model's positions
+    ]
+
+
+@torch.inference_mode()
 def all_maps(
     captioner: Captioner, image_3SS: Tensor, caption: Caption
 ) -> Iterator[tuple[str, Tensor]]:
@@ -129,23 +183,16 @@ def measure(
         captions = captioner.caption_tensors(images_B3SS, [options] * len(part))
         for row, image_3SS, [caption, *_] in zip(part, images_B3SS, captions, strict=True):
             scene = row.scene or {}
-            named = referents(caption.text, scene)
-            absent += sum(not objects for _, objects in named)
+            absent += sum(not objects for _, objects in referents(caption.text, scene))
             # A prompt's words were given: they have no maps.
             given = len(caption_words(captioner.tokenizer.decode(caption.prompt_ids)))
-            named = [(index - given, objects) for index, objects in named if objects]
+            named = [(i - given, objects) for i, objects in _named(caption.text, scene)]
             named = [(index, objects) for index, objects in named if index >= 0]
             counted += len(named)
             if not named:
                 continue
-            size = scene["size"]
-            seen = seen_region(size, captioner.preprocessing)
             for way, maps_Tgg in all_maps(captioner, image_3SS, caption):
-                words = words_of(caption.tokens, caption.token_log_probs, maps_Tgg)
-                owner = [word for word in words for _ in caption_words(word.text)]
-                results[way] += [
-                    judge(owner[index].map_gg, objects, size, seen) for index, objects in named
-                ]
+                results[way] += _judge_words(named, caption.tokens, maps_Tgg, scene, captioner)
     if not counted:
         raise UserError("no caption names a shape that is in its picture; train the model further")
     table = {
