@@ -84,7 +84,7 @@ class Captioner:
         self.config = config
         self.preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
         self.decoding: dict[str, Any] = dict(config.get("decoding", {}))
-# The decoder layers whose attention makes the maps; None for all.
+        # The decoder layers whose attention makes the maps; None for all.
         self.map_layers: list[int] | None = config.get("word_maps", {}).get("layers")
         # A frozen TorchScript module has no parameters that would tell its device.
         self.device = torch.device(device)
