@@ -1,4 +1,4 @@
-"""Attention maps as a picture: one panel a word, warm where the model looked."""
+"""Draws attention maps as a picture with one panel per word."""
 
 import io
 import math
@@ -10,17 +10,18 @@ from torch import Tensor
 
 PANEL, LABEL, GAP, COLUMNS = 224, 30, 8, 5
 FONT_SIZE = 20
-# Viridis at five points: brighter always means more, to any eye and in grey print.
+# Five points of the colour map Viridis, whose brightness increases with the value, so that it can
+# be read with any colour vision and in greyscale.
 COLOURS = np.array(
     [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float32
 )
-# How much of the colour lies over the grey photo.
+# Opacity of the colours over the grey photo.
 OPACITY = 0.55
 
 
 def overlay(photo: Image.Image, words: Sequence[str], maps_Tgg: Tensor) -> Image.Image:
-    """Draws the photo (RGB, square, as the model saw it) and, for each of the T words, its map over
-    it. Each map is scaled to its own largest value."""
+    """Draws the photo (RGB, square, as the model saw it), then for each of the T words the photo
+    with the word's map. Each map is scaled by its largest value."""
     photo = photo.resize((PANEL, PANEL), Image.Resampling.BICUBIC)
     panels = [("", photo)]
     panels += [(word, heat(photo, map_gg)) for word, map_gg in zip(words, maps_Tgg, strict=True)]
@@ -38,7 +39,7 @@ def overlay(photo: Image.Image, words: Sequence[str], maps_Tgg: Tensor) -> Image
 
 
 def heat(photo: Image.Image, map_gg: Tensor) -> Image.Image:
-    """The photo in grey under the colours of a map (g, g) of weights."""
+    """The photo in grey, overlaid with the colours of a map (g, g) of weights."""
     weights = Image.fromarray((map_gg / map_gg.max().clamp(min=1e-9)).float().numpy())
     weights_HW = np.asarray(weights.resize(photo.size, Image.Resampling.BICUBIC)).clip(0, 1)
     stops = np.linspace(0, 1, len(COLOURS))
@@ -50,7 +51,7 @@ def heat(photo: Image.Image, map_gg: Tensor) -> Image.Image:
 def shortened(
     word: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> str:
-    """As much of a word as fits above its panel."""
+    """The word, cut to the width of its panel."""
     while len(word) > 1 and draw.textlength(word, font=font) > PANEL - 4:
         word = word.removesuffix("…")[:-1] + "…"
     return word

@@ -228,7 +228,7 @@ def test_an_unforeseen_failure_says_nothing_of_the_inside(worker, photos, monkey
     def broken(*_):
         raise RuntimeError("/secret/path\n[METRICS]evil.Count:1")
 
-    monkeypatch.setattr(caption_handler, "decode", broken)
+    monkeypatch.setattr(caption_handler, "decode_resized", broken)
     with caplog.at_level(logging.ERROR):
         [answer] = worker.predict(rest({"image": photos[0]}))
     assert (answer.status, answer.json["type"]) == (500, "InternalError")
