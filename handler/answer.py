@@ -15,8 +15,9 @@ from handler.attention_maps import overlay, png_bytes
 from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
 from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt, written_prompt
-from handler.image_preprocess import CheckedPhoto
+from handler.image_preprocess import CheckedPhoto, seen_region
 from handler.request import Request, describe_error, to_json
+from handler.words import words_of
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +25,8 @@ log = logging.getLogger(__name__)
 @dataclass
 class Job:
     """A valid request: its index in the batch, its photo, the options of each of its prompts, and
-    whether the answer is a picture. Decoding the photo sets `image` and `pixels_3SS`, the model's
-    input as a picture and as a tensor (3, S, S)."""
+    whether the answer is a picture. Decoding the photo sets `pixels_3SS`, the model's input
+    (3, S, S), and for a picture `image`, the whole photo."""
 
     index: int
     request: Request
@@ -77,7 +78,9 @@ def answer(
     if job.as_picture:
         best, memory_1PD = captions[0][0], memory_PD.unsqueeze(0)
         [maps_Tgg] = captioner.attention_memory(memory_1PD, [best.ids], [best.prompt_ids])
-        return png_bytes(overlay(job.image, best.tokens, maps_Tgg))
+        words = words_of(best.tokens, best.token_log_probs, maps_Tgg)
+        seen = seen_region(job.image.size, captioner.preprocessing)
+        return png_bytes(overlay(job.image, words, seen))
     entries = [_entry(captioner, job, memory_PD, for_prompt) for for_prompt in captions]
     if job.request.prompts is None:
         body = {**entries[0], "model": model}

@@ -13,7 +13,7 @@ from PIL import Image
 from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
 from handler.beam_search import InvalidParameter
 from handler.captioner import Captioner, prompted
-from handler.image_preprocess import Patience, check, decode_resized, to_tensor
+from handler.image_preprocess import Patience, check, decode, decode_resized, to_tensor
 from handler.request import HandlerSettings, parse_request, to_json, within
 from handler.server_metrics import ServerMetrics
 
@@ -114,8 +114,9 @@ class CaptionHandler:
         """Decodes and preprocesses the photo of a request. Raises InvalidImage."""
         config = self.captioner.preprocessing
         with self.metrics.timed("captioner_decode_seconds"):
-            job.image = decode_resized(job.photo, config, patience)
-            job.pixels_3SS = to_tensor(job.image, config)
+            job.pixels_3SS = to_tensor(decode_resized(job.photo, config, patience), config)
+            if job.as_picture:
+                job.image = decode(job.photo, patience)
 
     def _caption(self, jobs: Sequence[Job], context: Any) -> list[Any]:
         """The answers to the requests of a batch, or their error bodies."""

@@ -1,5 +1,5 @@
-// Words of a caption are buttons. While one is hovered, focused or pressed, its map is drawn over the
-// photo of its card. A map is side x side bytes, row by row (handler/web/word_maps.py).
+// Words of a caption that name something are buttons. While one is hovered, focused or pressed, its
+// map is drawn over the photo of its card. A map is side x side bytes, row by row (handler/web/word_maps.py).
 "use strict";
 {
   const FINE = 8; // each cell is interpolated to FINE x FINE pixels
@@ -76,7 +76,7 @@
   };
 
   const onWord = (act) => (event) => {
-    const word = event.target.closest(".word");
+    const word = event.target.closest("button.word");
     if (word) act(word, event);
   };
 

@@ -19,7 +19,8 @@ from handler.client.connection import Client, ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode, seen_region
 from handler.web.page import HEAT, TEMPLATES, page, photo, templates
-from handler.web.word_maps import prompt_of, words_of
+from handler.web.word_maps import prompt_of
+from handler.words import words_of
 
 HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent

@@ -1,7 +1,6 @@
-"""Joins tokens into words, and finds where the model looked for each: the peak of its attention
-map, the centre, and a box.
+"""Finds where the model looked for a word: the peak of its attention map, the centre, and a box.
 
-Dimension key: T tokens, g cells along one side of the map. Positions are fractions of the map's
+Dimension key: g cells along one side of the map. Positions are fractions of the map's
 width and height, x to the right and y down. A map covers the region of a photo that the model saw
 (`handler.image_preprocess.seen_region`); `on_photo` converts positions to those in the photo.
 """
@@ -9,12 +8,13 @@ width and height, x to the right and y down. A map covers the region of a photo 
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from handler.words import Word
 
 # A box surrounds the cells around the peak that have at least this share of the peak's value.
 BOX_SHARE = 0.5
@@ -22,55 +22,6 @@ BOX_SHARE = 0.5
 FINE = 4
 # The region of a map that covers the whole photo.
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-# Words that do not name anything visible, for which no box is drawn.
-FUNCTION_WORDS = frozenset(
-    word
-    for line in (
-        "a an the this that these those some any each every another other all both no not only",
-        "i you he she it we they him her them his its their our your my who which what there here",
-        "and or but while as than then so if because in on at of to from into onto with without by",
-        "for over under above below beneath beside between through across around near behind along",
-        "against up down out off toward towards next is are was were be been being am has have",
-        "had do does did can could will would may something someone very just also too",
-    )
-    for word in line.split()
-)
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a caption: its text, the sum of its tokens' log-probabilities, and its attention
-    map (g, g), which sums to 1."""
-
-    text: str
-    log_prob: float
-    map_gg: Tensor
-
-    @property
-    def names_something(self) -> bool:
-        """Whether it is a content word."""
-        bare = self.text.lower().strip(".,;:!?\"'()")
-        return bare not in FUNCTION_WORDS and any(c.isalnum() for c in bare)
-
-
-def words_of(tokens: Sequence[str], log_probs: Sequence[float], maps_Tgg: Tensor) -> list[Word]:
-    """Joins tokens into words. If tokens begin with a space (byte pairs), each such token starts a
-    word, whose map is the mean of its tokens' maps; otherwise each token is a word."""
-    is_subword = any(token[:1].isspace() for token in tokens)
-    groups: list[list[int]] = []
-    for number, token in enumerate(tokens):
-        if groups and is_subword and not token[:1].isspace():
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return [
-        Word(
-            "".join(tokens[i] for i in group).strip(),
-            sum(log_probs[i] for i in group),
-            maps_Tgg[group].mean(0),
-        )
-        for group in groups
-    ]
 
 
 def prompt_of(caption: str, tokens: Sequence[str]) -> str:
@@ -157,17 +108,17 @@ def place_name(x: float, y: float) -> str:
 
 
 def word_as_dict(word: Word, seen: Sequence[float] = WHOLE) -> dict[str, Any]:
-    """A word for a template: its map in base64, g * g bytes row by row, scaled so that the largest
-    is 255; for a content word the box and the centre on the map; and the location in the photo, of
-    which the map covers the region `seen`, in words."""
+    """A word for a template. A content word has its map in base64, g * g bytes row by row, scaled
+    so that the largest is 255; the box and the centre on the map; and the location in the photo, of
+    which the map covers the region `seen`, in words. Where the model looked for other words means
+    nothing."""
+    page: dict[str, Any] = {"text": word.text, "probability": math.exp(word.log_prob)}
+    if not word.names_something:
+        return page
     scaled = (word.map_gg / word.map_gg.max().clamp(min=1e-9) * 255).round().to(torch.uint8)
-    page: dict[str, Any] = {
-        "text": word.text,
-        "probability": math.exp(word.log_prob),
+    return page | {
         "map": base64.b64encode(scaled.numpy().tobytes()).decode(),
+        "box": [round(edge, 4) for edge in box(word.map_gg)],
+        "centre": [round(value, 4) for value in centre(word.map_gg)],
         "place": place_name(*on_photo(peak(word.map_gg), seen)),
     }
-    if word.names_something:
-        page["box"] = [round(edge, 4) for edge in box(word.map_gg)]
-        page["centre"] = [round(value, 4) for value in centre(word.map_gg)]
-    return page
