@@ -59,17 +59,28 @@ def _keep_previous(out: Path, config: dict[str, Any]) -> None:
     earlier demo does not replace the archive that is kept already."""
     if not out.exists():
         return
-    try:
-        with zipfile.ZipFile(out) as archive:
-            old = json.loads(archive.read("config.json"))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        old = {}  # not an archive of this project
+    old = _config_of(out)
     previous = out.with_name(f"{out.stem}.previous.mar")
     demos = old.get("name") == config["name"] == DEMO
     if old.get("checkpoint") == config["checkpoint"] or (demos and previous.exists()):
         return
+    if previous.exists() and not _config_of(previous):
+        raise UserError(
+            f"{previous}: {out.name} would be kept under this name, but the file there is no "
+            "archive of a captioner; move it elsewhere"
+        )
     out.replace(previous)
     print(f"{previous}: the previous {out.name}, which has another checkpoint")
+
+
+def _config_of(archive: Path) -> dict[str, Any]:
+    """The export's config in an archive; empty for what is not an archive of this project."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            config = json.loads(opened.read("config.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _manifest(name: str, version: str) -> bytes:

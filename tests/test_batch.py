@@ -405,6 +405,12 @@ def test_a_second_driver_and_a_part_that_is_none_are_refused(
         with pytest.raises(SystemExit):
             run_command(monkeypatch, *given, f"--shards={wrong}")
         assert "give I/N" in capsys.readouterr().err
+    thesis = tmp_path / "thesis.json"
+    thesis.write_text('{"title": "of the user"}')
+    for path in (thesis, tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match=f"{path}: no figures of a batch are there"):
+            run_command(monkeypatch, *given, f"--metrics={path}")
+    assert thesis.read_text() == '{"title": "of the user"}' and not out.exists()
 
 
 def test_options_that_the_model_cannot_do_start_nothing(tmp_path, tiny_export, photos):

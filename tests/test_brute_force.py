@@ -246,21 +246,39 @@ def test_padding_is_no_text(beams):
     assert (best.ids, best.finished) == ([], True)
 
 
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.5])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_dead_end_has_the_score_of_what_was_said(beams):
-    """Where everything is banned the text so far is the caption, with its own score."""
-    table = Table(3, 4, 5)
-    fields = {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "max_new_tokens": 4}
-    [[found]] = search(
-        table, memory(0), [DecodeOptions(num_beams=beams, length_penalty=1.5, **fields)],
-        SPECIAL,
-    )  # fmt: skip
-    log = float(table.logs[0][()][2])
-    assert found.ids == [2] and not found.finished
-    # Of one sequence alone the score is that of the distribution it was drawn from, which has no
-    # other token left here.
-    assert found.score == pytest.approx(log if beams > 1 else 0.0, abs=1e-6)
-    assert found.token_log_probs == pytest.approx([log], abs=1e-6)
+def test_a_dead_end_has_the_score_of_what_was_said(beams, length_penalty):
+    """Where everything is banned the text so far is the caption, with its own score, divided by its
+    own length as that of every other caption."""
+    table = Table(4, 5, 5)
+    fields = {"no_repeat_ngram_size": 1, "min_new_tokens": 5, "max_new_tokens": 5}
+    options = DecodeOptions(num_beams=beams, length_penalty=length_penalty, **fields)
+    [[found]] = search(table, memory(0), [options], SPECIAL)
+    first, logs = table.logs[0][()], {}
+    for ids in ((2, 3), (3, 2)):
+        logs[ids] = [float(first[ids[0]]), float(table.logs[0][ids[:1]][ids[1]])]
+    if beams > 1:
+        ids = max(logs, key=lambda text: sum(logs[text]))
+        total = sum(logs[ids])
+    else:
+        # Of one sequence alone the score is that of the distribution it was drawn from: two tokens
+        # are left at first, then one.
+        ids = max(logs, key=lambda text: logs[text][0])
+        total = float(first[2:].log_softmax(0).max())
+    assert found.ids == list(ids) and not found.finished
+    assert found.score == pytest.approx(total / 2**length_penalty, abs=1e-6)
+    assert found.token_log_probs == pytest.approx(logs[ids], abs=1e-6)
+
+
+def test_a_first_token_counts_in_the_length_of_a_dead_end():
+    """BART's first token is given and counts as generated (see `_text`)."""
+    table = Table(4, 5, 5)
+    fields = {"no_repeat_ngram_size": 1, "min_new_tokens": 5, "max_new_tokens": 5}
+    options = DecodeOptions(num_beams=2, length_penalty=1.5, **fields)
+    [[found]] = search(table, memory(0), [options], SpecialIds(BEGIN, END, [BEGIN], 2))
+    assert found.ids == [3] and not found.finished
+    assert found.score == pytest.approx(float(table.logs[0][(2,)][3]) / 2**1.5, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 1}, {"do_sample": True}])

@@ -150,8 +150,11 @@ def test_rows_of_an_earlier_version_are_captioned_again(folder, tmp_path, capsys
 
 def test_the_file_keeps_its_other_rows_its_link_and_its_permissions(folder, tmp_path):
     kept, out = tmp_path / "kept.jsonl", tmp_path / "captions.jsonl"
-    other = {"image": "elsewhere.jpg", "caption": "kept"}
-    lines = [other, {"image": "a.jpg", "caption": "1"}, {"image": "a.jpg", "caption": "2"}]
+    other, *more = (
+        {"image": image, "caption": caption, "captions": []}
+        for image, caption in (("elsewhere.jpg", "kept"), ("a.jpg", "1"), ("a.jpg", "2"))
+    )
+    lines = [other, *more]
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     kept.chmod(0o600)
     out.symlink_to(kept)
@@ -228,13 +231,66 @@ def test_a_wrong_option_ends_the_folder_at_once(folder, tmp_path):
         caption_folder(refuse, folder, tmp_path / "captions.jsonl", {})
 
 
-def test_another_file_is_not_overwritten(tmp_path):
+ROW = b'{"image": "a.jpg", "caption": "x", "captions": []}'
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (ROW + b"\nmy notes\nand half", 2),
+        (b"a thesis whose last line has no end", 1),
+        (b"GIF89a of a photo, which need not hold a line feed", 1),
+        (ROW + b"\nmy notes", 2),
+        (b'"image"\n', 1),
+        (b"[" * 100_000 + b"\n", 1),
+    ],
+)
+def test_another_file_is_not_overwritten(tmp_path, content, line):
+    """A file without a line feed was taken for a row that a killed run left half, and was cut to
+    nothing."""
     out = tmp_path / "notes.jsonl"
-    content = '{"image": "a.jpg"}\nmy notes\nand half'
-    out.write_text(content)
-    with pytest.raises(UserError, match=r"notes.jsonl: line 2"):
+    out.write_bytes(content)
+    with pytest.raises(UserError, match=rf"notes.jsonl: line {line} has no field"):
         CaptionFile(out)
-    assert out.read_text() == content
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"image": "a.jpg", "captions": ["written by hand", "for training"]}',
+        '{"image": "a.jpg", "caption": "written by hand"}',
+        '{"image": "a.jpg"}',
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_captions_of_somebody_else_are_not_replaced(folder, tmp_path, row, end):
+    """A file of captions by hand, which trains a captioner, became one of generated captions."""
+    out = tmp_path / "captions.jsonl"
+    out.write_text(row + end)
+    asked = Asked()
+    with pytest.raises(UserError, match=r"captions.jsonl: the caption of 'a.jpg' was not written"):
+        caption_folder(asked, folder, out, {})
+    assert out.read_text() == row + end and asked.photos == []
+
+
+@pytest.mark.parametrize("size", [*range(len(ROW)), len(ROW)])
+def test_half_a_row_is_cut_and_a_whole_one_is_kept(tmp_path, size):
+    """Wherever the run was killed, and where an editor took the last line feed."""
+    out = tmp_path / "captions.jsonl"
+    out.write_bytes(ROW + b"\n" + ROW.replace(b"a.jpg", b"b.jpg")[:size])
+    with CaptionFile(out) as file:
+        assert list(file.rows) == ["a.jpg", "b.jpg"][: 2 if size == len(ROW) else 1]
+        file.append({"image": "c.jpg"})
+    assert [row["image"] for row in rows_of(out)] == [*file.rows]
+
+
+def test_a_device_or_a_pipe_is_no_file_of_captions(folder, tmp_path):
+    """A traceback, or a wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    for out in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match=f"{out}: this is a pipe or a device"):
+            caption_folder(Asked(), folder, out, {})
 
 
 @contextmanager

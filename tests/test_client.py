@@ -9,7 +9,9 @@ import grpc
 import pytest
 from conftest import run_program
 from photos import write_mixed_folder
+from PIL import Image
 
+from handler.attention_maps import png_bytes
 from handler.beam_search import DecodeOptions
 from handler.client import connection as client_module
 from handler.client.__main__ import main
@@ -366,6 +368,26 @@ def test_a_folder_that_another_run_captions_is_refused(server, key_file, run):
         status, _, error = run("--images", "two", "--out", "two.jsonl")
     assert status == 2 and "two.jsonl: another process is writing it" in error
     assert not (key_file.parent / "two.jsonl").exists()
+
+
+def test_a_picture_of_word_maps_replaces_nothing_else(server, key_file, run):
+    """The photo itself, named twice by mistake, was replaced by the picture."""
+    photo = key_file.parent / "photo.jpg"
+    photo.write_bytes(b"PHOTO")
+    (key_file.parent / "other.png").write_bytes(b"\x89PNG of the user")
+    for path in ("photo.jpg", "other.png"):
+        before = (key_file.parent / path).read_bytes()
+        status, printed, said = run(
+            "--image", "photo.jpg", "--url", server.url, "--attention", path
+        )  # fmt: skip
+        assert (status, printed) == (2, "") and f"{path}: this file is not a picture of" in said
+        assert (key_file.parent / path).read_bytes() == before
+    assert server.requests == []
+    answer, picture = server.answers[0], png_bytes(Image.new("RGB", (8, 8)))
+    for _ in range(2):
+        server.answers = [answer, (200, picture)]
+        status, _, _ = run("--image", "photo.jpg", "--url", server.url, "--attention", "maps.png")
+        assert status == 0 and (key_file.parent / "maps.png").read_bytes() == picture
 
 
 @pytest.mark.parametrize("option", ["--out", "--attention"])

@@ -440,6 +440,20 @@ def test_the_archive_of_another_checkpoint_is_kept(tiny_export, tmp_path, capsys
     assert sorted(os.listdir(tmp_path)) == ["captioner.mar", "captioner.previous.mar", "mine"]
 
 
+def test_a_file_under_the_name_of_the_archive_that_is_kept(tiny_export, tmp_path):
+    """The second archive of another checkpoint replaced it."""
+    out, previous = (tmp_path / f"captioner{part}.mar" for part in ("", ".previous"))
+    for path in (out, previous):
+        path.write_bytes(b"of somebody else")
+    with pytest.raises(UserError, match="previous.mar: .*no archive of a captioner; move it"):
+        build_archive(tiny_export, out, "1.0")
+    assert set(contents(tmp_path)) == {out.name, previous.name}
+    assert out.read_bytes() == previous.read_bytes() == b"of somebody else"
+    previous.unlink()
+    build_archive(tiny_export, out, "1.0")
+    assert previous.read_bytes() == b"of somebody else"
+
+
 @pytest.mark.parametrize("field", ["name", "checkpoint", "precision"])
 def test_an_export_without_what_the_server_answers_is_not_packed(field, tiny_export, tmp_path):
     """It was a KeyError, or an archive whose every answer was an error."""

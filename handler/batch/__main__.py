@@ -24,8 +24,8 @@ from handler.batch.record import describe, open_run
 from handler.batch.shard import Job, part_name
 from handler.batch.source import URL, Shard, absolute, needs_network
 from handler.batch.summary import Progress, line, totals
-from handler.errors import ArgumentParser, run_command
-from handler.files import locked, write_atomic
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import locked, read_object, write_atomic
 from handler.request import add_decoding_options, decoding_options
 
 
@@ -61,6 +61,8 @@ def parse() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; give 1 or more")
+    if arguments.metrics:
+        check_metrics(arguments.metrics)
     if arguments.gpus < 0:
         parser.error(f"--gpus is {arguments.gpus}; give 0 or more")
     if arguments.shards:
@@ -70,6 +72,16 @@ def parse() -> argparse.Namespace:
     if arguments.shards and (arguments.address or arguments.workers):
         parser.error("--shards runs one worker without Ray; leave --address and --workers out")
     return arguments
+
+
+def check_metrics(path: Path) -> None:
+    """Refuses a path where something else than an earlier run's figures is."""
+    try:
+        is_earlier = not path.exists() or (path.is_file() and "shards_failed" in read_object(path))
+    except UserError:
+        is_earlier = False
+    if not is_earlier:
+        raise UserError(f"{path}: no figures of a batch are there; give --metrics another path")
 
 
 def share(shards: list[Shard], part: str | None) -> list[Shard]:

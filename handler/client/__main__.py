@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from handler.attention_maps import is_overlay
 from handler.client.connection import ServerError, add_server_options, client_of, read_file
 from handler.client.folder import caption_folder, check_writable, write_alt_texts
 from handler.errors import ArgumentParser, UserError, run_command
@@ -72,6 +73,10 @@ def main() -> None:
     photo = read_file(arguments.image)
     if arguments.attention:
         check_writable(arguments.attention)
+        if arguments.attention.exists() and not is_overlay(read_file(arguments.attention)):
+            raise UserError(
+                f"{arguments.attention}: this file is not a picture of word maps; give another path"
+            )
     if arguments.attention and "do_sample" in options:
         # The picture is a second request, which must sample the same caption.
         options.setdefault("seed", str(random.randrange(2**31)))

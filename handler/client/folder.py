@@ -66,6 +66,8 @@ def check_writable(path: Path) -> None:
     """Raises UserError if no file can be written to `path`, before a request is sent."""
     if path.is_dir():
         raise UserError(f"{path}: this is a folder; give the path of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: this is a pipe or a device; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written; give another path")
@@ -74,20 +76,27 @@ def check_writable(path: Path) -> None:
 # --- the file of captions
 
 
+# The beginning of every row, and so of an incomplete one.
+ROW_START = b'{"image": '
+
+
 class CaptionFile:
     """The file of captions; `rows` contains the latest row of each photo. An incomplete last line,
-    left by a killed run, is removed. Raises UserError if the file contains anything else."""
+    left by a killed run, is removed. Raises UserError if the file contains anything else, and
+    leaves it unchanged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
         data = read_file(path) if path.is_file() else b""
         complete = data[: data.rfind(b"\n") + 1]
+        if not _is_incomplete(data[len(complete) :]):
+            complete = data
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 row = json.loads(line)
                 self.rows[str(row["image"])] = row
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path}: line {number} has no field 'image', so it is not a file of captions; "
                     "set another OUT="
@@ -95,6 +104,7 @@ class CaptionFile:
         # Unbuffered, so that closing the file cannot fail on a full disk.
         self.file = path.open("ab", buffering=0)
         self.file.truncate(len(complete))
+        self.gap = b"\n" if complete and not complete.endswith(b"\n") else b""
 
     def __enter__(self) -> "CaptionFile":
         return self
@@ -104,7 +114,7 @@ class CaptionFile:
 
     def append(self, row: Row) -> None:
         """Appends a complete row, or nothing if the disk is full: raises UserError then."""
-        line, end = json_line(row), self.file.seek(0, os.SEEK_END)
+        line, end = self.gap + json_line(row), self.file.seek(0, os.SEEK_END)
         try:
             while line:
                 line = line[self.file.write(line) :]
@@ -114,7 +124,7 @@ class CaptionFile:
                 f"{self.path}: {error.strerror}; it contains the captions so far: make room "
                 "and run again"
             ) from error
-        self.rows[row["image"]] = row
+        self.rows[row["image"]], self.gap = row, b""
 
     def compact(self, photos: Iterable[str]) -> None:
         """Rewrites the file atomically with one row per photo, those of `photos` first."""
@@ -122,6 +132,24 @@ class CaptionFile:
         content = b"".join(json_line(self.rows[name]) for name in names)
         if content != self.path.read_bytes():
             write_atomic(Path(os.path.realpath(self.path)), content)  # not in place of a link
+
+
+def _is_incomplete(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of a row."""
+    if line[: len(ROW_START)] != ROW_START[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def is_ours(row: Row) -> bool:
+    """Whether this command wrote a row, in this version or an earlier one. In the files of other
+    programs, and in those for training, captions are not objects."""
+    captions = row.get("captions")
+    return isinstance(captions, list) and all(isinstance(caption, dict) for caption in captions)
 
 
 def json_line(row: Row) -> bytes:
@@ -197,6 +225,12 @@ def caption_folder(
     request = FolderRequest(ask, options, photos)
     refused: Refused = []
     with CaptionFile(out) as file:
+        foreign = [name for name in photos if name in file.rows and not is_ours(file.rows[name])]
+        if foreign:
+            raise UserError(
+                f"{out}: the caption of {foreign[0]!r} was not written by this command; give the "
+                "new captions another file"
+            )
         again = differences(request, file)
         unchanged = [name for name in photos if name in file.rows and name not in again]
         with tqdm(desc="captions", unit="photo", total=len(photos), disable=None) as bar:
