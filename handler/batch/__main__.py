@@ -75,13 +75,19 @@ def parse() -> argparse.Namespace:
 
 
 def check_metrics(path: Path) -> None:
-    """Refuses a path where something else than an earlier run's figures is."""
+    """Raises UserError if a file exists at `path` that is neither empty nor the figures of an
+    earlier run."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
     try:
-        is_earlier = not path.exists() or (path.is_file() and "shards_failed" in read_object(path))
+        is_earlier = path.is_file() and "shards_failed" in read_object(path)
     except UserError:
         is_earlier = False
     if not is_earlier:
-        raise UserError(f"{path}: no figures of a batch are there; give --metrics another path")
+        raise UserError(
+            f"{path}: this file does not contain the figures of a batch; set --metrics to another "
+            "path"
+        )
 
 
 def share(shards: list[Shard], part: str | None) -> list[Shard]:

@@ -73,7 +73,8 @@ def main() -> None:
     photo = read_file(arguments.image)
     if arguments.attention:
         check_writable(arguments.attention)
-        if arguments.attention.exists() and not is_overlay(read_file(arguments.attention)):
+        present = read_file(arguments.attention) if arguments.attention.exists() else b""
+        if present and not is_overlay(present):
             raise UserError(
                 f"{arguments.attention}: this file is not a picture of word maps; give another path"
             )
