@@ -164,11 +164,11 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 		ARGS="--overwrite --processes 2" CHECKPOINT= FROM= EXPORT=build/export/demo
 	@set -e; python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)); \
 	trap 'python -m handler.serve stop' EXIT; \
-	photo=$$(python -c 'from pathlib import Path; from training.data.manifest import read_manifest; \
-	found = read_manifest(Path("build/data/scenes")); print(found.path(found.split("val")[0]))'); \
+	photo=$$(python -m training.demo --picture); \
 	rest=$$(python -m handler.client --image "$$photo"); \
 	grpc=$$(python -m handler.client --image "$$photo" --grpc); \
 	printf '%s\nREST: %s\ngRPC: %s\n' "$$photo" "$$rest" "$$grpc"; \
+	echo 'checked against what is drawn:'; python -m training.demo --check "$$rest"; \
 	test "$$rest" = "$$grpc" || { echo "error: REST and gRPC answer differently" >&2; exit 1; }
 
 bench: setup ## speed tables: ViT-B + GPT-2, BLIP, GIT, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"

@@ -1,5 +1,5 @@
-"""Captions -> what the client gets: the answer, its picture, its stream of tokens, the model card,
-the error."""
+"""What a client receives: the JSON answer, the picture, the stream of tokens, the model card, and
+the error body."""
 
 import logging
 import traceback
@@ -15,19 +15,20 @@ from handler.attention_maps import overlay, png_bytes
 from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
 from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt, written_prompt
-from handler.image_preprocess import CheckedPhoto
+from handler.image_preprocess import CheckedPhoto, seen_region
 from handler.request import Request, describe_error, to_json
+from handler.words import words_of
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Job:
-    """A request that was understood: its place in the batch, its photo, the options of each of its
-    prompts, and whether a picture is the answer. Once the photo is decoded, it is there as the
-    model sees it: as a picture, and as a tensor (3, S, S)."""
+    """A valid request: its index in the batch, its photo, the options of each of its prompts, and
+    whether the answer is a picture. Decoding the photo sets `pixels_3SS`, the model's input
+    (3, S, S), and for a picture `image`, the whole photo."""
 
-    place: int
+    index: int
     request: Request
     photo: CheckedPhoto
     options: Sequence[DecodeOptions]
@@ -37,28 +38,28 @@ class Job:
 
 
 class TokenStream:
-    """Sends the tokens of the jobs that asked for them, one JSON line each, as they are decided."""
+    """Sends the tokens of jobs with `stream`, one JSON line each, as soon as they are final."""
 
     def __init__(self, captioner: Captioner, jobs: Sequence[Job], context: Any) -> None:
         self.context = context
-        # A job's row in the search -> its place among the requests, its text so far.
+        # A job's row in the search -> its index among the requests, and its text so far.
         self.jobs: dict[int, tuple[int, PieceStream]] = {}
         row = 0
         for job in jobs:
             if job.request.stream:
                 prompt = encode_prompt(captioner.tokenizer, job.options[0].prompt)
                 prompt = written_prompt(captioner.tokenizer, prompt)
-                self.jobs[row] = job.place, PieceStream(captioner.tokenizer, prompt)
+                self.jobs[row] = job.index, PieceStream(captioner.tokenizer, prompt)
             row += len(job.options)
 
     def on_token(self, row: int, token_id: int) -> None:
         if row not in self.jobs:
             return
-        place, pieces = self.jobs[row]
-        self.context.set_response_content_type(place, "application/x-ndjson")
+        index, pieces = self.jobs[row]
+        self.context.set_response_content_type(index, "application/x-ndjson")
         send_intermediate_predict_response(
-            {place: to_json({"token": pieces.add(token_id)}) + "\n"},
-            {place: self.context.request_ids[place]},
+            {index: to_json({"token": pieces.add(token_id)}) + "\n"},
+            {index: self.context.request_ids[index]},
             "ok",
             200,
             self.context,
@@ -69,16 +70,18 @@ def answer(
     captioner: Captioner,
     job: Job,
     memory_PD: Tensor,
-    found: Sequence[Sequence[Caption]],
+    captions: Sequence[Sequence[Caption]],
     model: dict[str, str],
 ) -> str | bytes:
-    """The body of an answer: JSON, or the PNG of its attention. `memory_PD` is the photo's, `found`
-    the captions for each of its prompts."""
+    """The body of an answer: JSON, or a PNG of the attention maps. `memory_PD` is the photo's
+    memory, `captions` contains the captions for each of its prompts."""
     if job.as_picture:
-        best, memory_1PD = found[0][0], memory_PD.unsqueeze(0)
+        best, memory_1PD = captions[0][0], memory_PD.unsqueeze(0)
         [maps_Tgg] = captioner.attention_memory(memory_1PD, [best.ids], [best.prompt_ids])
-        return png_bytes(overlay(job.image, best.tokens, maps_Tgg))
-    entries = [_entry(captioner, job, memory_PD, captions) for captions in found]
+        words = words_of(best.tokens, best.token_log_probs, maps_Tgg)
+        seen = seen_region(job.image.size, captioner.preprocessing)
+        return png_bytes(overlay(job.image, words, seen))
+    entries = [_entry(captioner, job, memory_PD, for_prompt) for for_prompt in captions]
     if job.request.prompts is None:
         body = {**entries[0], "model": model}
     else:
@@ -90,7 +93,8 @@ def answer(
 def _entry(
     captioner: Captioner, job: Job, memory_PD: Tensor, captions: Sequence[Caption]
 ) -> dict[str, Any]:
-    """The best caption and all of them, with their maps where they were asked for."""
+    """The best caption and the list of all captions, with attention maps if the request has
+    `attention`."""
     entries = [caption_as_dict(caption) for caption in captions]
     if job.request.attention:
         memory_NPD = memory_PD.expand(len(captions), -1, -1)
@@ -104,7 +108,7 @@ def _entry(
 
 
 def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int) -> str:
-    """What this model is and takes: for `?customized=true` of the management API."""
+    """Describes the model and its options, for `?customized=true` of the management API."""
     decoder, defaults = captioner.decoder, captioner.options()
     sizes = {"positions": decoder.max_positions - 1, "vocabulary": decoder.vocab_size}
     sizes["half"] = most_prompt_tokens(decoder.max_positions)
@@ -125,19 +129,20 @@ def model_card(captioner: Captioner, model: dict[str, str], max_beam_tokens: int
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """The answer to a request that failed; what is our own fault goes to the log."""
-    said = describe_error(error)
-    if said["code"] == 500:
-        # As repr(), so that no line of the log begins with a client's text: TorchServe would take
-        # "[METRICS]..." for a metric.
+    """The error body for a failed request. Internal errors are logged."""
+    error_body = describe_error(error)
+    if error_body["code"] == 500:
+        # repr() keeps a client's text on one line: TorchServe parses lines of the log that begin
+        # with "[METRICS]" as metrics.
         frames = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s: %r\n%s", type(error).__name__, str(error)[:500], frames)
-    return said
+    return error_body
 
 
 def check_stream(options: DecodeOptions, grpc: bool, explain: bool) -> None:
-    """Tokens can be sent only where each is final as soon as it is decided."""
+    """Raises InvalidParameter unless each token is final when it is decoded, and the request is a
+    REST prediction."""
     if grpc or explain:
-        raise InvalidParameter("stream", "stream is for REST predictions alone; leave it out")
+        raise InvalidParameter("stream", "only REST predictions support stream; leave it out")
     if options.beams > 1 and not options.do_sample:
         raise InvalidParameter("stream", "stream needs num_beams 1, or do_sample true")

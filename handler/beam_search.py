@@ -8,41 +8,41 @@ generation/utils.py, logits_process.py), so that the same model gives the same s
   first K that do not end stay open; one that ends is kept only if it is among the first K. At
   `max_new_tokens` every continuation counts as ended, and its score is divided by its length.
 - Processors act on log-softmax in beam search and on raw logits in greedy search and sampling, in
-  the order repetition penalty, n-grams, minimum length, then temperature, top-k, top-p. The begin
-  token and the prompt count as text for the first two, like any other token.
-- A prompt stands before what is generated, as `generate(input_ids=prompt)` has it: lengths, scores
-  and limits are of what comes behind it.
-- `early_stopping` true stops a photo at K ended hypotheses; false also waits until the best open
-  beam, at its present length, is no better than the worst of them.
+  the order repetition penalty, n-grams, minimum length, then temperature, top-k, top-p. The first
+  two include the begin token and the prompt.
+- A prompt precedes the generated tokens, as in `generate(input_ids=prompt)`. Lengths, scores and
+  limits only count generated tokens.
+- `early_stopping` true stops a photo at K ended hypotheses; false also waits until the score of the
+  best open beam, with its current length, is not above that of the worst of them.
 
-Where it deviates:
+Deviations:
 
-- Under `never` a photo stops as soon as no open beam can still enter the best
-  `num_return_sequences`; Hugging Face waits for the worst of all K. The bound is exact (log-
-  probabilities only fall, and the kindest length still reachable is known), so what is returned is
-  the same, sooner.
+- With `never`, a photo stops as soon as no open beam can still enter the best
+  `num_return_sequences`; Hugging Face compares with the worst of all K. The bound is exact (sums of
+  log-probabilities only decrease, and the most favourable length is known), so that the result is
+  the same after fewer steps.
 - One beam and samples have a score too: the sum of the log-softmax of the processed logits
   (temperature, top-k and top-p included) over n ** length_penalty. Samples are sorted by it.
-- Impossible is -inf, not -1e9. Hugging Face returns sequences of nothing, or twice the same, where
-  there are fewer continuations than beams (a vocabulary below 2K), or where a score falls below
-  -1e9 (a strongly negative length penalty on a long caption). Here a list is shorter instead.
-- Where processors forbid every token, a caption ends as if it had reached its greatest length.
+- Forbidden candidates have the score -inf, not -1e9. Hugging Face returns empty or duplicate
+  sequences if there are fewer continuations than beams (a vocabulary below 2K), or if a score is
+  below -1e9 (a strongly negative length penalty with a long caption). Here the list is shorter.
+- If processors forbid every token, a caption ends as if it had reached its maximum length.
 - `SpecialIds.suppressed` are never generated (padding, begin, <unk>).
-- A forced first token (`forced_bos_token_id`) is not searched for: it is part of the text, and
-  counts as generated.
-- Sampling inverts the cumulative distribution with uniforms that each request draws up front from
-  a generator of its own, so that a seed's captions do not depend on the rest of the batch.
+- A forced first token (`forced_bos_token_id`) is not a step of the search: it is appended to the
+  begin token, and counts as generated.
+- Sampling inverts the cumulative distribution with uniform numbers. Each request draws all of them
+  at the start from its own generator, so that the captions of a seed do not depend on the batch.
 
-Ties: greedy search takes the lowest id. Among candidates of equal score `torch.topk` decides; that
-is the same on every call with the same numbers, but no rule should be read into it.
+Ties: greedy search takes the lowest id. Among candidates of equal score, `torch.topk` decides:
+equal inputs give equal results, but the order is not specified.
 
 Nothing is copied per beam. Cross-attention keys belong to the photo. The self-attention cache stays
-in place while a mask says which slots a beam descends from. Which beam wrote which token is kept as
-parents and tokens of each step, and a caption is read off them backwards once, at the end.
+in place; a mask selects the slots of a beam's ancestors. Each step records its tokens and their
+parent beams, and captions are read backwards from these records at the end.
 
-Dimension key: B photos that are still open, K beams or samples (the most that a photo asks for; the
-surplus of the others is dead), Q queries (1 at first, since all beams begin alike, then K), V
-vocabulary, S slots, T time; B1 and BT are columns and tables of a photo's own settings.
+Dimension key: B photos that are still open, K beams or samples (the maximum of all photos; a photo
+with fewer has dead ones), Q queries (1 in the first step, since all beams begin alike, then K), V
+vocabulary, S slots, T time. B1 and BT are columns and tables of per-photo settings.
 """
 
 import math
@@ -64,7 +64,7 @@ NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's m
 
 
 class InvalidParameter(UserError):
-    """A decoding option out of its range; `field` is its name."""
+    """A decoding option is out of its range; `field` is its name."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -73,14 +73,14 @@ class InvalidParameter(UserError):
 
 @dataclass(frozen=True)
 class Option:
-    """All that is declared of a decoding option, once: checks, the parsing of requests, the
-    arguments of commands, the model card and the table in docs/serving.md are made of it.
+    """The declaration of a decoding option. Checks, the parsing of requests, the arguments of
+    commands, the model card and the table in docs/serving.md are derived from it.
 
-    A number lies from `low` to `high` (`above`: low itself is out of range; `off`: low turns the
-    option off). `limit` names what else it must not exceed: another option, or the model's
-    `positions` (less one) or `vocabulary`. The values of a boolean may include a further word. A
-    string has at most `high` characters, and half of the model's positions in tokens. `unset` says
-    what None means where that is the default.
+    A number must be from `low` to `high`; with `above` it must be greater than `low`, and with
+    `off` the value `low` turns the option off. `limit` names another upper limit: an option, or the
+    model's `positions` (less one) or `vocabulary`. A boolean may have a third value. A string has
+    at most `high` characters, and at most half as many tokens as the model has positions. `unset`
+    describes the default None.
     """
 
     help: str
@@ -94,15 +94,15 @@ class Option:
     unset: str = ""
 
     def check(self, name: str, value: object, limit: int | None = None, why: str = "") -> None:
-        """Raises InvalidParameter for a value of another kind or out of range. `limit` replaces
-        `high`, and `why` says what sets it."""
+        """Raises InvalidParameter if a value has another type or is out of range. `limit` replaces
+        `high`, and `why` gives its reason for the message."""
         if self.kind == "boolean":
             word = isinstance(value, str) and value in self.values[2:]
             if not isinstance(value, bool) and not word:
                 raise InvalidParameter(name, f"{name} must be {self.choices}")
             return
         if self.kind == "string":
-            # A lone surrogate, which JSON can spell, is no character.
+            # JSON can contain a lone surrogate, which is not a character.
             text = value if isinstance(value, str) else ""
             if not text.strip() or len(text) > self.high or re.search("[\ud800-\udfff]", text):
                 raise InvalidParameter(
@@ -111,7 +111,7 @@ class Option:
             return
         kinds = int if self.kind == "integer" else int | float
         high = self.high if limit is None else limit
-        # NaN fails both comparisons; an integer too great for a float compares all the same.
+        # NaN fails both comparisons; integers of any size can be compared.
         valid = isinstance(value, kinds) and not isinstance(value, bool)
         if not valid or not self.low <= value <= high or (self.above and value == self.low):
             kind = f"{'an' if self.kind == 'integer' else 'a'} {self.kind}"
@@ -121,12 +121,12 @@ class Option:
 
     @property
     def choices(self) -> str:
-        """The values of a boolean as a sentence lists them."""
+        """The values of a boolean, as "a, b or c"."""
         return f"{', '.join(self.values[:-1])} or {self.values[-1]}"
 
     def range(self, sizes: Mapping[str, object]) -> str:
-        """The range in words; `sizes` says what `positions`, `vocabulary` and `half` of the
-        positions are."""
+        """The range in words. `sizes` contains the model's `positions`, `vocabulary` and `half` of
+        the positions, as numbers or in words."""
         if self.kind == "boolean":
             return ", ".join(self.values)
         if self.kind == "string":
@@ -152,25 +152,29 @@ class DecodeOptions:
     num_beams: int | None = _option(
         None,
         "integer",
-        "beams of the search; 1 is greedy search",
+        "number of beams; 1 is greedy search",
         low=1,
         high=MAX_BEAMS,
         unset="5, or 1 when sampling",
     )
     num_return_sequences: int = _option(
-        1, "integer", "captions that are returned", low=1, high=MAX_BEAMS, limit="num_beams"
+        1, "integer", "number of captions to return", low=1, high=MAX_BEAMS, limit="num_beams"
     )
     max_new_tokens: int | None = _option(
         None,
         "integer",
-        "most tokens that are generated, the end token included",
+        "maximum number of generated tokens, including the end token",
         low=1,
         high=2**31,
         limit="positions",
         unset="the model's positions less one",
     )
     min_new_tokens: int = _option(
-        0, "integer", "fewest tokens before the end token", high=2**31, limit="max_new_tokens"
+        0,
+        "integer",
+        "minimum number of tokens before the end token",
+        high=2**31,
+        limit="max_new_tokens",
     )
     length_penalty: float = _option(
         1.0,
@@ -187,23 +191,23 @@ class DecodeOptions:
         values=("false", "true", "never"),
     )
     no_repeat_ngram_size: int = _option(
-        0, "integer", "no sequence of so many tokens occurs twice; 0 turns this off", high=10
+        0, "integer", "no sequence of this many tokens occurs twice; 0 turns this off", high=10
     )
     repetition_penalty: float = _option(
         1.0,
         "number",
-        "above 1 makes tokens less likely that occurred already",
+        "above 1 makes tokens that already occurred less likely",
         high=10,
         above=True,
     )
-    do_sample: bool = _option(False, "boolean", "sample instead of searching, with one beam")
+    do_sample: bool = _option(False, "boolean", "sample instead of searching")
     temperature: float = _option(
         1.0, "number", "divides the logits before sampling", high=10, above=True
     )
     top_k: int = _option(
         0,
         "integer",
-        "sample from so many most likely tokens",
+        "sample only from this many most likely tokens",
         high=2**31,
         off=True,
         limit="vocabulary",
@@ -211,16 +215,16 @@ class DecodeOptions:
     top_p: float = _option(
         1.0,
         "number",
-        "sample from the most likely tokens whose probabilities sum to this",
+        "sample only from the most likely tokens whose probabilities sum to this",
         high=1,
         above=True,
     )
     seed: int | None = _option(
         None,
         "integer",
-        "of sampling; the same seed gives the same captions",
+        "seed of sampling; the same seed gives the same captions",
         high=2**63 - 1,
-        unset="another one each time",
+        unset="a different one each time",
     )
 
     def __post_init__(self) -> None:
@@ -236,7 +240,8 @@ class DecodeOptions:
                 )
 
     def _limit(self, name: str) -> tuple[int | None, str]:
-        """The value of another option that limits one, where it is known, and its name."""
+        """The value of the option `name`, which limits another one, and its name; (None, "") if it
+        has no value or is not an option."""
         if name == "num_beams" and not self.do_sample:
             return self.beams, name
         if name == "max_new_tokens":
@@ -250,25 +255,25 @@ class DecodeOptions:
 
     @property
     def rows(self) -> int:
-        """Sequences that are open at once: beams, or independent samples."""
+        """Number of sequences that are decoded in parallel: beams, or independent samples."""
         return self.num_return_sequences if self.do_sample else self.beams
 
     def limits(
         self, vocab_size: int, max_positions: int, prompt_tokens: int = 0
     ) -> tuple[int, int]:
-        """(max_new_tokens, top_k) of a model, behind a prompt of so many tokens. Raises
-        InvalidParameter where it is too small."""
+        """(max_new_tokens, top_k) for a model and a prompt of `prompt_tokens` tokens. Raises
+        InvalidParameter if the model is too small for the options."""
         most = most_prompt_tokens(max_positions)
         if prompt_tokens > most:
             raise InvalidParameter(
                 "prompt",
-                f"prompt has {prompt_tokens} tokens; the most are {most}, half of the model's "
+                f"prompt has {prompt_tokens} tokens; the maximum is {most}, half of the model's "
                 "positions",
             )
         longest = max_positions - 1 - prompt_tokens
         why = "the model's limit"
         if prompt_tokens:
-            why += f" behind a prompt of {prompt_tokens} tokens"
+            why += f" after a prompt of {prompt_tokens} tokens"
         length = "min_new_tokens" if self.max_new_tokens is None else "max_new_tokens"
         OPTIONS[length].check(length, getattr(self, length), longest, why)
         OPTIONS["top_k"].check("top_k", self.top_k, vocab_size, "the vocabulary")
@@ -281,16 +286,17 @@ OPTIONS: dict[str, Option] = {
 
 
 def most_prompt_tokens(max_positions: int) -> int:
-    """Half of a model's positions, and one token less than those leave room for."""
+    """The maximum length of a prompt: half of a model's positions, and short enough that one more
+    token fits."""
     return min(max_positions // 2, max_positions - 2)
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids that are more than words to a search. A text begins with `begin` and ends with `end`;
-    `suppressed` are never generated. Unless there is a prompt, `first` is generated first, whatever
-    the model says; with `forces_end` the last token that the length leaves room for is `end`
-    (Hugging Face's `forced_bos_token_id` and `forced_eos_token_id`, which BART has)."""
+    """The ids with a special role in the search. A text begins with `begin` and ends with `end`;
+    `suppressed` are never generated. Unless there is a prompt, `first` is always the first token
+    that counts as generated; with `forces_end`, the last one at the maximum length is `end`. (These
+    are Hugging Face's `forced_bos_token_id` and `forced_eos_token_id`, which BART uses.)"""
 
     begin: int
     end: int
@@ -303,9 +309,9 @@ class SpecialIds:
 class Hypothesis:
     """One decoded caption.
 
-    `ids` leaves out the begin token, a forced first one, the prompt and the end token;
-    `token_log_probs` are of the model itself, before any processor: one an id and one more when the
-    end token was reached (`finished`); `score` is what the search ranks by.
+    `ids` excludes the begin token, a forced first token, the prompt and the end token.
+    `token_log_probs` are the model's log-probabilities before any processor: one per id, and one
+    more if the end token was generated (`finished`). `score` is what the search ranks by.
     """
 
     ids: list[int]
@@ -315,8 +321,8 @@ class Hypothesis:
 
 
 class KeysValues(NamedTuple):
-    """The keys and the values of every layer's attention: those of a photo (B, H, P, d), or those
-    of the text, its cache (B, H, S, d). TorchScript knows it as it is."""
+    """The keys and values of each layer's attention: the memory of the photos (B, H, P, d), or the
+    cache of the texts (B, H, S, d). TorchScript supports named tuples."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -328,22 +334,23 @@ def first_photos(of: KeysValues, count: int) -> KeysValues:
 
 
 class Decoder(Protocol):
-    """What the search asks of a decoder, eager, scripted, replayed as graphs or several in one.
+    """The interface of a decoder for the search. A decoder may be eager, scripted, replayed as CUDA
+    graphs, or an ensemble.
 
-    Each photo has a memory, computed once (`begin`) and shared by all its beams, and a cache, in
-    which `prefill` and every step write the keys and values of their tokens into the next slots.
-    The search may write into both.
+    Each photo has a memory, which `begin` computes once for all its beams, and a cache, into whose
+    next slots `prefill` and each `step` write the keys and values of their tokens. The search may
+    write into both.
     """
 
     vocab_size: int
     max_positions: int
 
     def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
-        """Keys and values of the photos (B, H, P, d), from the encoder's memory. The ids
-        `prompt_BT` are for a decoder whose photos are read together with a prompt."""
+        """Keys and values of the photos (B, H, P, d), from the encoder's memory. `prompt_BT` are
+        the ids for a decoder with a prompt encoder."""
 
     def new_cache(self, photos: int, slots: int) -> KeysValues:
-        """Room for keys and values of that many tokens a photo, (B, H, slots, d)."""
+        """An empty cache for `slots` tokens per photo, (B, H, slots, d)."""
 
     def prefill(
         self,
@@ -354,12 +361,12 @@ class Decoder(Protocol):
         cache: KeysValues,
         memory: KeysValues,
     ) -> Tensor:
-        """Runs the Q tokens that the text of each photo begins with, in one parallel pass, and
-        writes their keys and values into the first Q slots of `cache`.
+        """Runs the first Q tokens of each photo's text in one parallel pass, and writes their keys
+        and values into the first Q slots of `cache`.
 
         tokens and positions (B, Q) int64; mask (B, Q, Q) bool, true where a query sees a token;
-        real (B, Q) bool, false for padding, which the last column is never. Returns the logits of
-        what follows the last column, (B, 1, V) float32.
+        real (B, Q) bool, false for padding; the last column is never padding. Returns the logits of
+        the tokens that follow the last column, (B, 1, V) float32.
         """
 
     def step(
@@ -371,7 +378,7 @@ class Decoder(Protocol):
         used: int,
         memory: KeysValues,
     ) -> Tensor:
-        """Runs Q new tokens a photo and writes their keys and values into the slots
+        """Runs Q new tokens per photo and writes their keys and values into the slots
         used .. used + Q - 1 of `cache`, in place.
 
         tokens and positions (B, Q) int64; mask (B, Q, S) bool with S = used + Q, true where the
@@ -380,7 +387,7 @@ class Decoder(Protocol):
 
 
 class DecoderWithMaps(Decoder, Protocol):
-    """A decoder that can tell where it looks."""
+    """A decoder that can also return its attention weights."""
 
     def attention(
         self,
@@ -390,7 +397,7 @@ class DecoderWithMaps(Decoder, Protocol):
         memory_BPD: Tensor,
         prompt_BT: Tensor | None = None,
     ) -> Tensor:
-        """Attention of each token to the photo in one parallel pass over finished captions:
+        """The cross-attention weights of each token, in one parallel pass over finished captions:
         (layers, B, H, Q, P), summing to 1 over P."""
 
 
@@ -404,18 +411,18 @@ def search(
     prompts: Sequence[Sequence[int]] | None = None,
     readings: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Decodes each photo by its own options: a list (photos) of lists (best first).
+    """Decodes each photo with its own options. Returns a list (photos) of lists (best first).
 
-    `memory` (B, P, D) is the encoder's. `prompts` holds the token ids of each photo's prompt, which
-    its text begins with; `readings` those that a prompt encoder reads beside the photo.
-    `DecodeOptions.prompt`, which is text, is not read here.
-    `on_token(photo, token id)` hears the ids of a photo's first hypothesis in their order: as they
-    are decided where one sequence is open (greedy search, a single sample), at the end where the
-    best of several samples is only known then; never for beam search, which may change its mind.
+    `memory` (B, P, D) is the output of the encoder. `prompts` contains the token ids that each
+    photo's text begins with, `readings` those for a prompt encoder. `DecodeOptions.prompt`, a
+    string, is not used here.
+    `on_token(photo, token id)` is called with the ids of a photo's best hypothesis in order: after
+    each step for a single sequence (greedy search, one sample); at the end for several samples,
+    because the best one is not known earlier; never for beam search.
 
-    Each list holds `num_return_sequences` hypotheses, fewer only where the vocabulary and the
-    options leave no more. Raises InvalidParameter for options that the model is too small for,
-    RuntimeError for a model whose output is not a number.
+    Each list contains `num_return_sequences` hypotheses, or fewer if the vocabulary and the options
+    allow no more. Raises InvalidParameter if the model is too small for the options, RuntimeError
+    if its output is NaN.
     """
     if len(options) != memory_BPD.size(0):
         raise ValueError(f"{len(options)} options for {memory_BPD.size(0)} photos")
@@ -425,8 +432,8 @@ def search(
         for o, prompt in zip(options, prompts, strict=True)
     ]
     results: list[list[Hypothesis]] = [[] for _ in options]
-    # Beam search and the others share no arithmetic, and what is read has no padding: a batch of
-    # each kind, one after the other.
+    # Separate batches for beam search and the others, which have no code in common, and for each
+    # length of `readings`, which cannot be padded.
     kinds = [(o.beams > 1, len(readings[i]) if readings else 0) for i, o in enumerate(options)]
     for kind in dict.fromkeys(kinds):
         photos = [i for i, own in enumerate(kinds) if own == kind]
@@ -443,16 +450,16 @@ def search(
         if kind[0]:
             found = _beam_search(batch, chosen, processors, special.end)
         else:
-            hear = None if on_token is None else _renumber(on_token, photos)
-            found = _one_at_a_time(batch, chosen, processors, special.end, hear)
+            callback = None if on_token is None else _renumber(on_token, photos)
+            found = _one_at_a_time(batch, chosen, processors, special.end, callback)
         for photo, hypotheses in zip(photos, found, strict=True):
             results[photo] = hypotheses
     return results
 
 
 class _Text(NamedTuple):
-    """What a photo's text begins with, how many of these tokens count as generated, and the length
-    at which it ends, in tokens that count."""
+    """The ids that a photo's text begins with, how many of them count as generated, and the maximum
+    number of generated tokens."""
 
     ids: list[int]
     counted: int
@@ -465,16 +472,18 @@ def _text(prompt: Sequence[int], longest: int, special: SpecialIds) -> _Text:
     return _Text([special.begin, special.first], 1, max(longest, 2))
 
 
-def _renumber(hear: Callable[[int, int], None], photos: list[int]) -> Callable[[int, int], None]:
-    return lambda row, token: hear(photos[row], token)
+def _renumber(
+    on_token: Callable[[int, int], None], photos: list[int]
+) -> Callable[[int, int], None]:
+    return lambda row, token: on_token(photos[row], token)
 
 
 class _Batch:
-    """The decoder's side of the open photos: keys, values, and the ancestry of beams.
+    """The decoder's state for the open photos: memory, cache, and which beams descend from which.
 
-    What a photo's text begins with, the begin token b and its prompt, ends in slot T - 1, behind
-    padding (x) where another photo's is longer; every beam descends from it. What beam k wrote at
-    time t > 0 is in slot T + (t - 1) * K + k. Two photos of K = 2 beams at t = 2, T = 3:
+    The first tokens of a photo's text, the begin token b and its prompt, occupy the slots up to
+    T - 1; a shorter prompt is padded (x) on the left. They are ancestors of all beams. The token of
+    beam k at time t > 0 is in slot T + (t - 1) * K + k. Two photos of K = 2 beams at t = 2, T = 3:
 
         slots   0 1 2   3 4   5 6        mask of beam 1   0 0 1   1 0   0 1
                 x x b   a c   d e        (d and e both    1 1 1   1 0   0 1
@@ -494,20 +503,20 @@ class _Batch:
         self.rows = list(range(photos))  # the photo of each row
         self.time = self.used = 0
         self.memory, self.texts = memory, texts
-        # How many tokens each photo may yet generate.
+        # How many tokens each photo may generate in the search.
         self.steps = [text.longest - text.counted for text in texts]
         longest = max(self.steps)
         lengths = [len(text.ids) for text in texts]
         width = max(lengths)
         self.is_padded = min(lengths) < width
-        # Begin tokens as padding: once more they change no penalty.
+        # Padding with begin tokens does not change the repetition penalty, which ignores counts.
         rows = [[ids[0]] * (width - len(ids)) + ids for ids, _, _ in texts]
         self.text_BT = torch.tensor(rows, device=device)
         self.padding_B1 = width - _column(lengths, device)
         # The last token is never fed back, so it needs no slot.
         self.cache = decoder.new_cache(photos, width + (longest - 1) * beams)
-        # Every beam's own slots of all times to come are open from the start; `follow` gives it
-        # those of its ancestors.
+        # The mask includes each beam's own slots of all later times from the start; `follow` adds
+        # the slots of its ancestors.
         own_KS = torch.eye(beams, dtype=torch.bool, device=device).repeat(1, longest - 1)
         self.real_BT = torch.arange(width, device=device) >= self.padding_B1
         self.mask_BKS = torch.cat(
@@ -515,14 +524,14 @@ class _Batch:
         )
 
     def step(self, tokens_BQ: Tensor) -> Tensor:
-        """Logits (B, Q, V) of what follows the newest tokens; at first (B, 1, V), of what follows
-        the T tokens that the texts begin with."""
+        """The logits (B, Q, V) after the newest tokens; in the first step (B, 1, V), after the T
+        tokens that the texts begin with."""
         queries = tokens_BQ.size(1)
         used, self.used = self.used, self.used + queries
         self.time += 1
         if not used and queries > 1:
             return self._prefill(tokens_BQ)
-        # Slot T - 1 is of time 0.
+        # Slot T - 1 belongs to time 0.
         positions_BQ = (self.text_BT.size(1) + self.time - 2 - self.padding_B1).expand(-1, queries)
         mask_BQS = self.mask_BKS[:, :queries, : self.used]
         return self.decoder.step(tokens_BQ, positions_BQ, mask_BQS, self.cache, used, self.memory)
@@ -531,22 +540,22 @@ class _Batch:
         time_T = torch.arange(tokens_BT.size(1), device=self.device)
         positions_BT = (time_T - self.padding_B1).clamp(min=0)
         earlier_TT = time_T.unsqueeze(1) >= time_T
-        # Padding sees itself: a query that sees nothing would be NaN.
+        # Padding attends to itself: a query without any key would give NaN.
         mask_BTT = self.real_BT.unsqueeze(1) & earlier_TT | (time_T.unsqueeze(1) == time_T)
         return self.decoder.prefill(
             tokens_BT, positions_BT, mask_BTT, self.real_BT, self.cache, self.memory
         )
 
     def follow(self, parents_BK: Tensor) -> None:
-        """Each beam now descends from what its parent descends from, and from the parent."""
+        """Gives each beam the ancestors of its parent, and the parent itself."""
         if self.time > 1:
             seen_BKS = self.mask_BKS[:, :, : self.used]
             seen_BKS.copy_(seen_BKS.gather(1, parents_BK.unsqueeze(2).expand_as(seen_BKS)))
 
     def leave(self, is_open: Sequence[bool]) -> Tensor:
-        """Drops the rows that are not open; returns the old row numbers of those that stay.
+        """Drops the rows that are not open. Returns the old indices of the remaining rows.
 
-        The last open rows move into the gaps, so that keys and values of few photos are copied.
+        The last open rows move into the gaps, so that the keys and values of few photos are copied.
         """
         photos = sum(is_open)
         order = list(range(photos))
@@ -566,8 +575,8 @@ class _Batch:
 
 
 class _Processors:
-    """Hugging Face's logits processors, those that a photo of the batch asks for, and the text so
-    far that they look at, prompts included."""
+    """Hugging Face's logits processors that any photo of the batch needs, and the texts so far,
+    including prompts, which they depend on."""
 
     def __init__(
         self,
@@ -589,7 +598,7 @@ class _Processors:
         ]
         self.shortest, self.shortest_B1 = max(shortest), _column(shortest, device)
         self.penalises = any(o.repetition_penalty != 1 for o in options)
-        # Not so small that a logit over it overflows.
+        # Not so small that a logit divided by it overflows.
         penalties = [max(o.repetition_penalty, 1e-30) for o in options]
         self.penalty_B11 = _column(penalties, device).unsqueeze(2)
         self.reads = self.penalises or bool(self.sizes)
@@ -597,7 +606,7 @@ class _Processors:
         self.is_padded, self.padding_B1 = batch.is_padded, batch.padding_B1
 
     def write(self, tokens_BQ: Tensor, parents_BK: Tensor | None = None) -> None:
-        """Appends the newest tokens, to the texts of the parents where beams were reordered."""
+        """Appends the newest tokens; in beam search, to the texts of their parents."""
         if not self.reads:
             return
         text_BKT = self.text_BKT
@@ -608,7 +617,7 @@ class _Processors:
         self.text_BKT = torch.cat([text_BKT, tokens_BQ.unsqueeze(2)], dim=2)
 
     def penalise(self, scores_BQV: Tensor) -> Tensor:
-        """Repetition penalty (Keskar et al. 2019), on a copy where anyone asked for it."""
+        """Applies the repetition penalty (Keskar et al. 2019) to a copy, if any photo has one."""
         if not self.penalises:
             return scores_BQV
         text_BQT = self.text_BKT.expand(-1, scores_BQV.size(1), -1)
@@ -622,8 +631,7 @@ class _Processors:
         return self.suppress is not None or bool(self.sizes) or time < self.shortest or forces
 
     def ban(self, scores_BQV: Tensor, time: int, before_BQ1: Tensor | float = 0.0) -> None:
-        """Makes -inf, in place, what may not follow. A forced end adds nothing to the scores
-        `before` it."""
+        """Sets forbidden tokens to -inf, in place. A forced end keeps the score `before`."""
         if self.suppress is not None:
             scores_BQV.index_fill_(2, self.suppress, -math.inf)
         if time < self.shortest:
@@ -658,7 +666,7 @@ class _Processors:
 
 
 class _Rules:
-    """What beam search divides scores by, and when a photo is done, as tables over time."""
+    """The divisors of scores in beam search, and when a photo is finished, as tables over time."""
 
     def __init__(self, options: Sequence[DecodeOptions], batch: _Batch) -> None:
         beams, device = batch.beams, batch.device
@@ -667,16 +675,16 @@ class _Rules:
         length_BT = torch.arange(1, max(batch.steps) + 1) + counted_B1
         penalty_B1 = _column([o.length_penalty for o in options]).double()
         never_B1 = _column([o.early_stopping == "never" for o in options])
-        # The kindest length that an open beam may still have. Exact under `never`: the greatest
-        # where length is rewarded, otherwise the smallest at which it may end, one token on at
-        # least. Hugging Face otherwise takes the present length.
+        # The most favourable length that an open beam may still reach. With `never` it is exact:
+        # the maximum if length is rewarded, otherwise the smallest at which the beam may end, at
+        # least one token later. Otherwise it is the current length, as in Hugging Face.
         soonest_BT = (length_BT + 1).maximum(_column([o.min_new_tokens + 1 for o in options]))
         kindest_BT = torch.where(penalty_B1 > 0, longest_B1, soonest_BT.minimum(longest_B1))
         kindest_BT = torch.where(never_B1, kindest_BT, length_BT)
         self.divisor_BT = (length_BT**penalty_B1).float().to(device)
         self.reach_BT = (kindest_BT**penalty_B1).float().to(device)
         self.last_BT = (length_BT == longest_B1).to(device)
-        # The rank in the pool that an open beam has to beat.
+        # The rank in the pool of the hypothesis that an open beam has to beat.
         ranks = [
             o.num_return_sequences if o.early_stopping == "never" else o.beams for o in options
         ]
@@ -687,7 +695,7 @@ class _Rules:
         self.surplus_BK = surplus_BK.to(device) if surplus_BK.any() else None
 
     def is_open(self, running_BK: Tensor, pool_BK: Tensor, time: int) -> Tensor:
-        """(B, 1): whether the best open beam may still change what is returned. Not so for NaN."""
+        """(B, 1): whether the best open beam may still change the result; false for NaN."""
         rival_B1 = pool_BK.gather(1, self.rank_B1)
         if self.any_early:
             rival_B1 = rival_B1.masked_fill(self.early_B1 & (rival_B1 > -math.inf), math.inf)
@@ -720,7 +728,7 @@ def _beam_search(
         total_BQV = processors.penalise(own_BQV) + running_BQ.unsqueeze(2)
         processors.ban(total_BQV, time, running_BQ.unsqueeze(2))
 
-        # The best candidates, best first: each beam ends at most one, so that K of 2K go on.
+        # The 2K best candidates, best first. At most one per beam is an end token: K can go on.
         value_BC, where_BC = greatest(total_BQV.flatten(1), 2 * beams)
         parent_BC = where_BC.div(own_BQV.size(2), rounding_mode="floor")
         token_BC = where_BC - parent_BC * own_BQV.size(2)
@@ -741,7 +749,7 @@ def _beam_search(
         score_BK = torch.where(ended_BK, score_BK, -math.inf)
         pool.add(score_BK, time)
 
-        # The only wait for the device in a step.
+        # The only synchronization with the device in a step.
         is_open = rules.is_open(running_BQ, pool.score_BK, time).flatten().tolist()
         if not all(is_open):
             running, before = running_BQ[:, 0].tolist(), before_BQ[:, 0].tolist()
@@ -750,7 +758,7 @@ def _beam_search(
                     raise RuntimeError(NOT_A_NUMBER)
                 option, counted = options[rows[row]], batch.texts[rows[row]].counted
                 ended = [end for end in best if end.score > -math.inf]
-                # A dead end: nothing may follow, nothing has ended. The first beam was best.
+                # No token is allowed and no hypothesis has ended: the first beam ends here.
                 norm = max(time + counted, 1) ** option.length_penalty
                 ended = ended or [_End(before[row] / norm, time - 1, None)]
                 ends[rows[row]] = ended[: option.num_return_sequences]
@@ -772,19 +780,19 @@ class _Pool:
 
     def __init__(self, photos: int, beams: int, steps: int, device: torch.device) -> None:
         self.score_BK = torch.full((photos, beams), -math.inf, device=device)
-        # Which candidates they are, as time * K + rank.
+        # The candidates that ended them, as time * K + rank.
         self.candidate_BK = torch.zeros(photos, beams, dtype=torch.long, device=device)
         self.candidates_TK = torch.arange(steps * beams, device=device).view(-1, beams)
 
     def add(self, score_BK: Tensor, time: int) -> None:
-        """Takes the first K candidates of a step, by the score they end with (-inf: go on)."""
+        """Adds the first K candidates of a step with their final scores (-inf if not ended)."""
         candidate_BK = self.candidates_TK[time].expand(len(score_BK), -1)
         beams = score_BK.size(1)
         self.score_BK, best_BK = torch.cat([self.score_BK, score_BK], dim=1).topk(beams)
         self.candidate_BK = torch.cat([self.candidate_BK, candidate_BK], 1).gather(1, best_BK)
 
     def of_closed(self, is_open: Sequence[bool]) -> Iterator[tuple[int, list["_End"]]]:
-        """The rows that closed, each with its K hypotheses; those of score -inf are none."""
+        """Yields each closed row with its K entries, of which those with score -inf are empty."""
         scores, candidates = self.score_BK.tolist(), self.candidate_BK.tolist()
         beams = self.score_BK.size(1)
         for row, stays in enumerate(is_open):
@@ -797,7 +805,7 @@ class _Pool:
 
 
 class _Moment(NamedTuple):
-    """What one step decided, as tensors (rows, ...)."""
+    """The decisions of one step, as tensors (rows, ...)."""
 
     rows: list[int]  # the photo in each row
     whole: tuple[Tensor, ...]  # int64
@@ -805,7 +813,7 @@ class _Moment(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A moment on the host."""
+    """A `_Moment` in host memory."""
 
     rows: list[int]
     whole: list[list[list[int]]]
@@ -813,7 +821,7 @@ class _Read(NamedTuple):
 
 
 class _End(NamedTuple):
-    """Where a hypothesis ends: at the candidate of this rank, or (None) with the first beam."""
+    """Where a hypothesis ends: at the candidate with this rank, or, if None, at the first beam."""
 
     score: float
     time: int
@@ -821,7 +829,7 @@ class _End(NamedTuple):
 
 
 def _read(history: Sequence[_Moment]) -> list[_Read]:
-    """Brings a history to the host in two transfers."""
+    """Copies a history to host memory in two transfers."""
     whole: Iterator[list[list[int]]] = _lists([t for moment in history for t in moment.whole])
     real: Iterator[list[list[float]]] = _lists([t for moment in history for t in moment.real])
     return [
@@ -835,7 +843,7 @@ def _lists(tensors: list[Tensor]) -> Iterator[list[list[NUMBER]]]:
 
 
 def _trace(moments: Sequence[_Read], photo: int, end: _End, end_id: int) -> Hypothesis:
-    """Reads a hypothesis off a beam search's history, backwards."""
+    """Reads a hypothesis backwards from the history of a beam search."""
     ids: list[int] = []
     log_probs: list[float] = []
     last_rank, beam = end.rank, 0
@@ -859,9 +867,9 @@ def _one_at_a_time(
     options: Sequence[DecodeOptions],
     processors: _Processors,
     end_id: int,
-    hear: Callable[[int, int], None] | None,
+    on_token: Callable[[int, int], None] | None,
 ) -> list[list[Hypothesis]]:
-    """Greedy search and sampling: sequences that never compete for a place."""
+    """Greedy search and sampling, whose sequences do not compete with each other."""
     beams, device = batch.beams, batch.device
     sampler = None
     if any(o.do_sample for o in options):
@@ -873,20 +881,20 @@ def _one_at_a_time(
 
     while True:
         time, rows = batch.time, batch.rows
-        # At first there is one query, and each sample goes its own way from it.
+        # The first step has one query, from which all samples start.
         logits_BKV = batch.step(tokens_BQ).expand(-1, beams, -1)
         tokens_BQ, gain_BK, log_BK = _next_tokens(logits_BKV, processors, sampler, time)
         history.append(_Moment(rows, (tokens_BQ,), (gain_BK, log_BK)))
-        # NaN is a dead end, where nothing may follow, or a broken model: `_sequence` checks.
+        # NaN means that no token is allowed, or that the model is broken: `_sequence` checks it.
         open_BK = open_BK & (tokens_BQ != end_id) & (log_BK == log_BK)
         open_BK = open_BK & ~last_BT[:, time : time + 1]
 
-        # The only wait for the device in a step, but for those who listen.
-        if hear is not None:
+        # The only synchronization with the device in a step, apart from `on_token`.
+        if on_token is not None:
             logs = log_BK[:, 0].tolist()
             for photo, token, log in zip(rows, tokens_BQ[:, 0].tolist(), logs, strict=True):
                 if options[photo].rows == 1 and token != end_id and not math.isnan(log):
-                    hear(photo, token)
+                    on_token(photo, token)
         is_open = open_BK.any(1).tolist()
         if not all(is_open):
             stay = batch.leave(is_open)
@@ -903,18 +911,18 @@ def _one_at_a_time(
         _samples(moments, photo, o, batch.texts[photo].counted, end_id)
         for photo, o in enumerate(options)
     ]
-    if hear is not None:  # of several samples the best is known only now
+    if on_token is not None:  # the best of several samples is only known now
         several = [photo for photo, o in enumerate(options) if o.rows > 1]
         for photo, token in ((i, token) for i in several for token in answers[i][0].ids):
-            hear(photo, token)
+            on_token(photo, token)
     return answers
 
 
 def _next_tokens(
     logits_BKV: Tensor, processors: _Processors, sampler: "_Sampler | None", time: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The token that each sequence goes on with, its log-probability by the model itself, and by
-    the processed scores that it was chosen from (NaN where they forbid every token); (B, K)."""
+    """The next token of each sequence, its log-probability according to the model, and according to
+    the processed scores that it was chosen from (NaN if they forbid every token); all (B, K)."""
     own_BKV = torch.log_softmax(logits_BKV, dim=-1)
     scores_BKV = processors.penalise(logits_BKV)
     if processors.bans(time):
@@ -937,7 +945,7 @@ def _next_tokens(
 def _samples(
     moments: Sequence[_Read], photo: int, options: DecodeOptions, counted: int, end_id: int
 ) -> list[Hypothesis]:
-    """A photo's sequences, best first; so many tokens before them count as generated."""
+    """A photo's sequences, best first. `counted` tokens before them count as generated."""
     samples = [_sequence(moments, photo, k, options, counted, end_id) for k in range(options.rows)]
     return sorted(samples, key=lambda sample: -sample.score)
 
@@ -945,7 +953,7 @@ def _samples(
 def _sequence(
     moments: Sequence[_Read], photo: int, k: int, options: DecodeOptions, counted: int, end_id: int
 ) -> Hypothesis:
-    """Reads the k-th sequence of a photo off a greedy search's or a sampling's history."""
+    """Reads the k-th sequence of a photo from the history of greedy search or sampling."""
     ids: list[int] = []
     log_probs: list[float] = []
     total = 0.0
@@ -967,7 +975,7 @@ def _sequence(
 
 
 class _Sampler:
-    """Temperature, top-k and top-p, and the drawing; rows that do not sample pass through."""
+    """Temperature, top-k, top-p and drawing; rows that do not sample are unchanged."""
 
     def __init__(
         self,
@@ -998,20 +1006,20 @@ class _Sampler:
         self.uniforms_BKT = uniforms_BKT.to(device)
 
     def warp(self, scores_BKV: Tensor) -> Tensor:
-        """The scores of what may be drawn, the others -inf; a copy if anything changes."""
+        """Sets the scores of tokens that must not be drawn to -inf, in a copy."""
         if self.heats:
-            # From the best downwards, so that a tiny temperature does not overflow.
+            # The best score becomes 0, so that a tiny temperature does not overflow.
             scores_BKV = scores_BKV - scores_BKV.amax(-1, keepdim=True)
             scores_BKV = scores_BKV / self.temperature_B11
         if self.top_k:
             best = scores_BKV.topk(self.top_k).values
             least = best.gather(2, (self.top_k_B11 - 1).clamp(min=0).expand(-1, best.size(1), -1))
-            # Equals of the k-th stay, as in Hugging Face.
+            # Tokens with the same score as the k-th are kept, as in Hugging Face.
             out = (scores_BKV < least) & (self.top_k_B11 > 0)
             scores_BKV = scores_BKV.masked_fill(out, -math.inf)
         if self.cuts:
-            # Nucleus (Holtzman et al. 2020): the tail whose probability sums to at most 1 - top_p
-            # goes, the best token never.
+            # Nucleus sampling (Holtzman et al. 2020) removes the tail whose probability sums to at
+            # most 1 - top_p, but never the best token.
             ordered, order = scores_BKV.sort(dim=-1)
             out = (ordered.softmax(-1).cumsum(-1) <= self.cut_B11) & (self.cut_B11 > 0)
             out[:, :, -1] = False
@@ -1019,12 +1027,12 @@ class _Sampler:
         return scores_BKV
 
     def draw(self, logs_BKV: Tensor, best_BK: Tensor, time: int) -> Tensor:
-        """Tokens (B, K) by inversion of the cumulative distribution, in double precision; a token
-        of probability 0 is never drawn. `best` where a photo does not sample."""
+        """Draws tokens (B, K) by inversion of the cumulative distribution, in double precision; a
+        token of probability 0 is never drawn. Photos that do not sample get `best`."""
         heights_BKV = logs_BKV.double().exp().cumsum(-1)
         target_BK1 = self.uniforms_BKT[:, :, time : time + 1] * heights_BKV[:, :, -1:]
         drawn_BK = torch.searchsorted(heights_BKV, target_BK1, right=True).squeeze(2)
-        # Only NaN, which is dealt with later, leads past the last token.
+        # Only NaN, which is handled later, gives an index after the last token.
         drawn_BK = drawn_BK.clamp(max=logs_BKV.size(2) - 1)
         return torch.where(self.samples_B1, drawn_BK, best_BK) if self.greedy else drawn_BK
 
@@ -1040,14 +1048,15 @@ def _column(values: Sequence[float] | Sequence[bool], device: torch.device | Non
 
 
 def greatest(scores_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` greatest of each row, best first, and where: `topk`, which is slow over many.
+    """The `count` greatest values of each row, best first, and their indices. It replaces `topk`,
+    which is slow for long rows.
 
-    The greatest lie in the blocks with the greatest maxima (or tie with them), and a maximum is
-    found at the speed of memory. Rows that are too short are filled with -inf at 0. Exports script
-    it, so it sees no globals.
+    The greatest values are in the blocks with the greatest maxima (or equal to values there), and
+    finding maxima is limited only by the speed of memory. Rows that are too short are padded with
+    -inf at index 0. Exports script this function, so it must not use globals.
     """
     photos, width = scores_BN.shape
-    if not scores_BN.is_cpu or width < 2**15:  # from here on blocks are faster (measured)
+    if not scores_BN.is_cpu or width < 2**15:  # longer rows are faster in blocks (measured)
         if width >= count:
             return scores_BN.topk(count)
         value_BC, where_BC = scores_BN.topk(width)
@@ -1058,7 +1067,7 @@ def greatest(scores_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
     whole_BGN = scores_BN[:, : blocks * block].unflatten(1, [blocks, block])
     block_BC = whole_BGN.amax(2).topk(count).indices
     near = whole_BGN.gather(1, block_BC.unsqueeze(2).expand(-1, -1, block)).flatten(1)
-    # What is left over at the end counts as one block more.
+    # The rest of the row is one more block.
     near = torch.cat([near, scores_BN[:, blocks * block :]], dim=1)
     block_BC = F.pad(block_BC, [0, 1], value=float(blocks))
     value_BC, where_BC = near.topk(count)

@@ -1,9 +1,8 @@
-"""Text <-> token ids over a Hugging Face `tokenizers` file.
+"""Converts captions to token ids and back, with a Hugging Face `tokenizers` file.
 
-Two kinds are trained here: `word` (words, by default lower-cased; an unseen word becomes <unk>) and
-`bpe` (byte-level byte pairs as in GPT-2, after Sennrich et al. 2016: punctuation and, by default,
-case are kept and nothing is ever unseen). Any other `tokenizer.json`, such as GPT-2's own, is read
-as it is.
+Two kinds can be trained: `word` (words, lower-cased by default; an unknown word becomes <unk>) and
+`bpe` (byte-level BPE as in GPT-2, after Sennrich et al. 2016: punctuation and, by default, case are
+kept, and every text can be encoded). Any other `tokenizer.json`, such as GPT-2's, can be loaded.
 """
 
 import json
@@ -23,30 +22,30 @@ from handler.files import write_atomic
 
 PAD, BEGIN, END, UNKNOWN = SPECIAL_TOKENS = ("<pad>", "<begin>", "<end>", "<unk>")
 KINDS = ("word", "bpe")
-# Thai, Lao, Tibetan, Burmese, Khmer, Japanese and Chinese put no spaces between words.
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Japanese, Chinese.
 SPACELESS = re.compile(
     "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
-# From this share of captions without spaces on, words are of no use for a dataset.
+# The share of captions without spaces from which a dataset needs another tokenizer than `word`.
 SPACELESS_SHARE = 0.05
 
 
 class Task(TypedDict):
-    """A prompt that is read beside the photo: its words, and the ids that they are read as."""
+    """A prompt for the prompt encoder: its words, and their token ids."""
 
     words: str
     ids: list[int]
 
 
 class CaptionTokenizer:
-    """`begin_id` starts every caption, `end_id` closes it, `pad_id` fills a batch; they may be one
-    and the same, as they are in GPT-2. `suppressed_ids` are never part of a caption: if not given,
-    padding, begin and <unk>, unless one of them is also the end token. `first_id` and `forces_end`
-    are those of `SpecialIds`.
+    """`begin_id` starts every caption, `end_id` ends it, and `pad_id` fills a batch; they may be
+    equal, as in GPT-2. `suppressed_ids` are never generated; the default is padding, begin and
+    <unk>, unless one of them is also the end token. `first_id` and `forces_end` are those of
+    `SpecialIds`.
 
-    `tasks` are the prompts of a model that reads them beside the photo: the words of each by its
-    name, such as `<CAPTION>`, and the ids that it is read as. The first is the default.
+    `tasks` contains the prompts of a model with a prompt encoder by name, such as `<CAPTION>`. The
+    first is the default.
     """
 
     def __init__(
@@ -65,27 +64,27 @@ class CaptionTokenizer:
         self.first_id, self.forces_end = first_id, forces_end
         self.tasks = dict(tasks or {})
         self._special = {begin_id, end_id, pad_id, *self.opening}
-        # None where every text can be spelled.
+        # None if every text can be encoded.
         self.unknown_id: int | None = tokenizer.token_to_id(UNKNOWN)
         if suppressed_ids is None:
             unknown = [] if self.unknown_id is None else [self.unknown_id]
             suppressed_ids = [pad_id, begin_id, *unknown]
             suppressed_ids = sorted(set(suppressed_ids) - {end_id})
         self.suppressed_ids = list(suppressed_ids)
-        # What stands for a word that cannot be spelled: <unk>, or [UNK] in BERT's vocabularies.
+        # The tokens for an unknown word: <unk>, or [UNK] in BERT's vocabularies.
         names = {UNKNOWN, getattr(tokenizer.model, "unk_token", None) or UNKNOWN}
         self._unknown = {tokenizer.token_to_id(name) for name in names} - {None} - self._special
-        # A word-level vocabulary has no decoder: its words are joined by spaces.
+        # A word-level tokenizer has no decoder: words are joined by spaces.
         self.is_word_level = tokenizer.decoder is None
 
     @classmethod
     def load(cls, path: Path, *settings: Any, **named: Any) -> "CaptionTokenizer":
-        """Reads a `tokenizer.json`; the settings are those of the class. Raises UserError naming
-        the file when it cannot be read."""
+        """Reads a `tokenizer.json`; the settings are the arguments of the class. Raises UserError
+        naming the file if it cannot be read."""
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{path}: no readable tokenizer ({error})") from error
+            raise UserError(f"{path}: cannot be read as a tokenizer ({error})") from error
         return cls(tokenizer, *settings, **named)
 
     @classmethod
@@ -97,9 +96,9 @@ class CaptionTokenizer:
         min_count: int,
         lowercase: bool | None = None,
     ) -> "CaptionTokenizer":
-        """Fits a vocabulary of at most `vocab_size` entries, special tokens included, on the
-        captions of the training split; words (or pairs) rarer than `min_count` stay out.
-        `lowercase` None lowers the letters of words and keeps those of byte pairs."""
+        """Trains a vocabulary of at most `vocab_size` entries, including special tokens, on the
+        captions of the training split. Words (or byte pairs) that occur less than `min_count` times
+        are left out. `lowercase` None means true for `word` and false for `bpe`."""
         lowered = (
             [normalizers.Lowercase()] if lowercase or (lowercase is None and kind == "word") else []
         )
@@ -109,8 +108,8 @@ class CaptionTokenizer:
                 [
                     normalizers.NFKC(),
                     *lowered,
-                    # Curly apostrophes are the same word; other punctuation is not scored by the
-                    # metrics and not missed in a caption.
+                    # A curly apostrophe makes no other word. Other punctuation is removed: metrics
+                    # ignore it.
                     normalizers.Replace("\u2019", "'"),
                     normalizers.Replace(Regex(r"[^\p{L}\p{N}\p{M}'&-]+|(?<!\S)['&-]+(?!\S)"), " "),
                 ]
@@ -143,12 +142,12 @@ class CaptionTokenizer:
         return cls(tokenizer, begin_id, end_id, pad_id)
 
     def with_words_of(self, captions: Iterable[str], min_count: int) -> "CaptionTokenizer":
-        """The same vocabulary of words with those of `captions` that it lacks and that stand there
-        at least `min_count` times: the most frequent first, behind all other ids. Raises UserError
-        for a vocabulary of pieces."""
+        """Adds the words of `captions` that the vocabulary does not contain and that occur at least
+        `min_count` times. They get the next ids, the most frequent word first. Raises UserError
+        unless the vocabulary is one of words."""
         content = json.loads(self._tokenizer.to_str())
         if content["model"]["type"] != "WordLevel":
-            raise UserError("pieces of words spell every word already; add no words")
+            raise UserError("only a vocabulary of words can be extended; this one has subwords")
         normalize = self._tokenizer.normalizer.normalize_str
         split = self._tokenizer.pre_tokenizer.pre_tokenize_str
         vocabulary = content["model"]["vocab"]
@@ -161,24 +160,25 @@ class CaptionTokenizer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the class takes beside the file: a section of a checkpoint's `config.json`."""
+        """The arguments of the class, apart from the file: a section of a checkpoint's
+        `config.json`."""
         names = ("begin_id", "end_id", "pad_id", "suppressed_ids", "first_id", "forces_end")
         return {name: getattr(self, name) for name in (*names, "tasks")}
 
     @property
     def special(self) -> SpecialIds:
-        """What a search has to know."""
+        """The special ids of a search."""
         return SpecialIds(
             self.begin_id, self.end_id, self.suppressed_ids, self.first_id, self.forces_end
         )
 
     @property
     def opening(self) -> list[int]:
-        """What a caption begins with that has no prompt of its own."""
+        """The ids that a caption without a prompt begins with."""
         return [self.begin_id] if self.first_id is None else [self.begin_id, self.first_id]
 
     def save(self, path: Path) -> None:
-        """Writes a `tokenizer.json`, whole or not at all."""
+        """Writes a `tokenizer.json` atomically."""
         write_atomic(path, self._tokenizer.to_str(pretty=True))
 
     @property
@@ -191,26 +191,26 @@ class CaptionTokenizer:
         return self._tokenizer.get_vocab()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end token. Where the text spells one of the special
-        tokens, that token is left out: a caption cannot end itself."""
+        """The ids of a text, without begin and end token. Special tokens that are written in the
+        text are left out, so that a text cannot end a caption."""
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in self._special]
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that the vocabulary lacks, as they stand in it."""
+        """The words of a text that are not in the vocabulary, as they are written in the text."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return [text[start:end] for i, (start, end) in spans if i in self._unknown]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; begin, end, padding and what the file marks as special are left out."""
+        """The text of ids. Begin, end, padding and the file's special tokens are left out."""
         ids = [i for i in ids if i not in self._special]
         return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def pieces(self, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-        """One piece of text a token, behind the tokens `before`. A byte-pair piece keeps its
-        leading space, and a character that is spread over several tokens belongs to the last of
-        them."""
+        """One piece of text per token, for tokens that follow the tokens `before`. Pieces of BPE
+        keep their leading space. A character that consists of several tokens belongs to the last
+        of them."""
         if self.is_word_level:
             return [self._tokenizer.id_to_token(i) or "" for i in ids]
         stream = PieceStream(self, before)
@@ -223,8 +223,8 @@ class CaptionTokenizer:
         return self._cut(ids, before, whole)
 
     def _cut(self, ids: Sequence[int], before: Sequence[int], whole: str) -> list[str]:
-        """The end of `whole` in one piece a token, where a later token changes what came before: a
-        tokenizer of WordPiece may make "it's" of "it", "'" and "s"."""
+        """Splits the end of `whole` into one piece per token, for tokenizers in which a token may
+        change the text before it: WordPiece may join "it", "'" and "s" to "it's"."""
         ends = [0]
         for count in range(len(ids)):
             text = self.text_of([*before, *ids[:count]])
@@ -232,41 +232,43 @@ class CaptionTokenizer:
         return [whole[start:end] for start, end in pairwise([*ends[1:], len(whole)])]
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """The text of ids, spaces at its ends included."""
+        """The text of ids, including spaces at its ends."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 class PieceStream:
-    """The piece of text that each token adds to the tokens `before`, one token at a time and in
-    constant time: only the last tokens are decoded again, from where a piece began."""
+    """Finds the piece of text that each token adds, starting after the tokens `before`. This takes
+    constant time per token, because only the tokens since the start of the last piece are decoded
+    again."""
 
     def __init__(self, tokenizer: CaptionTokenizer, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.ids = list(before)
-        # Text up to `done` has been given; what is decoded again begins one piece earlier.
+        # The text of ids[:done] has been returned; decoding starts one piece before that.
         self.start, self.done = 0, len(before)
 
     def add(self, token_id: int) -> str:
-        """The text of the next token; empty where it is part of a character that a later token
-        completes, which then gives all of it."""
+        """The text of the next token. It is empty if the token is part of a character, which a
+        later token completes."""
         if self.tokenizer.is_word_level:
             return self.tokenizer.pieces([token_id])[0]
         self.ids.append(token_id)
         text = self.tokenizer.text_of(self.ids[self.start :])
-        # A character has at most four bytes: what is not whole by then is none.
+        # A character has at most four bytes: after four tokens, the bytes are not a character.
         if text.endswith("\ufffd") and len(self.ids) - self.done < 4:
             return ""
         return self._take(text)
 
     def rest(self) -> str:
-        """What is left of a character that nothing completed."""
+        """The text of an incomplete character at the end."""
         if self.done == len(self.ids):
             return ""
         return self._take(self.tokenizer.text_of(self.ids[self.start :]))
 
     def _take(self, text: str) -> str:
         piece = text[len(self.tokenizer.text_of(self.ids[self.start : self.done])) :]
-        # A token without text, such as a special one, does not tell whether the next has a space.
+        # Decoding must not start at a token without text, such as a special token: it would drop
+        # the leading space of the next one.
         if piece:
             self.start = self.done
         self.done = len(self.ids)
@@ -274,6 +276,6 @@ class PieceStream:
 
 
 def is_written_without_spaces(caption: str) -> bool:
-    """Whether most letters of a caption are of scripts that do not separate words."""
+    """Whether most letters of a caption belong to scripts without spaces between words."""
     letters = sum(character.isalpha() for character in caption)
     return len(SPACELESS.findall(caption)) > letters / 2

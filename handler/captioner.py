@@ -1,7 +1,7 @@
-"""Photographs in, captions out: preprocess, encode, search, detokenise.
+"""Captions photos: preprocess, encode, search, detokenize.
 
-Evaluation, the TorchServe handler and library users all come through `Captioner`; the encoder and
-decoder in it are either the eager ones of a checkpoint or the TorchScript ones of an export.
+Evaluation, the TorchServe handler and library users all use `Captioner`. Its encoder and decoder
+are either the eager ones of a checkpoint or the TorchScript ones of an export.
 """
 
 import itertools
@@ -29,16 +29,16 @@ from handler.files import FORMAT, read_object
 from handler.image_preprocess import PreprocessConfig, preprocess
 
 Photo = bytes | bytearray | memoryview | Image.Image
-# Photos encoded and searched at once when a caller hands over a long list.
+# Batch size for a list of photos.
 BATCH = 16
-# Prompts of one photo.
+# Maximum number of prompts for one photo.
 MAX_PROMPTS = 16
-# The greatest activation of the photos that a CPU encodes at once, in bytes: larger ones the
-# allocator gives back to the system each time (a quarter of the time of an int8 ViT-B).
+# Maximum bytes of the largest activation when a CPU encodes a batch. The allocator returns larger
+# ones to the system each time, which costs an int8 ViT-B a quarter of its time.
 ENCODED_BYTES = 10_000_000
-# An export is a folder of these.
+# The files of an export.
 EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
-# What the search asks of a scripted decoder.
+# Methods and attributes that a scripted decoder needs for the search.
 DECODER_METHODS = (
     *("begin", "new_cache", "prefill", "step", "attention"),
     *("vocab_size", "max_positions"),
@@ -49,11 +49,11 @@ DECODER_METHODS = (
 class Caption:
     """One caption of one photo.
 
-    `text` contains the prompt, as the tokenizer writes it, unless the model reads it beside the
-    photo; the others are of what was generated behind it. `tokens` are its pieces of text, without
-    begin and end token; `token_log_probs` the model's own natural-log probabilities, one a token
-    and one more when the end token was reached; `log_prob` their sum; `score` what the search ranks
-    by (length penalty and processors included); `ids` the token ids of `tokens`, and `prompt_ids`
+    `text` includes the prompt, as the tokenizer writes it, unless the model has a prompt encoder;
+    all other fields exclude it. `tokens` are the generated pieces of text without begin and end
+    token; `token_log_probs` are the model's natural log-probabilities, one per token and one more
+    if the end token was generated; `log_prob` is their sum; `score` is what the search ranks by
+    (with length penalty and processors); `ids` are the token ids of `tokens`, and `prompt_ids`
     those of the prompt.
     """
 
@@ -67,7 +67,7 @@ class Caption:
 
 
 class Captioner:
-    """A captioner ready to use: `caption(photos, num_beams=5)`."""
+    """An encoder, a decoder and a tokenizer that caption photos: `caption(photos, num_beams=5)`."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Captioner:
         self.decoding: dict[str, Any] = dict(config.get("decoding", {}))
         # The decoder layers whose attention makes the maps; None for all.
         self.map_layers: list[int] | None = config.get("word_maps", {}).get("layers")
-        # A frozen TorchScript module has no parameters left to ask.
+        # A frozen TorchScript module has no parameters that would tell its device.
         self.device = torch.device(device)
 
     @classmethod
@@ -95,9 +95,9 @@ class Captioner:
     ) -> "Captioner":
         """Loads an export (`encoder.pt`, `decoder.pt`, `config.json`, `tokenizer.json`).
 
-        `threads` sets torch's threads for the whole process; None leaves them alone. On a GPU it is
-        for one caller at a time (see `handler.cuda_graphs`). Raises UserError naming the file that
-        is missing or damaged.
+        `threads` sets the number of torch threads of the whole process; None does not change it. On
+        a GPU, only one thread may use the captioner at a time (see `handler.cuda_graphs`). Raises
+        UserError naming the file that is missing or damaged.
         """
         directory = Path(export_dir)
         config = read_config(directory)
@@ -125,7 +125,7 @@ class Captioner:
         return cls(encoder, decoder, tokenizer, config, device)
 
     def options(self, **given: Any) -> DecodeOptions:
-        """Decoding options: the checkpoint's own defaults, overridden by `given`. Raises
+        """Decoding options: the checkpoint's defaults, overridden by `given`. Raises
         InvalidParameter for an unknown name or a value out of this model's range."""
         sizes = self.decoder.vocab_size, self.decoder.max_positions
         return choose_options(given, self.decoding, self.tokenizer, *sizes)
@@ -141,24 +141,26 @@ class Captioner:
     def caption(
         self, photos: Sequence[Photo], prompts: Sequence[str] | None = None, **options: Any
     ) -> list[list[Caption]] | list[list[list[Caption]]]:
-        """Captions each photo: a list (photos) of lists (best first) of `Caption`; with `prompts` a
-        list (photos) of lists (prompts) of such lists, each photo encoded once.
+        """Captions each photo: returns a list (photos) of lists (best first) of `Caption`. With
+        `prompts`, returns a list (photos) of lists (prompts) of such lists; each photo is encoded
+        once.
 
-        Raises InvalidImage for a photo that cannot be read, InvalidParameter for a bad option and
-        TypeError where `photos` is not a sequence of photos.
+        Raises InvalidImage for a photo that cannot be decoded, InvalidParameter for an invalid
+        option, and TypeError if `photos` is not a sequence of photos.
         """
         check_photos(photos)
         if prompts is None:
             return self.caption_each(photos, [self.options(**options)] * len(photos))
         each = [self.options(**given) for given in prompted(options, prompts)]
-        found = self._in_batches(photos, each * len(photos), len(each))
-        return [found[first : first + len(each)] for first in range(0, len(found), len(each))]
+        captions = self._in_batches(photos, each * len(photos), len(each))
+        starts = range(0, len(captions), len(each))
+        return [captions[start : start + len(each)] for start in starts]
 
     def caption_each(
         self, photos: Sequence[Photo], options: Sequence[DecodeOptions]
     ) -> list[list[Caption]]:
-        """As `caption`, with options of its own for each photo. Raises InvalidParameter where these
-        are not as many DecodeOptions."""
+        """Like `caption`, with separate options for each photo. Raises InvalidParameter unless
+        `options` contains one DecodeOptions per photo."""
         check_photos(photos)
         check_options(options, len(photos))
         return self._in_batches(photos, options, 1)
@@ -167,7 +169,7 @@ class Captioner:
     def _in_batches(
         self, photos: Sequence[Photo], options: Sequence[DecodeOptions], each: int
     ) -> list[list[Caption]]:
-        """The captions by each of the options, of which every photo in turn has so many."""
+        """One list of captions for each of `options`, of which each photo has `each` in turn."""
         captions: list[list[Caption]] = []
         for start in range(0, len(photos), BATCH):
             part = photos[start : start + BATCH]
@@ -180,7 +182,7 @@ class Captioner:
         return captions
 
     def preprocess(self, photo: Photo) -> Tensor:
-        """A photo as the encoder takes it: float32 (3, S, S), normalised."""
+        """A photo as input of the encoder: float32 (3, S, S), normalized."""
         return preprocess(photo, self.preprocessing)
 
     @torch.inference_mode()
@@ -190,8 +192,8 @@ class Captioner:
         options: Sequence[DecodeOptions],
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[Caption]]:
-        """Captions preprocessed photos, all in one batch. `on_token(photo, token id)` is called
-        for each token as it is decided, where one beam or sampling decides at once."""
+        """Captions preprocessed photos in one batch. `on_token(photo, token id)` is called for each
+        token when it is final: only in greedy search and sampling, never in beam search."""
         return self.caption_memory(self.encode(images_B3SS), options, on_token)
 
     @torch.inference_mode()
@@ -200,7 +202,7 @@ class Captioner:
         images_B3SS = images_B3SS.to(self.device)
         shape = self.config["model"]["encoder"]
         patches = (shape["image_size"] // shape["patch_size"]) ** 2
-        photos = 1  # of a DaViT, whose first stage has a token for each 4 x 4 pixels
+        photos = 1  # for a DaViT, whose first stage has a token for each 4 x 4 pixels
         if "kind" not in shape:
             photos = max(1, ENCODED_BYTES // (4 * patches * shape["mlp_width"]))
         if self.device.type != "cpu" or len(images_B3SS) <= photos:
@@ -214,10 +216,10 @@ class Captioner:
         options: Sequence[DecodeOptions],
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[Caption]]:
-        """Captions photos that are encoded already."""
+        """Captions photos that are already encoded."""
         prompts = [encode_prompt(self.tokenizer, photo.prompt) for photo in options]
         written = [written_prompt(self.tokenizer, prompt) for prompt in prompts]
-        found = search(
+        hypotheses = search(
             self.decoder,
             memory_BPD,
             options,
@@ -228,7 +230,7 @@ class Captioner:
         )
         return [
             [self._caption(hypothesis, *ids) for hypothesis in photo]
-            for photo, *ids in zip(found, prompts, written, strict=True)
+            for photo, *ids in zip(hypotheses, prompts, written, strict=True)
         ]
 
     def _caption(
@@ -248,8 +250,8 @@ class Captioner:
     def attention(
         self, image_3SS: Tensor, ids: Sequence[int], prompt_ids: Sequence[int] = ()
     ) -> Tensor:
-        """Where the model looked for each of the T tokens `ids` of a caption behind its prompt:
-        (T, grid, grid), each map summing to 1. A prompt's own tokens were given, and have none.
+        """The attention maps of the T generated tokens `ids` of a caption: (T, grid, grid), each
+        map summing to 1. The tokens of the prompt have no maps.
 
         One parallel pass over the finished caption: the mean over heads of the cross-attention of
         the layers in `word_maps.layers` of `config.json`, or of all layers, over the image patches
@@ -266,24 +268,24 @@ class Captioner:
         ids: Sequence[Sequence[int]],
         prompts: Sequence[Sequence[int]] | None = None,
     ) -> list[Tensor]:
-        """As `attention`, for one caption of each of B photos that are encoded already; `prompts`
-        holds the ids of its prompt."""
+        """Like `attention`, for one caption of each of B photos that are already encoded. `prompts`
+        contains the ids of their prompts."""
         encoder = self.config["model"]["encoder"]
         grid = encoder["image_size"] // encoder["patch_size"]
         if not any(ids):
             return [torch.zeros(0, grid, grid) for _ in ids]
         prompts = [()] * len(ids) if prompts is None else prompts
         written = [written_prompt(self.tokenizer, prompt) for prompt in prompts]
-        # What is given of each text: the token at its end is the first that is generated.
-        given = [
+        # What each text begins with. The output at its last token is the first generated token.
+        starts = [
             [self.tokenizer.begin_id, *prompt] if prompt else self.tokenizer.opening
             for prompt in written
         ]
-        texts = [[*start, *caption[:-1]] for start, caption in zip(given, ids, strict=True)]
+        texts = [[*start, *caption[:-1]] for start, caption in zip(starts, ids, strict=True)]
         longest = max(map(len, texts))
-        # Shorter captions are filled up behind their end, where their own tokens do not look.
-        filled = [text + [self.tokenizer.end_id] * (longest - len(text)) for text in texts]
-        tokens_BQ = torch.tensor(filled, device=self.device)
+        # Shorter captions are padded at the end, which their own tokens do not attend to.
+        padded = [text + [self.tokenizer.end_id] * (longest - len(text)) for text in texts]
+        tokens_BQ = torch.tensor(padded, device=self.device)
         positions_BQ = torch.arange(longest, device=self.device).expand(len(ids), -1)
         mask_QQ = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         mask_BQQ = mask_QQ.expand(len(ids), -1, -1)
@@ -293,7 +295,7 @@ class Captioner:
         maps_BQgg = maps_BQP.unflatten(2, (grid, grid)).cpu()
         return [
             maps_Qgg[len(start) - 1 : len(start) - 1 + len(caption)]
-            for maps_Qgg, start, caption in zip(maps_BQgg, given, ids, strict=True)
+            for maps_Qgg, start, caption in zip(maps_BQgg, starts, ids, strict=True)
         ]
 
     def _attention(self, inputs: Sequence[Tensor], prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -324,8 +326,8 @@ def choose_options(
     vocab_size: int,
     max_positions: int,
 ) -> DecodeOptions:
-    """The options `given`, or else a model's `defaults`; a default length that the model has no
-    positions for behind the prompt is shortened. Raises InvalidParameter for an unknown name or a
+    """A model's `defaults`, overridden by the options `given`. A default length is shortened if the
+    model has too few positions after the prompt. Raises InvalidParameter for an unknown name or a
     value out of the model's range."""
     for name in given:
         if name not in OPTIONS:
@@ -334,7 +336,7 @@ def choose_options(
             )
     defaults = dict(defaults)
     if given.get("do_sample") is True:
-        # Sampling means one beam; a default of several is not the caller's contradiction.
+        # Sampling uses one beam. A default of several beams is not an error of the caller.
         defaults.pop("num_beams", None)
     options = DecodeOptions(**{**defaults, **given})
     prompt = written_prompt(tokenizer, encode_prompt(tokenizer, options.prompt))
@@ -351,10 +353,10 @@ def choose_options(
 
 
 def prompted(given: Mapping[str, Any], prompts: object) -> list[dict[str, Any]]:
-    """The options `given`, once with each of the prompts. Raises InvalidParameter for anything but
-    a list of one to MAX_PROMPTS strings, and for a prompt beside it."""
+    """The options `given`, once with each of the prompts. Raises InvalidParameter unless `prompts`
+    is a list of one to MAX_PROMPTS strings, and if `given` contains `prompt`, too."""
     if "prompt" in given:
-        raise InvalidParameter("prompts", "prompts and prompt exclude each other; give one of them")
+        raise InvalidParameter("prompts", "prompts and prompt cannot both be set; leave one out")
     listed = prompts if isinstance(prompts, list | tuple) else []
     if not 1 <= len(listed) <= MAX_PROMPTS or not all(isinstance(one, str) for one in listed):
         raise InvalidParameter(
@@ -364,8 +366,8 @@ def prompted(given: Mapping[str, Any], prompts: object) -> list[dict[str, Any]]:
 
 
 def encode_prompt(tokenizer: CaptionTokenizer, prompt: str | None) -> list[int]:
-    """The token ids of a prompt, of a model with tasks those of the prompt's task, or of its first.
-    Raises InvalidParameter naming a word that the vocabulary lacks, or a prompt that is no task."""
+    """The token ids of a prompt; for a model with tasks, those of the task, by default the first.
+    Raises InvalidParameter naming a word that is not in the vocabulary, or an unknown task."""
     if tokenizer.tasks:
         return _encode_task(tokenizer.tasks, prompt)
     if prompt is None:
@@ -373,7 +375,7 @@ def encode_prompt(tokenizer: CaptionTokenizer, prompt: str | None) -> list[int]:
     if unknown := tokenizer.unknown_words(prompt):
         word = "".join(c if c.isprintable() else "?" for c in unknown[0][:50])
         raise InvalidParameter(
-            "prompt", f"prompt: the model's vocabulary has no word {word!r}; use another one"
+            "prompt", f"prompt: the word {word!r} is not in the model's vocabulary; use another one"
         )
     ids = tokenizer.encode(prompt)
     if not ids:
@@ -387,23 +389,23 @@ def _encode_task(tasks: Mapping[str, Task], prompt: str | None) -> list[int]:
         return next(iter(tasks.values()))["ids"]
     task = tasks.get(prompt.strip()) or by_words.get(prompt.strip())
     if task is None:
-        given = "".join(c if c.isprintable() else "?" for c in prompt[:50])
+        shown = "".join(c if c.isprintable() else "?" for c in prompt[:50])
         raise InvalidParameter(
             "prompt",
-            f"prompt {given!r} is no task of this model that describes the photo; give "
+            f"prompt {shown!r} is not a captioning task of this model; give "
             f"{' or '.join(tasks)}, or its words",
         )
     return task["ids"]
 
 
 def written_prompt(tokenizer: CaptionTokenizer, prompt_ids: Sequence[int]) -> list[int]:
-    """The ids of a prompt that its caption begins with: none where it is read beside the photo."""
+    """The ids of a prompt that its caption begins with: none if the model has a prompt encoder."""
     return [] if tokenizer.tasks else list(prompt_ids)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a checkpoint or export. Raises UserError naming the file, and the field
-    that is missing."""
+    """Reads the `config.json` of a checkpoint or export. Raises UserError naming the file and the
+    field that is missing."""
     path = directory / "config.json"
     if not path.exists():
         raise UserError(
@@ -413,7 +415,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     for section in ("model", "preprocessing", "tokenizer"):
         if not isinstance(config.get(section), dict):
             raise UserError(f"{path}: field {section!r} is missing; write the folder again")
-    # Checkpoints of version 1.0 have no number and are as today's; its exports are not.
+    # Checkpoints of version 1.0 have no format number and can still be read; its exports cannot.
     number = config.get("format", 0 if "precision" in config else FORMAT)
     if number != FORMAT:
         again = "export the checkpoint" if "precision" in config else "train or import"
@@ -422,8 +424,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def check_config(directory: Path, config: dict[str, Any]) -> None:
-    """Refuses a `config.json` whose parts contradict each other. Raises UserError naming the file
-    and the field."""
+    """Raises UserError naming the file and the field if a `config.json` is invalid or its sections
+    contradict each other."""
     path = directory / "config.json"
     try:
         encoder, decoder = (dict(config["model"][part]) for part in ("encoder", "decoder"))
@@ -469,9 +471,9 @@ def check_config(directory: Path, config: dict[str, Any]) -> None:
 
 
 def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
-    """The tokenizer of a checkpoint or export that has this config. Raises UserError naming the
-    file, and the field of an id that is not in the model's vocabulary: it would be looked up
-    outside the embedding."""
+    """Loads the tokenizer of a checkpoint or export with this config. Raises UserError naming the
+    file and the field if an id is not in the model's vocabulary, since looking it up in the
+    embedding would fail."""
     path = directory / "config.json"
     vocab_size = config["model"]["decoder"]["vocab_size"]
     fields_of = dict(config["tokenizer"])
@@ -507,7 +509,7 @@ def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:
 
 
 def _task_ids(path: Path, tasks: Any) -> dict[str, Any]:
-    """Every id of the tasks, by its place."""
+    """All ids of the tasks, by the names of their fields."""
     ids: dict[str, Any] = {}
     try:
         for name, task in tasks.items():
@@ -527,7 +529,7 @@ def _short(value: object) -> str:
 
 
 def _check_scripts(directory: Path, config: dict[str, Any], encoder: Any, decoder: Any) -> None:
-    """Refuses a `config.json` that is not that of the scripts, before they are packed."""
+    """Raises UserError if a `config.json` does not match the scripts."""
     path = directory / "config.json"
     shape = config["model"]["encoder"]
     if missing := [name for name in DECODER_METHODS if not hasattr(decoder, name)]:
@@ -536,10 +538,11 @@ def _check_scripts(directory: Path, config: dict[str, Any], encoder: Any, decode
             "checkpoint again"
         )
     for name in ("vocab_size", "max_positions"):
-        given, own = config["model"]["decoder"][name], getattr(decoder, name)
-        if given != own:
+        size, scripted = config["model"]["decoder"][name], getattr(decoder, name)
+        if size != scripted:
             raise UserError(
-                f"{path}: field 'model.decoder.{name}' is {_short(given)}, decoder.pt's is {own}"
+                f"{path}: field 'model.decoder.{name}' is {_short(size)}, but decoder.pt has "
+                f"{scripted}"
             )
     positions = dict(encoder.named_parameters()).get("positions")
     if positions is not None:
@@ -548,12 +551,12 @@ def _check_scripts(directory: Path, config: dict[str, Any], encoder: Any, decode
         if positions.size(1) != prefix + grid**2:
             raise UserError(
                 f"{path}: fields 'model.encoder' give {prefix} + {_short(grid)}**2 positions, "
-                f"encoder.pt has {positions.size(1)}"
+                f"but encoder.pt has {positions.size(1)}"
             )
 
 
 def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
-    """A TorchScript file on `device`. Raises UserError where it is missing or damaged."""
+    """Loads a TorchScript file to `device`. Raises UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path}: missing; export the checkpoint again")
     try:
@@ -564,8 +567,8 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
 
 
 def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.ScriptModule:
-    """Ready for inference: the linear layers packed for this processor (see
-    `export.layers`), then frozen."""
+    """Prepares a script for inference: packs the linear layers for this processor (see
+    `export.layers`) and freezes the script."""
     if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
         for module in script.modules():
             if hasattr(module, "prepack"):
@@ -574,8 +577,8 @@ def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.Scr
 
 
 def check_photos(photos: object) -> None:
-    """Raises TypeError for one photo, a path or an array in place of a sequence of photos."""
-    # These are sequences too: of letters and of numbers.
+    """Raises TypeError for a single photo, a path or an array instead of a sequence of photos."""
+    # These types are sequences, too.
     single = isinstance(photos, (str, bytes, bytearray, memoryview))
     if single or not isinstance(photos, Sequence):
         raise TypeError(
@@ -585,25 +588,25 @@ def check_photos(photos: object) -> None:
 
 
 def check_options(options: object, photos: int) -> None:
-    """Raises InvalidParameter for anything but a list of DecodeOptions for so many photos."""
+    """Raises InvalidParameter unless `options` is a list of one DecodeOptions per photo."""
     if not isinstance(options, Sequence):
-        given = f"of type {type(options).__name__}"
+        problem = f"of type {type(options).__name__}"
     elif wrong := [one for one in options if not isinstance(one, DecodeOptions)]:
-        given = f"a list with a {type(wrong[0]).__name__}"
+        problem = f"a list with a {type(wrong[0]).__name__}"
     elif len(options) != photos:
-        given = f"a list of {len(options)}"
+        problem = f"a list of {len(options)}"
     else:
         return
     raise InvalidParameter(
         "options",
-        f"options is {given}; give a list of DecodeOptions, one for each of {photos} photos, as "
+        f"options is {problem}; give a list of DecodeOptions, one for each of {photos} photos, as "
         "Captioner.options makes them",
     )
 
 
 def caption_as_dict(caption: Caption) -> dict[str, Any]:
-    """A caption as the API answers it (`text` is called `caption` there)."""
-    # Not asdict(): it copies every number on its own.
+    """A caption as the API returns it (where `text` is called `caption`)."""
+    # asdict() would be slower: it copies each number.
     return {
         "caption": caption.text,
         "tokens": caption.tokens,

@@ -1,11 +1,12 @@
-"""Encoder and decoder steps replayed as CUDA graphs.
+"""Replays encoder and decoder steps as CUDA graphs.
 
-A captioner is hundreds of small kernels a step, and launching them one by one takes a GPU longer
-than running them. A graph launches all of them at once, but for fixed shapes and addresses: so keys
-and values live in buffers that every search is given anew, and each number of photos, and each
-(photos, queries, time) of a search, has a graph of its own, captured when it first comes up.
+A decoder step launches hundreds of small kernels, and launching them takes longer than running
+them. A graph launches all of them at once, but only for fixed shapes and addresses. Therefore all
+searches use the same buffers for keys and values, and there is one graph of the encoder per number
+of photos, and one graph of the decoder per (photos, queries, step). Each is captured when it is
+first needed.
 
-For one caller at a time: what the next is given lies where the last one's lay.
+Only one thread may use them at a time, because each call overwrites the buffers of the last one.
 """
 
 from collections import OrderedDict
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from handler.beam_search import DecoderWithMaps, KeysValues, first_photos
 
-# Larger searches run as they are: they gain little, and their buffers would stay.
+# Larger searches run without graphs: they gain little, and their buffers would not be freed.
 MOST_PHOTOS, MOST_SLOTS = 32, 512
-# Steps, and caches of keys and values, that are kept, those used last.
+# Maximum number of graphs of steps and of caches; the least recently used ones are dropped.
 STEPS, CACHES = 1024, 8
 
 
 class GraphedEncoder:
-    """`encoder` (images (B, 3, S, S) -> memory (B, P, D)) on a GPU."""
+    """An encoder (images (B, 3, S, S) -> memory (B, P, D)) with one CUDA graph per batch size."""
 
     def __init__(self, encoder: Callable[[Tensor], Tensor]) -> None:
         self._encoder = encoder
@@ -43,7 +44,7 @@ class GraphedEncoder:
 
 
 class GraphedDecoder:
-    """`decoder` on a GPU, as the search wants it. A step writes over the logits of the last."""
+    """A `Decoder` with CUDA graphs. Each step overwrites the logits of the previous one."""
 
     def __init__(self, decoder: DecoderWithMaps) -> None:
         self._decoder = decoder
@@ -55,36 +56,36 @@ class GraphedDecoder:
         self._steps: OrderedDict[tuple[int, ...], _Graph] = OrderedDict()
 
     def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
-        """As `Decoder.begin`, in the buffers kept for as many photos."""
+        """Like `Decoder.begin`, with the result in a buffer for this number of photos."""
         with torch.jit.optimized_execution(False):
-            made = self._decoder.begin(memory_BPD, prompt_BT)
-        photos, *shape = made.keys[0].shape
+            computed = self._decoder.begin(memory_BPD, prompt_BT)
+        photos, *shape = computed.keys[0].shape
         if photos > MOST_PHOTOS:
-            return made
-        room = _power_of_two(photos)
-        kept = self._memories.get((room, *shape))
-        if kept is None:
-            room_for = [[t.new_empty([room, *t.shape[1:]]) for t in part] for part in made]
-            kept = KeysValues(*room_for)
-            self._memories[room, *shape] = kept
-        memory = first_photos(kept, photos)
-        torch._foreach_copy_([*memory.keys, *memory.values], [*made.keys, *made.values])
+            return computed
+        capacity = _power_of_two(photos)
+        buffer = self._memories.get((capacity, *shape))
+        if buffer is None:
+            empty = [[t.new_empty([capacity, *t.shape[1:]]) for t in part] for part in computed]
+            buffer = KeysValues(*empty)
+            self._memories[capacity, *shape] = buffer
+        memory = first_photos(buffer, photos)
+        torch._foreach_copy_([*memory.keys, *memory.values], [*computed.keys, *computed.values])
         return memory
 
     def new_cache(self, photos: int, slots: int) -> KeysValues:
-        """Self-attention keys and values, with room for at least as many slots; what is in them is
-        written before it is read."""
+        """A buffer for self-attention keys and values with at least `slots` slots. It is not
+        cleared: each slot is written before it is read."""
         if photos > MOST_PHOTOS or slots > MOST_SLOTS:
             return self._decoder.new_cache(photos, slots)
-        room = _power_of_two(photos), _power_of_two(slots)
-        if room not in self._caches:
-            self._caches[room] = self._decoder.new_cache(*room)
-        self._caches.move_to_end(room)
+        capacity = _power_of_two(photos), _power_of_two(slots)
+        if capacity not in self._caches:
+            self._caches[capacity] = self._decoder.new_cache(*capacity)
+        self._caches.move_to_end(capacity)
         if len(self._caches) > CACHES:
             _, oldest = self._caches.popitem(last=False)
             for key in [key for key in self._steps if oldest.keys[0].data_ptr() in key[-2:]]:
                 del self._steps[key]
-        return first_photos(self._caches[room], photos)
+        return first_photos(self._caches[capacity], photos)
 
     def attention(
         self,
@@ -94,7 +95,7 @@ class GraphedDecoder:
         memory_BPD: Tensor,
         prompt_BT: Tensor | None = None,
     ) -> Tensor:
-        """As `Decoder.attention`."""
+        """Like `Decoder.attention`, without a graph."""
         inputs = (tokens_BQ, positions_BQ, mask_BQS)
         with torch.jit.optimized_execution(False):
             return self._decoder.attention(*inputs, memory_BPD, prompt_BT)
@@ -108,7 +109,7 @@ class GraphedDecoder:
         cache: KeysValues,
         memory: KeysValues,
     ) -> Tensor:
-        """As `Decoder.prefill`; never a graph, since prompts have all lengths."""
+        """Like `Decoder.prefill`, without a graph, because prompts have many lengths."""
         with torch.jit.optimized_execution(False):
             return self._decoder.prefill(tokens_BQ, positions_BQ, mask_BQQ, real_BQ, cache, memory)
 
@@ -121,10 +122,10 @@ class GraphedDecoder:
         used: int,
         memory: KeysValues,
     ) -> Tensor:
-        """As `Decoder.step`."""
+        """Like `Decoder.step`, with a graph if `cache` is one of the buffers."""
         inputs = (tokens_BQ, positions_BQ, mask_BQS)
         address = cache.keys[0].data_ptr()
-        if not any(address == kept.keys[0].data_ptr() for kept in self._caches.values()):
+        if not any(address == buffer.keys[0].data_ptr() for buffer in self._caches.values()):
             with torch.jit.optimized_execution(False):
                 return self._decoder.step(*inputs, cache, used, memory)
         key = (*tokens_BQ.shape, used, address, memory.keys[0].data_ptr())
@@ -139,7 +140,8 @@ class GraphedDecoder:
 
 
 class _Graph:
-    """One captured function: what it reads is copied in before each replay."""
+    """A function captured as a CUDA graph. Its inputs are copied to fixed buffers before each
+    replay."""
 
     def __init__(
         self,
@@ -148,14 +150,15 @@ class _Graph:
         outputs: dict[tuple[int, ...], Tensor],
         pool: Any,
     ) -> None:
-        """`run` takes `inputs`. What it gives goes into the tensor of `outputs` for the shape of
-        the first of them: one for all graphs, since the pool's own is the next graph's, too."""
-        self.inputs = [given.clone() for given in inputs]
+        """Captures `run(*inputs)`. The result is copied to the tensor of `outputs` for the shape of
+        the first input. All graphs share these tensors, because the next graph may overwrite a
+        tensor in the shared memory pool."""
+        self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
         self.device = inputs[0].device
-        # As it stands: what TorchScript's optimizer would compile cannot be compiled in a capture.
+        # Without TorchScript's optimizer, which would compile kernels during the capture.
         with torch.cuda.device(self.device), torch.jit.optimized_execution(False):
-            # Libraries make their handles and workspaces in the first run on a stream.
+            # The first run on a stream creates the handles and workspaces of libraries.
             stream = _side_stream(self.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -166,8 +169,8 @@ class _Graph:
                 self.output.copy_(run(*self.inputs))
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
+        for buffer, tensor in zip(self.inputs, inputs, strict=True):
+            buffer.copy_(tensor)
         with torch.cuda.device(self.device):
             self.graph.replay()
         return self.output
@@ -175,10 +178,10 @@ class _Graph:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs: torch's allocator keeps what is freed for its own stream alone."""
+    """One stream for all graphs: torch's allocator reuses memory only on the same stream."""
     return torch.cuda.Stream(device)
 
 
 def _power_of_two(count: int) -> int:
-    """The least one that is not below `count`."""
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

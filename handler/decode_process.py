@@ -1,13 +1,15 @@
 """Decodes photos that are not known to be cheap in a separate process, which the system ends if it
 takes more processor time or memory than is allowed for the size of the photo.
 
-The process is an interpreter without torch. It is started when the first such photo comes, takes
-one photo after the other, and ends when the process that started it does. Its limits are the
-system's (a timer of processor time, a limit on its address space), so that they hold within a
-decoder's C code as well; it decodes in a fork, which is all that a photo ends.
+The process is an interpreter without torch. It is started for the first such photo, decodes one
+photo after the other, and ends when the process that started it does. The operating system enforces
+the limits (a timer of processor time, a limit on the address space), so that they also apply within
+a decoder's C code. Photos are decoded in a fork of the process; a photo above a limit ends only the
+fork.
 
-Over a socket: the photo goes in, as a file in memory whose descriptor is sent; its size comes back
-once its header is read and checked, then its pixels in another such file; or what is wrong.
+The processes communicate over a socket. The photo is sent as the descriptor of a file in memory.
+The answer is its size, when its header has been checked, and then the pixels in another such file;
+or an error.
 """
 
 import atexit
@@ -32,31 +34,32 @@ from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
 from handler.image_decode import Resizing
 from handler.image_walk import Effort
 
-# Processor seconds and bytes of memory that a photo may take. The limit is 2 s in all, and one more
-# for every 16 megapixels, with the start of the process; but neighbours in a batch wait for it, and
-# no ordinary photo needs as much.
+# Processor seconds and bytes of memory that a photo may take. The documented limit is 2 s, and 1 s
+# more for every 16 megapixels, including the start of the process. These values are lower, because
+# other requests of the batch wait, and no ordinary photo needs as much.
 SECONDS, PIXELS_A_SECOND = 0.6, 16e6
-# The share of it for a photo that nothing is known about: a photo that is bounded, AVIF, HEIC or
-# large, needs more.
+# The share of this time for photos of Effort.UNKNOWN. Those of Effort.BOUNDED (AVIF, HEIC, large
+# photos) need more.
 UNKNOWN_SHARE = 0.5
-# Any photo may take this, however slow others of its batch were: ordinary ones of a megapixel do.
+# Every photo may take this time, however slow others in the batch were. An ordinary photo of one
+# megapixel needs it.
 LEAST_SECONDS = 0.1
 MEMORY, MEMORY_A_PIXEL = 512 * 2**20, 12
-# An ordinary photo is decoded faster than this; what takes longer is slow for its size.
+# Ordinary photos are decoded faster than this; others are slow for their size.
 ORDINARY_PIXELS_A_SECOND = 9e6
-# Limits on elapsed time, with room for a process that has to wait for a processor.
+# Limits on elapsed time, which include waiting for a processor.
 WALL_FACTOR, WALL_SECONDS = 8, 5
-REQUEST = struct.Struct("<d4s?ii??")  # patience, kind, whether it is resized, and how
+REQUEST = struct.Struct("<d4s?ii??")  # share, kind, whether it is resized, Resizing
 UNSIZED = Resizing(0, 0, False, False)
-# One arena, which keeps the pages of one photo for the next (the system takes 1 us to give a page),
-# as that of any process does that has once freed a larger array.
+# One arena, which reuses the pages of one photo for the next: the system needs 1 us to provide a
+# page. In other processes, glibc raises these thresholds itself when a larger array is freed.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
 }
-# What the process may answer instead of a photo.
+# The errors that the process may return.
 REFUSALS = {kind.__name__: kind for kind in (InvalidImage, ImageTooLarge, ImageTooComplex)}
 TOO_COMPLEX = "decoding the image would take too much time or memory"
 START = (
@@ -72,13 +75,13 @@ def seconds_for(size: tuple[int, int], share: float) -> float:
 
 @dataclass
 class Patience:
-    """The share of its time that a photo may take while others wait for it. However many photos
-    of a batch are slow, together they take little longer than the slowest one may."""
+    """The share of its time limit that the next photo of a batch may take. It falls after each slow
+    photo, so that all slow photos of a batch together take little longer than the limit of one."""
 
     share: float = 1.0
 
     def spend(self, seconds: float) -> None:
-        """After a photo that was `seconds` slower than ordinary ones of its size."""
+        """Lowers the share after a photo that took `seconds` longer than an ordinary one."""
         least = min(self.share, 0.4) / 2
         self.share = max(self.share - max(0.0, seconds) / SECONDS, least)
 
@@ -86,9 +89,9 @@ class Patience:
 def decode_elsewhere(
     data: bytes, kind: str, effort: Effort, resizing: Resizing | None, patience: Patience
 ) -> Image.Image:
-    """The photo in RGB, as `handler.image_decode.decode_photo` returns it, or resized, which is
-    less to transfer. Raises InvalidImage, and ImageTooComplex if the process needs too much time or
-    memory."""
+    """The photo in RGB, as `handler.image_decode.decode_photo` returns it. With `resizing` the
+    process resizes it, so that fewer pixels are transferred. Raises InvalidImage, and
+    ImageTooComplex if the process needs too much time or memory."""
     process = _idle.take()
     try:
         image = process.decode(data, kind, effort, resizing, patience)
@@ -103,12 +106,12 @@ def decode_elsewhere(
 
 
 def memory_file() -> BinaryIO:
-    """A new file in memory, not buffered."""
+    """A new, unbuffered file in memory."""
     return os.fdopen(os.memfd_create("photo"), "wb", buffering=0)
 
 
 class DecodeProcess:
-    """A decoding process, as seen by the process that uses it."""
+    """The decoding process from the side of the process that uses it."""
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair()
@@ -121,7 +124,7 @@ class DecodeProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, **ENVIRONMENT},
-                process_group=0,  # Ctrl-C is for the one who started it
+                process_group=0,  # Ctrl-C must only reach the process that started it
             )
         self.alive = True
 
@@ -139,7 +142,7 @@ class DecodeProcess:
                 )
                 socket.send_fds(self.socket, [request], [file.fileno()])
             answer = self._answer(seconds_for((0, 0), share))
-            if "seconds" not in answer:  # of the header alone
+            if "seconds" not in answer:  # this is the answer about the header
                 width, height = answer["size"]
                 pixels = width * height
                 answer = self._answer(seconds_for((width, height), share))
@@ -152,7 +155,7 @@ class DecodeProcess:
         except (OSError, EOFError, ValueError) as error:
             self.end()
             if self.process.returncode > 0:
-                raise RuntimeError("the process that decodes photos does not start") from error
+                raise RuntimeError("the process that decodes photos failed to start") from error
             patience.spend(math.inf)
             raise ImageTooComplex(TOO_COMPLEX) from error
         width, height = answer["size"]
@@ -165,8 +168,9 @@ class DecodeProcess:
             )
 
     def _answer(self, seconds: float) -> dict[str, Any]:
-        """The next line from the process, for which it may use `seconds` of processor time: `size`
-        and, at the end, the `seconds` that the photo took; or `error` and `message`."""
+        """Reads the next line from the process, which may use `seconds` of processor time for it.
+        It contains `size` and, after decoding, the `seconds` that the photo took; or `error` and
+        `message`."""
         wall = WALL_SECONDS + WALL_FACTOR * seconds
         line = b""
         while not line.endswith(b"\n"):
@@ -179,7 +183,8 @@ class DecodeProcess:
         return dict(json.loads(line))
 
     def is_ready(self) -> bool:
-        """Whether it waits for a photo: it lives, and has not told of an end between two photos."""
+        """Whether the process runs and waits for a photo. If its fork has ended meanwhile, an error
+        can be read from the socket."""
         return self.process.poll() is None and not select.select([self.socket], [], [], 0)[0]
 
     def end(self) -> None:
@@ -188,13 +193,13 @@ class DecodeProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(0.2)
         if self.process.returncode is None:
-            # With its fork, which need not notice.
+            # The group includes its fork, which may not notice that the socket is closed.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class _Idle:
-    """The idle decoding processes of this process. A fork does not inherit those of its parent."""
+    """The idle decoding processes of this process. After a fork, the child starts with none."""
 
     def __init__(self) -> None:
         self.clear()

@@ -1,5 +1,5 @@
-"""The process that `handler.decode_process` starts: decodes photos one by one within limits of the
-system on processor time and address space."""
+"""The process that `handler.decode_process` starts. It decodes one photo after the other, with
+limits of the operating system on processor time and address space."""
 
 import contextlib
 import json
@@ -25,18 +25,19 @@ from handler.decode_process import (
 from handler.errors import ImageTooComplex, InvalidImage
 from handler.image_decode import Resizing, decode_photo, open_photo
 
-# Threads that decode one AVIF or HEIC, and address space that is mapped and never touched: their
-# stacks of 8 MiB, arenas of the allocator.
+# Threads that decode one AVIF or HEIC photo. Address space that is mapped but not used, and not
+# counted as the photo's: stacks of 8 MiB and arenas of the allocator.
 THREADS = min(4, os.cpu_count() or 1)
 UNTOUCHED = 64 * 2**20
 CRASHED = "the image is damaged: its decoder failed"
-# A photo is reduced to no less than so many times the side that it will be resized to.
+# Before a photo is resized, it is reduced by an integer factor, to at least GAP times that size.
 GAP = 3
 
 
 def serve(descriptor: int) -> None:
-    """Decodes photos from a socket until it is closed, in a fork. A photo that ends the fork is
-    answered here, and the next one goes to a new fork: that takes 2 ms, an interpreter 200."""
+    """Decodes photos from a socket in a fork until the socket is closed. If a photo ends the fork,
+    this process returns the error and creates a new fork, which takes 2 ms instead of the 200 ms of
+    a new interpreter."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = THREADS
     pi_heif.options.DECODE_THREADS = THREADS
     pi_heif.register_heif_opener(thumbnails=False)
@@ -52,7 +53,7 @@ def serve(descriptor: int) -> None:
                 return
             damaged = end in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
             error = InvalidImage(CRASHED) if damaged else ImageTooComplex(TOO_COMPLEX)
-            with contextlib.suppress(OSError):  # nobody listens any more: the next fork ends
+            with contextlib.suppress(OSError):  # the socket is closed, and the next fork will end
                 _refuse(connection, error, math.inf)
 
 
@@ -80,7 +81,7 @@ def _decode_all(connection: socket.socket) -> None:
 
 
 class Timer:
-    """Ends this process when a photo has taken its share of the time that it may take."""
+    """Ends this process when a photo has taken its share of the time limit."""
 
     def __init__(self, share: float) -> None:
         self.share, self.seconds = share, seconds_for((0, 0), share)
@@ -90,13 +91,13 @@ class Timer:
         return self.seconds - signal.getitimer(signal.ITIMER_PROF)[0]
 
     def extend(self, size: tuple[int, int]) -> None:
-        """To the time that a photo of this size may take."""
+        """Raises the limit to that of a photo of this size."""
         spent = self.spent()
         self.seconds = seconds_for(size, self.share)
         signal.setitimer(signal.ITIMER_PROF, max(0.001, self.seconds - spent))
 
     def stop(self) -> float:
-        """The seconds that it took."""
+        """Stops the timer; returns the seconds of processor time that were used."""
         spent = self.spent()
         signal.setitimer(signal.ITIMER_PROF, 0)
         return spent
@@ -110,20 +111,20 @@ def _decode(
     timer: Timer,
     base: int,
 ) -> None:
-    """`base` bytes of address space are not the photo's."""
+    """Decodes one photo. `base` bytes of address space are excluded from its limit."""
     _limit_memory(base + MEMORY)
     image = open_photo(data, kind)
     timer.extend(image.size)
     _limit_memory(base + max(MEMORY, MEMORY_A_PIXEL * image.width * image.height))
-    _say(connection, {"size": image.size})
+    _send(connection, {"size": image.size})
     rgb = decode_photo(image, data, None if resizing is None else resizing.side)
     del image
     if resizing is not None:
-        # As JPEG's draft mode does: a bicubic filter over so many pixels takes long.
+        # Like the draft mode of JPEG: a bicubic filter over all pixels would be slow.
         rgb = resizing.apply(rgb.reduce(max(1, min(rgb.size) // (GAP * resizing.side))))
     with memory_file() as file:
-        rgb.save(file, "PPM")  # a line of text, then the pixels, without a copy of them
-        _say(connection, {"size": rgb.size, "seconds": timer.stop()})
+        rgb.save(file, "PPM")  # a header line, then the pixels, written without a copy
+        _send(connection, {"size": rgb.size, "seconds": timer.stop()})
         socket.send_fds(connection, [b"\0"], [file.fileno()])
 
 
@@ -136,9 +137,8 @@ def _limit_memory(limit: int | None) -> None:
 
 
 def _refuse(connection: socket.socket, error: InvalidImage, seconds: float) -> None:
-    said = {"error": type(error).__name__, "message": str(error), "seconds": seconds}
-    _say(connection, said)
+    _send(connection, {"error": type(error).__name__, "message": str(error), "seconds": seconds})
 
 
-def _say(connection: socket.socket, answer: dict[str, Any]) -> None:
+def _send(connection: socket.socket, answer: dict[str, Any]) -> None:
     connection.sendall(json.dumps(answer).encode() + b"\n")

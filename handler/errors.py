@@ -1,4 +1,4 @@
-"""What a person sees when input is bad: one line and exit status 2, never a traceback."""
+"""Errors for users: one line and exit status 2 instead of a traceback."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-# Errors of the machine that the user can mend: no space, quota, read-only, permission, ...
+# Errors of the system that the user can fix: no space, quota, read-only, permission, ...
 NOT_OURS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ELOOP),
@@ -21,29 +21,29 @@ INTERRUPT = signal.default_int_handler
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message is one line that names the file, the field
-    and the way out."""
+    """An error in the user's input. The message is one line that names the file and the field, and
+    says what to do."""
 
 
 class InvalidImage(UserError):
-    """It starts like a photo of a known format but cannot be decoded."""
+    """The content starts like a photo of a supported format but cannot be decoded."""
 
 
 class UnsupportedMediaType(InvalidImage):
-    """It is not of a known format at all."""
+    """The content does not start like a photo of any supported format."""
 
 
 class ImageTooLarge(InvalidImage):
-    """More bytes or more pixels than are taken."""
+    """The photo has more bytes or more pixels than the limit."""
 
 
 class ImageTooComplex(InvalidImage):
-    """Decoding it would take more time or memory than a photo of its size may take."""
+    """Decoding the photo would take more time or memory than the limit for its size."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors about fields begin with the file that the fields are from."""
+    """Adds the name of the file to errors about its fields."""
     try:
         yield
     except UserError as error:
@@ -51,16 +51,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but an error is one line on standard error and exit status 2."""
+    """An argparse parser whose errors are one line on standard error, with exit status 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {self.prog}: {message} (--help lists the options)\n")
 
 
 def end_on_interrupt() -> None:
-    """Where Python runs one of this project's commands (`python -m`): until its `main` begins,
-    Ctrl-C ends it with one line and status 130. Its imports take seconds, and an exception raised
-    within them is a traceback, or is taken by a library for something that is not installed."""
+    """Makes Ctrl-C end a command of this project (`python -m`) with one line and status 130 while
+    its modules are imported, which takes seconds. A KeyboardInterrupt in an import would print a
+    traceback, or a library would treat it as a missing dependency."""
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     ours = module.split(".")[0] in ("handler", "training", "export")
@@ -75,14 +75,14 @@ def _end(*_: object) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a program's `main`; a `UserError` becomes one line and exit status 2."""
+    """Runs the `main` of a command; a `UserError` becomes one line and exit status 2."""
     imported = signal.getsignal(signal.SIGINT) is _end
     if imported:
         signal.signal(signal.SIGINT, INTERRUPT)
     try:
         run_main(main)
     finally:
-        if imported:  # what is still to be ended is worth no traceback
+        if imported:  # no traceback for Ctrl-C while the interpreter shuts down
             signal.signal(signal.SIGINT, _end)
 
 
@@ -96,14 +96,14 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}" if str(error) else "error: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output (`| head`) went away; that is not an error of ours.
+        # The reader of our output (`| head`) has ended, which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        # A full disk, a folder without permission: nothing that a traceback would explain.
+        # A traceback would not help with a full disk or a missing permission.
         if error.errno not in NOT_OURS:
             raise
-        path = error.filename2 or error.filename  # of two, the one that was to be written
+        path = error.filename2 or error.filename  # the second one is the destination
         name = f"{path}: " if path else ""
         print(f"error: {name}{error.strerror}; what existed before is unchanged", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,4 @@
-"""Files and folders that are written whole or not at all, and JSON that is read with an error that
-names its file."""
+"""Writes files and folders atomically, and reads JSON with errors that name the file."""
 
 import fcntl
 import json
@@ -16,19 +15,19 @@ from typing import Any
 
 from handler.errors import UserError
 
-# The number that every marker file carries as `"format"`. A change of what a folder holds that an
-# older reader would misread raises it.
+# The value of `"format"` in every marker file. It is increased when a change to the files of a
+# folder would mislead older versions.
 FORMAT = 1
 
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What one command writes into its folder, so that it replaces nothing else.
+    """Describes the folders that one command writes, so that it never replaces any other folder.
 
-    `name` is what messages call it ("an export"); `marker` is the JSON file that tells the kind, by
-    the `fields` that no other kind's has; `files` are patterns (fnmatch, the names at the top of
-    the folder) of everything that the command ever writes there, the marker included. A file of
-    `sure` tells the kind by its name alone.
+    `name` is used in messages ("an export"). `marker` is a JSON file that identifies the kind by
+    its `fields`, which no other kind has. `files` are patterns (fnmatch) for the names of all files
+    at the top of the folder, including the marker. A file of `sure` identifies the kind by its name
+    alone.
     """
 
     name: str
@@ -39,21 +38,18 @@ class FolderKind:
 
 
 def check_apart(out: Path, inputs: Iterable[Path | str]) -> None:
-    """Raises UserError where `out` is one of the `inputs`, or above or below one."""
+    """Raises UserError if `out` is one of the `inputs`, or above or below one."""
     real = Path(os.path.realpath(out))
-    for given in inputs:
-        source = Path(os.path.realpath(given))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
         if real == source or real in source.parents or source in real.parents:
             where = "is" if real == source else "is above" if real in source.parents else "is below"
-            raise UserError(f"{out}: the output {where} the input {given}; choose another folder")
+            raise UserError(f"{out}: the output {where} the input {path}; choose another folder")
 
 
 def check_replaceable(out: Path, kind: FolderKind, inputs: Iterable[Path | str] = ()) -> None:
-    """Refuses to replace `out` unless it is absent, empty, or a folder that the command of `kind`
-    wrote and nobody added to. It must not be one of the `inputs`, nor above or below one.
-
-    Raises UserError that names the folder and the way out.
-    """
+    """Raises UserError unless `out` is missing, empty, or a folder of this `kind` without any other
+    files, and if it is one of the `inputs`, or above or below one."""
     check_apart(out, inputs)
     real = Path(os.path.realpath(out))
     if not real.exists():
@@ -87,18 +83,18 @@ def _is_marked(marker: Path, kind: FolderKind) -> bool:
 def replace_folder(
     out: Path, kind: FolderKind, inputs: Iterable[Path | str] = ()
 ) -> Iterator[Path]:
-    """Yields an empty folder beside `out`; when the block ends without an exception, that folder
-    takes the place of `out`. Otherwise it is removed and `out` stays as it was.
+    """Yields a new folder, which replaces `out` when the block ends without an exception. After an
+    exception it is removed, and `out` is unchanged.
 
-    Raises UserError where `out` must not be replaced (see `check_replaceable`) or where another
-    process is writing it.
+    Raises UserError if `out` must not be replaced (see `check_replaceable`) or if another process
+    is writing it.
     """
     inputs = list(inputs)
     real = Path(os.path.realpath(out))
     check_replaceable(out, kind, inputs)
     with locked(out):
         new, old = (real.with_name(f".{real.name}.{state}") for state in ("new", "old"))
-        # What a killed process left: the lock says that nobody is at work on it.
+        # Left by a killed process: because of the lock, no other process is using them.
         if old.exists() and not real.exists():
             old.rename(real)
         for leftover in (new, old):
@@ -127,8 +123,9 @@ def replace_folder(
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds `path` (a file or folder, there or not) for this process, by a lock file beside it that
-    ends with the process. Raises UserError where another process holds it."""
+    """Locks `path` (a file or folder, which need not exist) for this process, with a lock file in
+    the same folder. The lock ends with the process. Raises UserError if another process holds it.
+    """
     real = Path(os.path.realpath(path))
     lock = real.with_name(f".{real.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +138,7 @@ def locked(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{path}: another process is writing it; wait until it has ended"
             ) from None
-        # The holder before us may have removed the file between our open and our lock.
+        # The previous holder may have removed the file between our open and our lock.
         if lock.exists() and os.path.samestat(os.stat(lock), os.fstat(handle)):
             break
         os.close(handle)
@@ -153,7 +150,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file."""
+    """Writes a temporary file and renames it, so that a reader never sees an incomplete file."""
     data = content.encode() if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
@@ -161,16 +158,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields the path of an empty file beside `path`; when the block ends without an exception,
-    that file takes the place of `path`, with its permissions. Otherwise it is removed and `path`
-    stays as it was."""
+    """Yields the path of an empty file, which replaces `path` and gets its permissions when the
+    block ends without an exception. After an exception it is removed, and `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; the umask is only readable by setting it.
+        # mkstemp creates private files. The umask can only be read by setting it.
         umask = os.umask(0)
         os.umask(umask)
         usual = 0o666 & ~umask
@@ -179,12 +175,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk has no name
+            error.filename = str(path)  # the error of a full disk does not name the file
         raise
 
 
 def read_json(path: Path) -> Any:
-    """The JSON content of a file. Raises UserError that names the file: missing, unreadable, not
+    """Reads a JSON file. Raises UserError naming the file if it is missing, not readable, not
     UTF-8, not JSON, or nested too deeply."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -196,7 +192,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError as `read_json` does, and for any other value."""
+    """Reads a JSON object. Raises UserError as `read_json` does, and for any other JSON value."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a JSON object")

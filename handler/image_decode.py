@@ -32,7 +32,7 @@ PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif"),
     *(".bmp", ".gif", ".tif", ".tiff"),
 )
-# Sizes of the BMP headers in use: "BM" alone is also the beginning of texts.
+# Sizes of BMP headers, because a text may also begin with "BM".
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
 # The transpositions that undo EXIF's orientations 2 to 8.
@@ -141,8 +141,8 @@ def decode_photo(image: Image.Image, data: bytes = b"", min_side: int | None = N
 
 
 class OneFrame:
-    """Pillow's decoder of a WebP or an AVIF, forgotten as soon as it has given one frame: its own
-    buffers take 8 bytes a pixel, which would still be held while the frame is copied."""
+    """Pillow's decoder of a WebP or AVIF, released after one frame. Its buffers take 8 bytes per
+    pixel, which would otherwise be held while the frame is copied."""
 
     def __init__(self, decoder: Any) -> None:
         self.decoders = [decoder]
@@ -230,12 +230,12 @@ def to_rgb(image: Image.Image, data: bytes = b"") -> Image.Image:
 
 
 def over_white_by_key(image: Image.Image, data: bytes) -> Image.Image:
-    """A PNG whose pixels of one colour are transparent. The key has as many bits as the file;
-    Pillow compares it with the 8 bits a channel that it decodes to."""
+    """Replaces the transparent colour of a PNG by white. This colour has as many bits as the file;
+    Pillow would compare it with the decoded pixels, which have 8 bits per channel."""
     bits, key = data[24], image.info.pop("transparency")
     low = None
     if image.mode == "RGB" and bits == 16:
-        # Decoded a second time for the low byte of each channel.
+        # Decode the PNG again for the low byte of each channel.
         low = Image.open(io.BytesIO(data), formats=["PNG"])
         low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
         low.load()

@@ -1,4 +1,4 @@
-"""The bytes of a photo to an RGB picture to a normalized tensor.
+"""Converts the bytes of a photo to an RGB picture, and that to a normalized tensor.
 
 Training, evaluation and serving all use this preprocessing, so that a model never gets two versions
 of a photo.
@@ -102,7 +102,7 @@ class PreprocessConfig:
 
     @property
     def resizing(self) -> Resizing:
-        """What of this changes the size of a photo."""
+        """The fields that determine how a photo is resized."""
         side = self.resize_to or self.image_size
         bicubic = self.interpolation == "bicubic"
         return Resizing(self.image_size, side, self.resize == "crop", bicubic)

@@ -1,10 +1,10 @@
-"""What the model server tells of itself through TorchServe's metrics: `GET /metrics` on the metrics
-port, in Prometheus' format.
+"""Metrics of the model server, which TorchServe returns for `GET /metrics` on the metrics port, in
+the format of Prometheus.
 
-TorchServe learns a metric from its first line (`model_metrics_auto_detect` in config.properties).
-Its other way, a file of names that `metrics_config` points to, is looked for where the server
-happens to be started; where it is not found, no worker comes up. Histogram buckets are TorchServe's
-own, 5 ms to 10 s; the size of a batch fits them as a number.
+TorchServe registers a metric when it is first logged (`model_metrics_auto_detect` in
+config.properties). The alternative, a file that `metrics_config` names, is searched in the folder
+where the server is started; if it is missing, no worker starts. Histograms have TorchServe's own
+buckets, from 5 ms to 10 s; the size of a batch fits into them as a number.
 """
 
 import time
@@ -15,19 +15,19 @@ from typing import Any
 from ts.metrics.metric_type_enum import MetricTypes
 
 COUNTER, HISTOGRAM = MetricTypes.COUNTER, MetricTypes.HISTOGRAM
-# Name -> kind, unit, labels beside the model's name. deploy/grafana-dashboard.json draws them.
+# Name -> kind, unit, labels besides the model's name. deploy/grafana-dashboard.json plots them.
 METRICS: dict[str, tuple[MetricTypes, str, tuple[str, ...]]] = {
-    # Photos that were captioned, tokens of the captions that were answered.
+    # Photos that were captioned, and tokens of the captions that were returned.
     "captioner_photos_total": (COUNTER, "count", ()),
     "captioner_tokens_total": (COUNTER, "count", ()),
-    # Requests that were refused or failed, by the type in their answer.
+    # Requests that were refused or failed, by the type of the error.
     "captioner_errors_total": (COUNTER, "count", ("Type",)),
-    # Requests that were handed over together, bad ones included.
+    # Requests in one batch, including invalid ones.
     "captioner_batch_size": (HISTOGRAM, "count", ()),
-    # One photo: its bytes to the model's input.
+    # Decoding and preprocessing of one photo.
     "captioner_decode_seconds": (HISTOGRAM, "seconds", ()),
-    # One batch: its photos through the encoder, then the captions from their memory. On a GPU the
-    # encoder's work is waited for, and so counted, by the search.
+    # Encoder and search of one batch. On a GPU, which works asynchronously, the search waits for
+    # the encoder, whose time is therefore included in that of the search.
     "captioner_encode_seconds": (HISTOGRAM, "seconds", ()),
     "captioner_search_seconds": (HISTOGRAM, "seconds", ()),
 }
@@ -45,12 +45,12 @@ class ServerMetrics:
         }
 
     def add(self, name: str, value: float, *labels: str) -> None:
-        """Counts `value` more, or puts it into a histogram."""
+        """Adds `value` to a counter or a histogram."""
         self.metrics[name].add_or_update(value, [self.model, *labels])
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Puts the seconds of a block into a histogram, unless it raises."""
+        """Adds the seconds of a block to a histogram, unless the block raises."""
         start = time.perf_counter()
         yield
         self.add(name, time.perf_counter() - start)

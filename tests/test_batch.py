@@ -246,7 +246,7 @@ def test_a_shard_whose_reading_ends_the_process_is_given_up():
 
     rows = process._rows_singly(Child(), Shard("x.tar", "tar", "x.tar"))
     assert next(rows) == {"id": "a"}
-    with pytest.raises(UserError, match="behind photo 1: its worker ended with status -11"):
+    with pytest.raises(UserError, match="after photo 1: its worker ended with status -11"):
         next(rows)
 
 
@@ -366,7 +366,7 @@ def test_a_shard_that_ends_every_actor_is_given_up_and_the_job_goes_on(tmp_path)
 
 
 def test_workers_that_die_at_their_start_end_the_job(tmp_path):
-    with pytest.raises(UserError, match="die while they load export"):
+    with pytest.raises(UserError, match="export: workers died while they loaded it"):
         caption_with(lambda *_: Engine.exceptions.RayError("no memory"), tmp_path)
 
 
@@ -408,7 +408,7 @@ def test_a_second_driver_and_a_part_that_is_none_are_refused(
     thesis = tmp_path / "thesis.json"
     thesis.write_text('{"title": "of the user"}')
     for path in (thesis, tmp_path, Path("/dev/null")):
-        with pytest.raises(UserError, match=f"{path}: no figures of a batch are there"):
+        with pytest.raises(UserError, match="does not contain the figures of a batch"):
             run_command(monkeypatch, *given, f"--metrics={path}")
     assert thesis.read_text() == '{"title": "of the user"}' and not out.exists()
 

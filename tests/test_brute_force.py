@@ -188,10 +188,10 @@ def test_prompts_of_all_lengths_in_one_batch(fields):
     ("positions", "prompt", "longest", "message"),
     [
         (9, 4, 4, None),
-        (9, 5, 1, "prompt has 5 tokens; the most are 4"),
-        (9, 4, 5, "max_new_tokens must be an integer from 1 to 4, the model's limit behind a"),
+        (9, 5, 1, "prompt has 5 tokens; the maximum is 4"),
+        (9, 4, 5, "max_new_tokens must be an integer from 1 to 4, the model's limit after a"),
         (9, 0, 8, None),
-        (2, 1, 1, "prompt has 1 tokens; the most are 0"),
+        (2, 1, 1, "prompt has 1 tokens; the maximum is 0"),
         (3, 1, 1, None),
     ],
 )

@@ -123,7 +123,7 @@ def test_what_changed_is_captioned_again(folder, tmp_path, capsys, change, asked
     assert list(after) == NAMES and len(rows_of(out)) == len(NAMES)
     assert [name for name in NAMES if after[name] != before[name]] == again
     printed = capsys.readouterr().out
-    assert f"{len(again)} captioned, {len(NAMES) - len(again)} were there" in printed
+    assert f"{len(again)} captioned, {len(NAMES) - len(again)} unchanged" in printed
     assert f"captioned again: {says}" in printed
 
 
@@ -137,7 +137,7 @@ def test_nothing_changed_is_one_question(folder, tmp_path, capsys):
     caption_folder(asked, folder, out, {})
     assert len(asked.photos) == 1
     assert (out.read_bytes(), out.stat().st_ino) == (whole, number)
-    assert capsys.readouterr().out == f"{out}: 0 captioned, 3 were there\n"
+    assert capsys.readouterr().out == f"{out}: 0 captioned, 3 unchanged\n"
 
 
 def test_rows_of_an_earlier_version_are_captioned_again(folder, tmp_path, capsys):

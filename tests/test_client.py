@@ -324,10 +324,10 @@ def test_a_folder_with_refused_photos_is_status_2(server, key_file, folder, run)
     server.answers = [refusal, server.answers[0]]
     arguments = ("--images", "photos", "--out", "captions.jsonl", "--url", server.url)
     status, printed, said = run(*arguments)
-    assert (status, printed) == (2, "captions.jsonl: 2 captioned, 0 were there\n")
+    assert (status, printed) == (2, "captions.jsonl: 2 captioned, 0 unchanged\n")
     assert said.splitlines()[-1].startswith("error: photos: 1 photos without a caption")
     status, printed, _ = run(*arguments)
-    assert (status, printed) == (0, "captions.jsonl: 1 captioned, 2 were there\n")
+    assert (status, printed) == (0, "captions.jsonl: 1 captioned, 2 unchanged\n")
 
 
 @pytest.mark.parametrize(

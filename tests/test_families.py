@@ -230,7 +230,7 @@ REFUSED = {
         lambda: transformers.GitConfig(
             num_image_with_embedding=6, architectures=["GitForCausalLM"]
         ),
-        "num_image_with_embedding' is 6: a GIT of videos",
+        "num_image_with_embedding' is 6: a GIT for videos",
     ),
     "GIT's bare model": (
         lambda: transformers.GitConfig(architectures=["GitModel"]),

@@ -20,6 +20,7 @@ from worker import Worker, by_grpc, rest
 
 from export.archive import build_archive
 from handler import caption_handler
+from handler.attention_maps import GAP, LABEL, PANEL
 from handler.captioner import Captioner
 
 JPEG = "image/jpeg"
@@ -228,7 +229,7 @@ def test_an_unforeseen_failure_says_nothing_of_the_inside(worker, photos, monkey
     def broken(*_):
         raise RuntimeError("/secret/path\n[METRICS]evil.Count:1")
 
-    monkeypatch.setattr(caption_handler, "decode", broken)
+    monkeypatch.setattr(caption_handler, "decode_resized", broken)
     with caplog.at_level(logging.ERROR):
         [answer] = worker.predict(rest({"image": photos[0]}))
     assert (answer.status, answer.json["type"]) == (500, "InternalError")
@@ -337,7 +338,10 @@ def test_explanations_as_a_picture_beside_others(worker, photos):
         rest({"image": b"broken"}, explain="True", accept="image/png"),
     )
     assert picture.headers["content-type"] == "image/png"
-    assert Image.open(io.BytesIO(picture.body)).format == "PNG"
+    image = Image.open(io.BytesIO(picture.body))
+    assert image.format == "PNG"
+    # Rows of panels that have the shape of the photo, 40 x 30.
+    assert (image.height - GAP) % (round(PANEL * 3 / 4) + LABEL + GAP) == 0
     assert "caption" in plain.json
     assert (bad.status, bad.headers["content-type"]) == (415, "application/json")
 

@@ -614,12 +614,12 @@ def test_what_lies_at_out_is_kept(saved, copy, tmp_path):
     import_huggingface(str(copy), tmp_path / "ours")
     assert load_captioner(tmp_path / "ours").decoding["num_beams"] == 7
     (tmp_path / "ours/metrics.jsonl").touch()  # trained since
-    with pytest.raises(UserError, match="ours: a run that was trained is there"):
+    with pytest.raises(UserError, match="ours: this is a trained run"):
         import_huggingface(str(copy), tmp_path / "ours")
     (tmp_path / "ours/metrics.jsonl").unlink()
     config = json.loads((tmp_path / "ours/config.json").read_text())
     (tmp_path / "ours/config.json").write_text(json.dumps({**config, "training": {"step": 9}}))
-    with pytest.raises(UserError, match="ours: a run that was trained is there"):
+    with pytest.raises(UserError, match="ours: this is a trained run"):
         import_huggingface("not/asked-for", tmp_path / "ours")  # refused before any download
 
 

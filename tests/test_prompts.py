@@ -121,7 +121,7 @@ def test_default_lengths_are_shortened(eager, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "field", "message"),
     [
-        ({"prompt": "the square on the left is"}, "prompt", "has 6 tokens; the most are 5"),
+        ({"prompt": "the square on the left is"}, "prompt", "has 6 tokens; the maximum is 5"),
         ({"prompt": "a red", "max_new_tokens": 8}, "max_new_tokens", "from 1 to 7"),
         ({"prompt": "a red", "min_new_tokens": 8}, "min_new_tokens", "from 0 to 7"),
         ({"prompt": "a Purple, square"}, "prompt", "'Purple'"),

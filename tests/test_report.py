@@ -132,7 +132,7 @@ def test_a_word_shows_its_map(report, width, phone):
     with Browser() as browser:
         browser.resize(width, 844, mobile=phone)
         browser.open(report.as_uri())
-        word, map_ = ".card .word", "document.querySelector('.card .map canvas')"
+        word, map_ = ".card button.word", "document.querySelector('.card .map canvas')"
         assert browser.run(f"{map_} === null")
         if phone:
             browser.tap(word)
@@ -150,7 +150,7 @@ def test_a_word_shows_its_map(report, width, phone):
         else:
             browser.point("h1")
             browser.wait(f"{map_} === null")
-            browser.run("document.querySelector('.card .word').focus()")
+            browser.run("document.querySelector('.card button.word').focus()")
             browser.wait(map_)
             browser.press("Tab")
             assert browser.run("document.activeElement.className") == "word"

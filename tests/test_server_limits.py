@@ -95,9 +95,9 @@ def test_a_request_above_the_cap_is_refused_by_name(worker, handler, photo):
     ("values", "message"),
     [
         ({"thread": 1}, "'thread' is unknown; the fields are threads, decoding, max_beam_tokens"),
-        ({"threads": 0}, "threads must be a whole number, 1 or more"),
+        ({"threads": 0}, "threads must be an integer, 1 or more"),
         ({"threads": True}, "threads must be"),
-        ({"max_beam_tokens": "many"}, "max_beam_tokens must be a whole number, 16 or more"),
+        ({"max_beam_tokens": "many"}, "max_beam_tokens must be an integer, 16 or more"),
         ({"decoding": [1]}, "decoding must be a mapping"),
         ([1], "the fields are"),
     ],

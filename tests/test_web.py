@@ -117,7 +117,7 @@ def test_a_prompt_stands_before_the_words(page, client, photo_file, monkeypatch)
     _, _, html = ask(page, body=photo_file.read_bytes(), prompt="a <i> & é")
     assert client.options["prompt"] == "a <i> & é"
     assert html.count('class="word"') == 3
-    assert '<span class="quiet">a &lt;i&gt; &amp;</span>\n<button' in html
+    assert '<span class="quiet">a &lt;i&gt; &amp;</span>\n<span class="word"' in html
     ask(page, body=photo_file.read_bytes(), prompt="")
     assert "prompt" not in client.options
 
@@ -266,7 +266,7 @@ def test_the_map_is_drawn_where_the_model_saw(page, client, photo_file):
         browser.open(f"http://127.0.0.1:{page.port}/?key={page.key}")
         browser.give_files("#file", photo_file)
         browser.wait("document.querySelector('#result .card')")
-        browser.point(".captions .word")
+        browser.point(".captions button.word")
         browser.wait("document.querySelector('.map canvas')")
         shares = browser.run(
             "(() => { const [map, photo] = ['.map', '.card img'].map((name) => "
@@ -351,7 +351,7 @@ def test_a_photo_through_a_live_server(tiny_export, tiny_data, tmp_path):
                     ".map((word) => word.textContent)"
                 )
                 assert words == caption["tokens"]
-            browser.point(".captions .word")
+            browser.point(".captions button.word")
             browser.wait("document.querySelector('.map canvas')")
             browser.give_files("#file", ts_config)
             browser.wait("document.querySelector('[role=alert]').textContent")

@@ -5,16 +5,8 @@ import base64
 import pytest
 import torch
 
-from handler.web.word_maps import (
-    Word,
-    box,
-    centre,
-    on_photo,
-    peak,
-    place_name,
-    word_as_dict,
-    words_of,
-)
+from handler.web.word_maps import box, centre, on_photo, peak, place_name, word_as_dict
+from handler.words import Word, words_of
 
 
 def spot(rows, columns, side=8) -> torch.Tensor:
@@ -96,11 +88,11 @@ def test_places_have_names(point, name):
     assert place_name(*point) == name
 
 
-def test_only_content_words_have_a_box():
+def test_only_content_words_have_a_map():
     map_gg = spot(1, 2, side=4)
     page = word_as_dict(Word("dog.", -0.5, map_gg))
     assert page["text"] == "dog." and {"box", "centre"} <= page.keys()
     values = base64.b64decode(page["map"])
     assert len(values) == 16 and values[6] == 255 and sum(values) == 255
     for text in ("The", "of", ".", ""):
-        assert "box" not in word_as_dict(Word(text, -0.5, map_gg))
+        assert word_as_dict(Word(text, 0.0, map_gg)) == {"text": text, "probability": 1.0}

@@ -34,17 +34,27 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--source",
         required=True,
-        help="photos, .tar shards or Parquet: a folder, glob, URL or list",
+        help="photos, .tar shards or Parquet files: a folder, glob, URL or list",
     )
-    parser.add_argument("--out", required=True, help="folder or URL of the captions, resumed from")
+    parser.add_argument(
+        "--out", required=True, help="folder or URL to write to; an interrupted job resumes from it"
+    )
     parser.add_argument("--export", type=Path, required=True, help="folder of an export")
-    parser.add_argument("--workers", type=int, help="default: one a core, or one a GPU")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, a worker (default 1)")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs to use, one a worker (default 0)")
-    parser.add_argument("--shards", metavar="I/N", help="this part of the shards, without Ray")
-    parser.add_argument("--address", help="a Ray cluster (default: Ray on this machine)")
-    parser.add_argument("--extend", action="store_true", help="caption photos that came since, too")
-    parser.add_argument("--metrics", type=Path, metavar="FILE", help="figures at the end, as JSON")
+    parser.add_argument("--workers", type=int, help="default: one per core, or one per GPU")
+    parser.add_argument("--threads", type=int, default=1, help="per worker (default 1)")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs to use, one per worker (default 0)"
+    )
+    parser.add_argument(
+        "--shards", metavar="I/N", help="only part I of N of the shards, without Ray"
+    )
+    parser.add_argument("--address", help="of a Ray cluster (default: start Ray on this machine)")
+    parser.add_argument(
+        "--extend", action="store_true", help="also caption photos added since the first start"
+    )
+    parser.add_argument(
+        "--metrics", type=Path, metavar="FILE", help="write the final figures to it as JSON"
+    )
     add_decoding_options(parser, "export")
     arguments = parser.parse_args()
     for name in ("workers", "threads"):
@@ -65,17 +75,23 @@ def parse() -> argparse.Namespace:
 
 
 def check_metrics(path: Path) -> None:
-    """Refuses a path where something else than an earlier run's figures is."""
+    """Raises UserError if a file exists at `path` that is neither empty nor the figures of an
+    earlier run."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
     try:
-        is_earlier = not path.exists() or (path.is_file() and "shards_failed" in read_object(path))
+        is_earlier = path.is_file() and "shards_failed" in read_object(path)
     except UserError:
         is_earlier = False
     if not is_earlier:
-        raise UserError(f"{path}: no figures of a batch are there; give --metrics another path")
+        raise UserError(
+            f"{path}: this file does not contain the figures of a batch; set --metrics to another "
+            "path"
+        )
 
 
 def share(shards: list[Shard], part: str | None) -> list[Shard]:
-    """The shards of job I of N, counted from 0 or from 1: N is 0 again."""
+    """The shards of job I of N. I counts from 0 or from 1: job N is the same as job 0."""
     if part is None:
         return shards
     index, count = map(int, part.split("/"))
@@ -98,7 +114,7 @@ def caption(
 
 
 def secure(arguments: argparse.Namespace) -> None:
-    """Keeps the ports of a Ray on this machine to it, or tells that they are open."""
+    """Makes a local Ray's ports unreachable for other machines, or warns that they are open."""
     if arguments.shards or arguments.address or namespace.is_alone():
         return
     is_local = not (URL.match(arguments.out) or needs_network(arguments.source))
@@ -106,8 +122,8 @@ def secure(arguments: argparse.Namespace) -> None:
         namespace.restart()
     why = "this system allows no network namespace" if is_local else "the photos need the network"
     print(
-        f"warning: Ray's ports are open on every interface ({why}); they ask for a token of this "
-        "job. Use a firewall, or --shards, which opens none",
+        f"warning: Ray's ports are open on every interface ({why}); they require this job's "
+        "token. Use a firewall, or --shards, which opens no port",
         file=sys.stderr,
     )
 
@@ -120,14 +136,14 @@ def main() -> None:
     output = Output(absolute(arguments.out))
     with ExitStack() as stack:
         if output.folder:
-            # One driver a folder, or one of each job of an array.
+            # One driver per folder, or with --shards one per part.
             part = (
                 arguments.shards and output.folder / f"shards-{arguments.shards.replace('/', '-')}"
             )
             stack.enter_context(locked(part or output.folder))
-        shards, news = open_run(output, run, arguments.extend)
-        for told in news:
-            print(told, file=sys.stderr)
+        shards, notices = open_run(output, run, arguments.extend)
+        for notice in notices:
+            print(notice, file=sys.stderr)
         shards = share(shards, arguments.shards)
         done = output.names()
         waiting = [shard for shard in shards if part_name(shard) not in done]
@@ -138,8 +154,8 @@ def main() -> None:
         if waiting:
             for shard, summary in caption(arguments, job, waiting):
                 progress.add(shard, summary)
-        now = progress.close()
-        figures = totals(output, shards, progress.summaries) | now
+        this_start = progress.close()
+        figures = totals(output, shards, progress.summaries) | this_start
     if arguments.metrics:
         write_atomic(arguments.metrics, json.dumps(figures, indent=2) + "\n")
     print(f"{output.url}: {line(figures)}")

@@ -1,5 +1,5 @@
-"""`python -m handler.batch.child FD`: a worker in a process of its own, asked over a socket. Only
-`handler.batch.process` starts it."""
+"""`python -m handler.batch.child FD`: a worker in a separate process, whose methods are called over
+the socket FD. Only `handler.batch.process` starts it."""
 
 import pickle
 import sys
@@ -23,7 +23,7 @@ def main() -> None:
                 answer = None
             connection.send(("last", answer))
     except (EOFError, BrokenPipeError):
-        return  # whoever asked is gone
+        return  # the caller has ended
     except Exception as error:
         connection.send(("error", pickle.dumps(error)))
 

@@ -1,5 +1,5 @@
-"""`python -m handler.batch.loopback ARGUMENTS`: `python -m handler.batch ARGUMENTS` in a network
-namespace of its own. Only `handler.batch.namespace.restart` starts it."""
+"""`python -m handler.batch.loopback ARGUMENTS`: runs `python -m handler.batch ARGUMENTS` in a new
+network namespace. Only `handler.batch.namespace.restart` starts it."""
 
 import os
 import sys

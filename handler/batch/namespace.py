@@ -1,5 +1,5 @@
-"""A network namespace that has loopback alone, so that nobody else reaches the ports that Ray
-opens on every interface."""
+"""A network namespace with only a loopback interface, so that other machines cannot reach the
+ports that Ray opens on every interface."""
 
 import ctypes
 import fcntl
@@ -17,7 +17,7 @@ IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 
 def enter() -> None:
     """Moves this process, which must have one thread, into a new network namespace. Raises OSError
-    where the system allows none."""
+    if the system does not allow it."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     # Root needs no user namespace, in which it would lose its rights over others' files.
@@ -33,7 +33,7 @@ def enter() -> None:
 
 
 def is_alone() -> bool:
-    """Whether no interface but loopback is up: nothing outside reaches this process's ports."""
+    """Whether only loopback is up, so that no other machine can reach this process's ports."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         for _, name in socket.if_nameindex():
             request = struct.pack("16sH14x", name.encode(), 0)
@@ -44,13 +44,13 @@ def is_alone() -> bool:
 
 
 def is_possible() -> bool:
-    """Whether this system allows such a namespace, found by trying in another process."""
+    """Whether this system allows such a namespace. It is tried in another process."""
     probe = [sys.executable, "-c", "from handler.batch.namespace import enter; enter()"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(probe, env=environment, capture_output=True).returncode == 0
 
 
 def restart() -> None:
-    """Replaces this process by the same command within the namespace."""
+    """Replaces this process with the same command in a new namespace."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "handler.batch.loopback", *sys.argv[1:]])

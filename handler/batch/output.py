@@ -1,4 +1,5 @@
-"""The folder of a job, on this machine or on an object store: files that are whole or not there."""
+"""The output folder of a job, local or on an object store. Each file is written completely or not
+at all."""
 
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,17 @@ class Output:
         self.system, self.path = fsspec.url_to_fs(self.url)
 
     def write(self, name: str, content: bytes) -> None:
-        """Locally beside and renamed; one put on an object store, which is whole or not at all."""
+        """Writes a file: locally by renaming a temporary file, on an object store by one put."""
         if self.folder:
             write_atomic(self.folder / name, content)
         else:
             self.system.pipe_file(f"{self.path}/{name}", content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes a file that must not be there yet. False where it is: of several processes that
-        create it at once, one succeeds."""
+        """Writes a file unless it exists; returns False if it does. If several processes create it
+        at the same time, one of them succeeds."""
         if self.folder:
-            # Under the lock that whoever creates files holds.
+            # Every caller holds the job's lock, so no other process creates the file in between.
             if (self.folder / name).exists():
                 return False
             write_atomic(self.folder / name, content)
@@ -40,7 +41,7 @@ class Output:
         return True
 
     def read(self, name: str) -> bytes | None:
-        """None where there is no such file."""
+        """The content of a file, or None if it does not exist."""
         try:
             return self.system.cat_file(f"{self.path}/{name}")
         except FileNotFoundError:

@@ -1,5 +1,5 @@
-"""A pool of Ray actors, each a worker. Ray hands shards out and tells which actor died; what a
-shard is, and that it is written once, is `handler.batch.shard`'s."""
+"""A pool of Ray actors, one worker each. Ray distributes the shards and reports which actors died;
+`handler.batch.shard` captions a shard and writes its file."""
 
 import importlib
 import logging
@@ -18,16 +18,17 @@ from handler.batch.shard import Job, Worker, give_up
 from handler.batch.source import Shard
 from handler.errors import UserError
 
-OBJECT_STORE_BYTES = 100_000_000  # shards' names and summaries: photos never pass through it
-STARTS = 3  # actors in a row that may die while loading before the job is given up
-# Actors that may die at one shard before it is given up: from the third on a photo cannot be the
-# reason (it has a process of its own), but nodes and people end actors, too.
+OBJECT_STORE_BYTES = 100_000_000  # for names and summaries of shards; photos never pass through it
+STARTS = 3  # the job fails when so many actors in a row died while they loaded the model
+# A shard fails when so many actors died while they captioned it. From the third death on, a photo
+# cannot be the cause, since each is captioned in a separate process; but nodes fail, and people
+# kill actors.
 DEATHS = 10
-PATIENCE_S = 60.0  # without any answer before it is told that no worker has a place
+PATIENCE_S = 60.0  # without a result, before a message says that no worker could be placed
 
 
 class Actor:
-    """A worker within Ray. Its model is loaded by `load`, whose end says that it is placed."""
+    """A worker as a Ray actor. When `load` returns, the actor is placed and its model loaded."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -44,11 +45,11 @@ class Actor:
 
 @contextmanager
 def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
-    """The module `ray`, connected to a Ray on this machine that ends with the block, or to the
-    cluster at `address`."""
+    """Yields the module `ray`, connected to the cluster at `address`, or to a local Ray that is
+    shut down at the end of the block."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if not address:
-        # Whoever can reach a port of Ray runs code here: nobody without this token.
+        # Anyone who can reach a port of Ray could run code here; the token prevents it.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Imported here: Ray reads the environment once, when it is imported.
@@ -74,8 +75,8 @@ def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
 
 
 def start_reaper(session: str) -> None:
-    """Ends all of a Ray once this process is gone: see `handler.batch.reaper`."""
-    reading, _writing = os.pipe()  # the other end closes with this process
+    """Starts the process that kills a local Ray when this process ends (`handler.batch.reaper`)."""
+    reading, _writing = os.pipe()  # the system closes the other end when this process ends
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "handler.batch.reaper", session]
     subprocess.Popen(command, stdin=reading, env=environment, start_new_session=True)
@@ -83,37 +84,37 @@ def start_reaper(session: str) -> None:
 
 
 class Pool:
-    """Actors of `threads` cores and `gpus` GPUs each over the shards of a job, by the module that
-    `connected` yields."""
+    """Captions the shards of a job with actors that have `threads` cores and `gpus` GPUs each.
+    `ray` is the module that `connected` yields."""
 
     def __init__(self, ray: Any, job: Job, workers: int, gpus: float) -> None:
         self.ray, self.job, self.workers = ray, job, workers
         self.actor: Any = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_restarts=0)(Actor)
-        # What each actor is at: a shard, or None while it waits for a place or loads.
+        # The shard that each actor captions; None while the actor is placed or loads its model.
         self.tasks: dict[Any, tuple[Any, Shard | None]] = {}
         self.deaths: Counter[str] = Counter()
         self.failed_starts = 0
 
     def caption(self, shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:
-        """Yields each shard with its summary as it ends."""
+        """Yields each shard with its summary when it is finished."""
         self.waiting = deque(shards)
         left = len(shards)
         for _ in range(min(self.workers, left)):
             self._start()
-        # Not until every actor is done: one whose node died may never find another place.
+        # Until all shards are finished, not all actors: one whose node died may never be placed.
         while left:
             ready, _ = self.ray.wait(list(self.tasks), timeout=PATIENCE_S)
             if not ready:
-                self._tell_of_waiting()
+                self._report_waiting()
                 continue
             actor, shard = self.tasks.pop(ready[0])
             try:
                 summary = self.ray.get(ready[0])
             except self.ray.exceptions.RayTaskError as error:
-                # What the worker itself raised: a full disk, a damaged export.
+                # An exception of the worker itself, such as a full disk or a damaged export.
                 raise error.cause from None
             except self.ray.exceptions.RayError as error:
-                # The actor, its node or the way to it is gone, or it took too much memory.
+                # The actor or its node died, the connection is lost, or it used too much memory.
                 summary = self._died(shard, error)
             else:
                 self.failed_starts = 0
@@ -130,33 +131,34 @@ class Pool:
         if not self.waiting:
             return
         shard = self.waiting.popleft()
-        careful = self.deaths[shard.address] >= 2
-        method = actor.caption_singly if careful else actor.caption
+        singly = self.deaths[shard.address] >= 2
+        method = actor.caption_singly if singly else actor.caption
         self.tasks[method.remote(shard)] = (actor, shard)
 
     def _died(self, shard: Shard | None, error: Exception) -> dict[str, Any] | None:
-        """The summary of a shard that is given up."""
+        """Replaces an actor that died and queues its shard again. Returns the summary of a shard
+        that has failed, else None."""
         summary = None
         if shard is None:
             self.failed_starts += 1
             if self.failed_starts >= STARTS:
                 reason = " ".join(str(error).split())[:300]
-                raise UserError(f"workers die while they load {self.job.export} ({reason})")
+                raise UserError(f"{self.job.export}: workers died while they loaded it ({reason})")
         else:
             self.deaths[shard.address] += 1
             if self.deaths[shard.address] < DEATHS:
                 self.waiting.append(shard)
             else:
-                reason = f"its workers ended {DEATHS} times"
+                reason = f"its workers died {DEATHS} times"
                 summary = give_up(Output(self.job.out), shard, reason) | {"seconds": 0.0}
         if self.waiting:
             self._start()
         return summary
 
-    def _tell_of_waiting(self) -> None:
+    def _report_waiting(self) -> None:
         if all(shard is None for _, shard in self.tasks.values()):
             print(
-                f"no worker has found a place yet: each needs {self.job.threads} free cores (and a "
-                "GPU with --gpus) of the cluster",
+                f"no worker could be placed yet: each needs {self.job.threads} free cores of the "
+                "cluster (and a GPU with --gpus)",
                 file=sys.stderr,
             )

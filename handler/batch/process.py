@@ -1,4 +1,4 @@
-"""Workers in processes of their own on this machine: what ends one ends nothing else."""
+"""Workers in separate local processes: if one crashes, the others and the job go on."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ class WorkerDied(Exception):
 
 
 class Child:
-    """A `handler.batch.shard.Worker` in a process, started anew after it died."""
+    """A `handler.batch.shard.Worker` in a separate process, which is restarted after it died."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -28,12 +28,12 @@ class Child:
         self.connection: Connection | None = None
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """Raises WorkerDied, and what the worker raised."""
+        """Calls a method of the worker. Raises WorkerDied, or the exception of the method."""
         self._send((method, arguments))
         return self._receive()[1]
 
     def stream(self, method: str, *arguments: Any) -> Iterator[Any]:
-        """What a generator of the worker yields, as it comes. Raises as `call` does."""
+        """Yields the items of a generator of the worker as they arrive. Raises as `call` does."""
         self._send((method, arguments))
         while (answer := self._receive())[0] == "item":
             yield answer[1]
@@ -55,7 +55,7 @@ class Child:
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C is for the one who started it
+                process_group=0,  # Ctrl-C must only reach the process that started it
             )
         self.connection = Connection(ours.detach())
         self._send(self.job)
@@ -71,7 +71,7 @@ class Child:
             raise self._died() from None
 
     def _receive(self) -> tuple[str, Any]:
-        """("item", one of a stream) or ("last", an answer)."""
+        """("item", an item of a stream) or ("last", the result of a call)."""
         assert self.connection is not None
         try:
             kind, answer = self.connection.recv()
@@ -90,9 +90,9 @@ class Child:
 
 
 def caption_singly(job: Job, shard: Shard) -> dict[str, Any]:
-    """A shard whose worker died twice, read and captioned one photo at a time in a process of its
-    own: a photo that ends the process is a row with the error WorkerDied. Returns what `finish`
-    returns."""
+    """Captions a shard whose worker died twice, one photo at a time in a separate process. A photo
+    that crashes the process becomes a row with the error WorkerDied. Returns what `finish` returns.
+    """
     child = Child(job)
     try:
         return finish(Output(job.out), shard, _rows_singly(child, shard))
@@ -101,7 +101,7 @@ def caption_singly(job: Job, shard: Shard) -> dict[str, Any]:
 
 
 def _rows_singly(child: Child, shard: Shard) -> Iterator[Row]:
-    """Raises UserError where it is reading the shard that ends the process, twice in a row."""
+    """Raises UserError if the process crashes twice in a row while it reads the shard."""
     done = deaths = 0
     while True:
         tried = None
@@ -120,7 +120,7 @@ def _rows_singly(child: Child, shard: Shard) -> Iterator[Row]:
                 continue
             deaths += 1
             if deaths == 2:
-                raise UserError(f"the shard cannot be read behind photo {done}: {error}") from None
+                raise UserError(f"the shard cannot be read after photo {done}: {error}") from None
 
 
 def caption_shards(job: Job, shards: list[Shard]) -> Iterator[tuple[Shard, dict[str, Any]]]:

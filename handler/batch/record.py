@@ -1,5 +1,6 @@
-"""What a job is, kept in its OUT: `run.json` (checkpoint, precision, options, source) and
-`shards.json` (how the source was cut), so that every start means the same photos and model."""
+"""The definition of a job, stored in its output folder: `run.json` (checkpoint, precision, options,
+source) and `shards.json` (how the source was cut). Every start of the job uses the same photos and
+the same model."""
 
 import json
 import time
@@ -17,7 +18,7 @@ from handler.files import FORMAT, locked
 
 RUN, SHARDS = "run.json", "shards.json"
 FIELDS = ("checkpoint", "precision", "options", "source")
-PATIENCE_S = 600.0  # how long a job of an array waits for the one that cuts the source
+PATIENCE_S = 600.0  # how long a job of an array waits for another one to cut the source
 
 
 def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, Any]:
@@ -47,9 +48,9 @@ def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, An
 
 
 def open_run(output: Output, run: dict[str, Any], extend: bool) -> tuple[list[Shard], list[str]]:
-    """The shards of the job in `output`, cut now where this is its first start, and what to tell
-    about photos that are new. Raises UserError where OUT holds another job."""
-    with _alone(output):
+    """Returns the shards of the job in `output`, which its first start cuts, and messages about new
+    photos. Raises UserError if the folder holds another job."""
+    with _exclusive(output):
         before = output.read(RUN)
         if before is None:
             _check_empty(output)
@@ -57,7 +58,7 @@ def open_run(output: Output, run: dict[str, Any], extend: bool) -> tuple[list[Sh
             _check_same(output, run, before)
         is_cut = before is not None and output.read(SHARDS) is not None
         shards = [] if is_cut else _cut(run["source"])
-        # Whichever job of an array is first, its run.json and its cut are everyone's.
+        # The first job of an array writes run.json and shards.json; the others use them.
         if before is None and not output.create(RUN, json.dumps(run, indent=2).encode()):
             _check_same(output, run, output.read(RUN) or b"")
         if not is_cut and output.create(SHARDS, _packed(shards)):
@@ -80,9 +81,9 @@ def _check_empty(output: Output) -> None:
 
 
 @contextmanager
-def _alone(output: Output) -> Iterator[None]:
-    """One job at a time cuts the source; the others wait for it. An object store has no locks, but
-    a file that is created once."""
+def _exclusive(output: Output) -> Iterator[None]:
+    """Lets one job at a time cut the source while the others wait. An object store has no locks;
+    there the first job that creates a file wins."""
     deadline = time.monotonic() + PATIENCE_S
     if output.folder is None:
         with nullcontext():
@@ -125,8 +126,8 @@ def _check_same(output: Output, run: dict[str, Any], content: bytes) -> None:
             field = f"{field} ({', '.join(differing)})"
             old, new = ({k: d.get(k) for k in differing} for d in (old, new))
         raise UserError(
-            f"{output.url}/{RUN}: {field} was {old}, and is {new} now; give the same, or choose "
-            "another --out"
+            f"{output.url}/{RUN}: {field} was {old} at the first start and is {new} now; use the "
+            "same value, or choose another --out"
         )
 
 
@@ -142,8 +143,9 @@ def _read_shards(output: Output) -> list[Shard]:
 def _compare(
     output: Output, source: str, shards: list[Shard], extend: bool
 ) -> tuple[list[Shard], list[str]]:
-    """Photos that came since the cut: told by number, or with `extend` cut into further shards.
-    Those that went are rows with an error already, by way of their shards."""
+    """Looks for photos that were added since the source was cut: their number is reported, and with
+    `extend` they are cut into further shards. Photos that were removed need no check here: they
+    become rows with an error when their shards are captioned."""
     found, root, photos = find(source)
     known = {photo for shard in shards for photo in shard.photos}
     addresses = {shard.address for shard in shards}
@@ -154,6 +156,6 @@ def _compare(
         return shards, []
     what = f"{len(fresh)} photos" if fresh else f"{len(added)} shards"
     if not extend:
-        return shards, [f"{what} are new since the first start; --extend captions them, too"]
+        return shards, [f"{what} are new since the first start; add --extend to caption them"]
     output.write(SHARDS, _packed(shards + added))
     return shards + added, [f"{what} are new since the first start and are captioned now"]

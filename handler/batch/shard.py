@@ -1,5 +1,5 @@
-"""One shard in, one Parquet file out, whole or not at all. No engine is needed: whoever calls it,
-however often, the rows are the same."""
+"""Captions one shard and writes one Parquet file, completely or not at all. This module does not
+depend on Ray, and captioning a shard again gives the same rows."""
 
 import hashlib
 import io
@@ -27,8 +27,8 @@ from handler.request import describe_error
 
 # Photos captioned at once; tests/benchmarks/batch.py compares sizes.
 BATCH = {"cpu": 32, "cuda": 64}
-# Threads that read and decode beside the model: a GPU is faster than two, and what comes over the
-# network is mostly waited for.
+# Threads that read and decode photos while the model runs. A GPU is faster than two such threads,
+# and threads that fetch from a network mostly wait.
 DECODERS = {"cpu": 2, "cuda": 8}
 FETCHERS = 16
 
@@ -48,15 +48,15 @@ SCHEMA = pa.schema(
         ("error", pa.struct([("type", pa.string()), ("message", pa.string())])),
     ]
 )
-COUNTS = b"captioner"  # the key of a part's own summary in its footer
+COUNTS = b"captioner"  # key of the summary in the footer of a part
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to begin: an export, options of `Captioner.options`, where parts go, the
-    device and torch's threads."""
+    """What a worker needs to start: the folder of an export, options for `Captioner.options`, the
+    folder or URL of the parts, the device, and the number of torch threads."""
 
     export: str
     options: dict[str, Any]
@@ -93,7 +93,8 @@ class Worker:
         return finish(self.output, shard, self._rows(shard))
 
     def caption_singly(self, shard: Shard, start: int) -> Iterator[str | Row]:
-        """From photo `start` on, one at a time: the id of each before it is tried, then its row."""
+        """Captions one photo at a time from number `start` on. Yields the id of each photo before
+        it is tried, then its row."""
         for photo in itertools.islice(read(shard), start, None):
             yield photo.id
             yield self._caption_batch([(photo.id, self._prepare(photo))])[0]
@@ -108,7 +109,7 @@ class Worker:
         try:
             content = photo.fetch()
             return content if isinstance(content, Exception) else self.captioner.preprocess(content)
-        except Exception as error:  # a row, never the end of the job
+        except Exception as error:  # becomes a row; the job goes on
             return error
 
     def _caption_batch(self, batch: list[tuple[str, Tensor | Exception]]) -> list[Row]:
@@ -131,54 +132,55 @@ class Worker:
         if not images:
             return []
         try:
-            found = self.captioner.caption_tensors(
+            captions = self.captioner.caption_tensors(
                 torch.stack(images), [self.options] * len(images)
             )
         except Exception as error:
-            # What fails together is tried alone, so that one photo harms no other.
+            # A batch that fails is captioned photo by photo: one photo must not affect the others.
             if len(images) == 1:
                 return [error]
             return [answer for image in images for answer in self._captions([image])]
         return [
             [{"caption": c.text, "score": c.score, "log_prob": c.log_prob} for c in photo]
-            for photo in found
+            for photo in captions
         ]
 
 
 def ahead(
     prepare: Callable[[Photo], Any], photos: Iterable[Photo], threads: int, depth: int
 ) -> Generator[tuple[str, Any]]:
-    """(id, prepared) in order. While the caller works on what it has, one thread reads on and
-    `threads` prepare, up to `depth` photos ahead. Raises what `photos` raises."""
+    """Yields (id, prepared photo) in order. While the caller processes one, another thread reads
+    and `threads` threads prepare up to `depth` photos ahead. Raises what `photos` raises."""
     slots = Semaphore(depth)
     ready: SimpleQueue[tuple[str, Future[Any]] | None] = SimpleQueue()
-    is_left = False
+    is_closed = False
 
-    def read_on() -> None:
+    def read_ahead() -> None:
         try:
             for photo in photos:
                 slots.acquire()
-                if is_left:
+                if is_closed:
                     return
                 ready.put((photo.id, workers.submit(prepare, photo)))
         finally:
             ready.put(None)
 
     with ThreadPoolExecutor(threads) as workers, ThreadPoolExecutor(1) as reader:
-        reading = reader.submit(read_on)
+        reading = reader.submit(read_ahead)
         try:
             while item := ready.get():
                 slots.release()
                 yield item[0], item[1].result()
             reading.result()
         finally:
-            is_left = True
+            is_closed = True
             slots.release()
 
 
 def finish(output: Output, shard: Shard, rows: Iterable[Row]) -> dict[str, Any]:
-    """Writes the part of a shard once all its rows are there, or `.failed.json` where it cannot be
-    read. Returns {rows, errors: {type: count}, seconds}, or {failed: message, seconds}."""
+    """Writes the part of a shard when all its rows are complete, or `.failed.json` if the shard
+    cannot be read. Returns {rows, errors: {type: count}, seconds}, or {failed: message, seconds}.
+    """
     started = time.perf_counter()
     try:
         done = [{**row, "shard": shard.address} for row in rows]
@@ -206,6 +208,6 @@ def give_up(output: Output, shard: Shard, reason: str) -> dict[str, Any]:
 
 
 def part_summary(output: Output, shard: Shard) -> dict[str, Any]:
-    """{rows, errors} of a part that is there, from its footer."""
+    """Reads {rows, errors} from the footer of an existing part."""
     with output.open(part_name(shard)) as file:
         return json.loads(pq.read_metadata(file).metadata[COUNTS])

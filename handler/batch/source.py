@@ -1,7 +1,7 @@
-"""Where the photos of a job are, cut into shards, and the photos of one shard.
+"""Finds the photos of a job, cuts them into shards, and reads the photos of a shard.
 
 A source is anything that fsspec opens: a folder or glob of photos, webdataset tars, or Parquet
-files. A tar and a row group are shards as they are; photos in a folder are cut into shards of
+files. Each tar and each row group is one shard; the photos of a folder are cut into shards of
 `PHOTOS` each.
 """
 
@@ -21,7 +21,7 @@ from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES
 from handler.request import MissingImage
 
-# Photos of a folder in one shard: what is done again when its worker dies, a minute or less.
+# Photos per shard of a folder. A shard is repeated when its worker dies; it takes about a minute.
 PHOTOS = 256
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
@@ -29,7 +29,7 @@ PHOTO_SUFFIXES = (
 )
 PARQUET_ROWS = 64  # rows of a row group that are read at once
 PARQUET_BUFFER = 2**20
-WAITS_S = (1.0, 4.0)  # before a photo is fetched again that the network did not bring
+WAITS_S = (1.0, 4.0)  # before each retry of a photo that could not be fetched
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -47,41 +47,41 @@ class Shard:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo's id and its bytes, the URL to fetch them from, or why there are none."""
+    """A photo's id and content: its bytes, the URL to fetch them from, or why it has none."""
 
     id: str
     content: bytes | str | Exception
 
     def fetch(self) -> bytes | Exception:
-        """Its bytes (one more than is taken, where there are too many), or why there are none."""
+        """The bytes, of which at most MAX_BYTES + 1 are read, or why the photo has none."""
         return _content(self.content) if isinstance(self.content, str) else self.content
 
 
 def absolute(url: str) -> str:
-    """A local path in full, so that a job means the same photos from every folder."""
+    """Makes a local path absolute, so that a job does not depend on its working directory."""
     return url if URL.match(url) else str(Path(url).absolute())
 
 
 def expand(source: str) -> list[str]:
-    """The parts of a `::` list, `{000..112}` counted out, as webdataset writes them."""
+    """Splits a `::` list and expands ranges such as `{000..112}`, as webdataset does."""
     parts = re.split(r"::(?=/|\.|[a-z][a-z0-9+.-]*://)", source)
-    return [absolute(url) for part in parts for url in _count_out(part)]
+    return [absolute(url) for part in parts for url in _expand_range(part)]
 
 
-def _count_out(pattern: str) -> Iterator[str]:
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
+def _expand_range(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
         yield pattern
         return
-    first, last = found[1], found[2]
+    first, last = match[1], match[2]
     for number in range(int(first), int(last) + 1):
-        for rest in _count_out(pattern[found.end() :]):
-            yield pattern[: found.start()] + str(number).zfill(len(first)) + rest
+        for rest in _expand_range(pattern[match.end() :]):
+            yield pattern[: match.start()] + str(number).zfill(len(first)) + rest
 
 
 def find(source: str) -> tuple[list[Shard], str, list[str]]:
-    """What lies at a source: its tars and row groups as shards, or the root of a folder and the
-    photos below it. Raises UserError where there is nothing, or both."""
+    """Returns the shards of a source of tars or Parquet files, or the root of a folder and the
+    photos below it. Raises UserError if there are none, or both kinds."""
     files = [file for url in expand(source) for file in _files(url)]
     packed = [file for file in files if file.endswith((".tar", ".parquet"))]
     photos = [file for file in files if file.lower().endswith(PHOTO_SUFFIXES)]
@@ -92,7 +92,7 @@ def find(source: str) -> tuple[list[Shard], str, list[str]]:
         )
     if packed and photos:
         raise UserError(
-            f"{source}: holds photos and also {packed[0]}; name one kind, as FOLDER/**/*.jpg"
+            f"{source}: contains photos and {packed[0]}; select one kind, such as FOLDER/**/*.jpg"
         )
     if packed:
         return [shard for url in dict.fromkeys(packed) for shard in _packed(url)], "", []
@@ -101,7 +101,7 @@ def find(source: str) -> tuple[list[Shard], str, list[str]]:
 
 
 def needs_network(source: str) -> bool:
-    """Whether the photos lie elsewhere: the source does, or the paths in its first Parquet file."""
+    """Whether the source is a URL, or the paths in its first Parquet file are URLs."""
     if URL.search(source):
         return True
     files = (file for url in expand(source) for file in _files(url))
@@ -112,13 +112,14 @@ def needs_network(source: str) -> bool:
     try:
         few = list(itertools.islice(_read_parquet(shard), PARQUET_ROWS))
     except (UserError, OSError, ValueError):
-        return False  # the shard's own run tells what is wrong with the file
+        return False  # captioning the shard reports what is wrong with the file
     return any(isinstance(photo.content, str) and URL.match(photo.content) for photo in few)
 
 
 def _root(source: str, photos: list[str]) -> str:
-    """The folder that ids are relative to: the source itself, the fixed part of a glob, or what the
-    members of a list share. Which photos lie there does not move it: their ids must last."""
+    """The folder that ids are relative to: the source itself, the fixed part of a glob, or the
+    common part of a list. It does not depend on which photos exist, so that their ids are stable.
+    """
     folders = []
     for url in map(_canonical, expand(source)):
         fixed = re.split(r"[*?\[]", url)[0]
@@ -129,7 +130,7 @@ def _root(source: str, photos: list[str]) -> str:
 
 
 def _canonical(url: str) -> str:
-    """As its filesystem writes it (`memory://x` is `memory:///x`), so that paths begin with it."""
+    """A URL as its filesystem writes it (`memory://x` as `memory:///x`), which paths begin with."""
     if not URL.match(url):
         return url
     system, path = fsspec.url_to_fs(url)
@@ -146,7 +147,7 @@ def _files(url: str) -> list[str]:
             paths = [path]
         else:
             paths = system.find(path)
-    except Exception as error:  # every filesystem has kinds of its own
+    except Exception as error:  # each filesystem has its own exception types
         raise UserError(f"{url}: {error}") from error
     return [system.unstrip_protocol(path) if URL.match(url) else path for path in sorted(paths)]
 
@@ -158,12 +159,12 @@ def _packed(url: str) -> list[Shard]:
         with fsspec.open(url) as file:
             groups = pq.ParquetFile(file).num_row_groups
     except (OSError, ValueError):
-        groups = 1  # the shard's own run tells what is wrong with the file
+        groups = 1  # captioning the shard reports what is wrong with the file
     return [Shard(f"{url}#{group}", "parquet", url, group) for group in range(groups)]
 
 
 def cut(root: str, photos: list[str], first: int = 0) -> list[Shard]:
-    """A folder's photos in shards of equal size, numbered from `first`."""
+    """Cuts the photos of a folder into shards of equal size, numbered from `first`."""
     return [
         Shard(f"{root}#{first + index}", "folder", root, photos=tuple(photos[start:][:PHOTOS]))
         for index, start in enumerate(range(0, len(photos), PHOTOS))
@@ -171,18 +172,17 @@ def cut(root: str, photos: list[str], first: int = 0) -> list[Shard]:
 
 
 def read(shard: Shard) -> Iterator[Photo]:
-    """The photos of a shard in its order, every id once. Raises UserError, OSError or ValueError
-    where the shard as a whole cannot be read."""
-    names: dict[str, int] = {}
+    """Yields the photos of a shard in order; the second photo of an id `a` gets the id `a#2`.
+    Raises UserError, OSError or ValueError if the shard as a whole cannot be read."""
+    counts: dict[str, int] = {}
     read_kind = {"tar": _read_tar, "parquet": _read_parquet, "folder": _read_folder}[shard.kind]
     try:
         for photo in read_kind(shard):
-            names[photo.id] = names.get(photo.id, 0) + 1
-            again = names[photo.id]
-            yield Photo(f"{photo.id}#{again}", photo.content) if again > 1 else photo
+            count = counts[photo.id] = counts.get(photo.id, 0) + 1
+            yield Photo(f"{photo.id}#{count}", photo.content) if count > 1 else photo
     except (OSError, ValueError):
         raise
-    except Exception as error:  # every filesystem has kinds of its own
+    except Exception as error:  # each filesystem has its own exception types
         raise UserError(f"{type(error).__name__}: {error}") from error
 
 
@@ -199,7 +199,7 @@ def _content(url: str) -> bytes | Exception:
                 return file.read(MAX_BYTES + 1)
         except FileNotFoundError:
             return MissingImage("the photo is no longer there")
-        except Exception as error:  # every filesystem has kinds of its own
+        except Exception as error:  # each filesystem has its own exception types
             if wait_s is None or not is_remote:
                 return MissingImage(f"the photo cannot be read ({error})")
             time.sleep(wait_s)
@@ -207,8 +207,8 @@ def _content(url: str) -> bytes | Exception:
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes any damaged header after the first for the end of the tar, and what lies behind
-    it would be lost without a word. Here only the block of zeros that ends every tar ends it."""
+    """tarfile treats any damaged header after the first as the end of the tar, so that all later
+    members would be lost silently. Here only the block of zeros that ends every tar does so."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
@@ -217,14 +217,14 @@ class StrictTarInfo(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
-            raise UserError(f"no whole tar ({error})") from error
+            raise UserError(f"the tar is damaged or incomplete ({error})") from error
         if info.size < 0:
-            raise UserError(f"no whole tar (negative size of {info.name})")
+            raise UserError(f"the tar is damaged (negative size of {info.name})")
         return info
 
 
 def _read_tar(shard: Shard) -> Iterator[Photo]:
-    """Reads the tar once, front to back, as it comes."""
+    """Reads the tar once, as a stream."""
     try:
         with (
             fsspec.open(shard.url) as file,
@@ -234,7 +234,7 @@ def _read_tar(shard: Shard) -> Iterator[Photo]:
                 if member.isfile() and member.name.lower().endswith(PHOTO_SUFFIXES):
                     yield Photo(member.name, _member(tar, member))
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"no whole tar ({error})") from error
+        raise UserError(f"the tar is damaged or incomplete ({error})") from error
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -242,13 +242,13 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     wanted = min(member.size, MAX_BYTES + 1)
     content = stream.read(wanted) if stream else b""
     if len(content) < wanted:
-        raise UserError(f"no whole tar (cut off within {member.name})")
+        raise UserError(f"the tar is cut off within {member.name}")
     return content
 
 
 def _read_parquet(shard: Shard) -> Iterator[Photo]:
     with fsspec.open(shard.url) as file:
-        # By pages: a row group of thousands of photos need not fit the memory.
+        # Page by page: a row group of thousands of photos may not fit into memory.
         table = pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False)
         columns = table.schema_arrow.names
         if "image" not in columns:
@@ -264,7 +264,7 @@ def _read_parquet(shard: Shard) -> Iterator[Photo]:
 
 
 def _cell(row: dict[str, Any], shard: Shard) -> tuple[str, bytes | str | Exception]:
-    """The id ("" where there is none) and the content of `Photo` of one row."""
+    """The id of a row ("" if it has none) and the content of its `Photo`."""
     image = row["image"]
     path = image.get("path") if isinstance(image, dict) else image
     content = image.get("bytes") if isinstance(image, dict) else image

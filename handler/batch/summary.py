@@ -1,4 +1,4 @@
-"""What a job tells while it runs and at its end: a progress bar, a line of figures, metrics."""
+"""What a job reports: a progress bar while it runs; a line of figures and metrics at its end."""
 
 import sys
 import time
@@ -12,12 +12,12 @@ from handler.batch.output import Output
 from handler.batch.shard import failed_name, part_name, part_summary
 from handler.batch.source import Shard
 
-READERS = 16  # parts whose footers are read at once: on an object store each takes a while
+READERS = 16  # threads that read the footers of parts, since an object store answers slowly
 
 
 class Progress:
-    """A bar over shards, whose number is known for every source, and so is the time left; photos,
-    their rate and errors stand behind it."""
+    """A progress bar over shards: their number, and so the time left, is known for every source. It
+    also shows photos, photos per second and errors."""
 
     def __init__(self, shards: list[Shard], waiting: list[Shard]) -> None:
         self.rows = self.errors = 0
@@ -47,8 +47,8 @@ class Progress:
         self.bar.update()
 
     def close(self) -> dict[str, Any]:
-        """Figures of this start: photos; seconds, and those of them before the first shard was
-        begun; and the photos a second since then."""
+        """The figures of this start: photos, seconds, seconds before the first shard began, and
+        photos per second after that."""
         self.bar.close()
         return {
             "photos_now": self.rows,
@@ -68,8 +68,8 @@ class Progress:
 def totals(
     output: Output, shards: list[Shard], known: dict[Shard, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Photos, captions, errors by type, and shards of the whole job, all starts together. `known`
-    are the summaries of parts that need not be read again."""
+    """Counts photos, captions, errors by type and shards of the whole job, over all its starts.
+    `known` holds the summaries of parts that need not be read again."""
     names = output.names()
     errors: Counter[str] = Counter()
     photos = 0

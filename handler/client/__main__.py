@@ -24,17 +24,17 @@ def parse_arguments() -> Any:
         type=Path,
         default=Path("captions.jsonl"),
         metavar="FILE",
-        help="where the captions of a folder go; a photo that is there already is captioned again "
-        "only where the photo, the options or the server's checkpoint have changed",
+        help="file for the captions of a folder; a photo that it already contains is captioned "
+        "again only if the photo, the options or the server's checkpoint has changed",
     )
     parser.add_argument(
         "--alt-text",
         action="store_true",
         help="write each caption of a folder into its JPEG, PNG or WebP as alternative text (XMP); "
-        "pixels stay as they are, and a photo that has such a text keeps it",
+        "pixels do not change, and an existing alternative text is kept",
     )
-    parser.add_argument("--grpc", action="store_true", help="ask by gRPC instead of REST")
-    parser.add_argument("--json", action="store_true", help="print the whole answer")
+    parser.add_argument("--grpc", action="store_true", help="use gRPC instead of REST")
+    parser.add_argument("--json", action="store_true", help="print the whole JSON answer")
     parser.add_argument(
         "--attention", type=Path, metavar="PNG", help="write the photo with a heat map per word"
     )
@@ -47,23 +47,25 @@ def main() -> None:
     arguments = parse_arguments()
     client = client_of(arguments)
     ask = client.caption_grpc if arguments.grpc else client.caption
-    # Ranges are the server's to check: it knows the model.
+    # The server checks the ranges, because it knows the model.
     options = given_options(arguments)
     if arguments.images:
         if arguments.attention:
             raise UserError("--attention draws one photo; give --image instead of --images")
         with locked(arguments.out):
             refused = caption_folder(ask, arguments.images, arguments.out, options)
-            without = write_alt_texts(arguments.images, arguments.out) if arguments.alt_text else []
+            untagged = (
+                write_alt_texts(arguments.images, arguments.out) if arguments.alt_text else []
+            )
         if refused:
             raise UserError(
                 f"{arguments.images}: {len(refused)} photos without a caption (listed above); "
                 "repair or remove them and run again"
             )
-        if without:
+        if untagged:
             raise UserError(
-                f"{arguments.images}: {len(without)} photos took no alternative text (listed "
-                f"above); their captions stand in {arguments.out}"
+                f"{arguments.images}: {len(untagged)} photos could not store an alternative text "
+                f"(listed above); their captions are in {arguments.out}"
             )
         return
     if arguments.alt_text:
@@ -71,12 +73,13 @@ def main() -> None:
     photo = read_file(arguments.image)
     if arguments.attention:
         check_writable(arguments.attention)
-        if arguments.attention.exists() and not is_overlay(read_file(arguments.attention)):
+        present = read_file(arguments.attention) if arguments.attention.exists() else b""
+        if present and not is_overlay(present):
             raise UserError(
                 f"{arguments.attention}: this file is not a picture of word maps; give another path"
             )
     if arguments.attention and "do_sample" in options:
-        # The picture is asked for apart, and must be of the same caption.
+        # The picture is a second request, which must sample the same caption.
         options.setdefault("seed", str(random.randrange(2**31)))
     try:
         answer = ask(photo, **options)

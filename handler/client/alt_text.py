@@ -1,12 +1,11 @@
-"""A caption into a photo's own metadata, as the alternative text that screen readers and photo
+"""Writes a caption into a photo's metadata, as the alternative text that screen readers and photo
 programs read: XMP's `Iptc4xmpCore:AltTextAccessibility` (IPTC Photo Metadata Standard 2021.1).
 
-Nothing is decoded or encoded again: the packet is put into the file's own frame (a JPEG segment, a
-PNG or WebP chunk) and every other byte stays where it was. An XMP packet that is there is kept, and
-the text is added to it; a photo that has an alternative text already keeps that, wherever it is:
-in the packet, in a JPEG's extended XMP or in a PNG's "Raw profile type xmp" (ImageMagick's). The
-pictures behind the first of a JPEG (CIPA DC-007, Multi-Picture Format) are counted from its header,
-and their offsets move with what is inserted.
+The picture is not decoded or encoded again: the XMP packet is inserted into the file as a JPEG
+segment or as a PNG or WebP chunk, and all other bytes are copied. The text is added to an existing
+XMP packet. A photo that already has an alternative text keeps it, whether it is in the packet, in a
+JPEG's extended XMP or in a PNG's "Raw profile type xmp" (ImageMagick's). The offsets of the further
+pictures in a JPEG (CIPA DC-007, Multi-Picture Format) are corrected.
 """
 
 import os
@@ -26,16 +25,16 @@ from handler.image_preprocess import sniff
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 IPTC = "http://iptc.org/std/Iptc4xmpCore/1.0/xmlns/"
 JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
-# The rest of a packet that is too long for a segment: the MD5 of the whole rest, its length, and
-# where in it the segment's part begins (XMP specification part 3, 1.1.3.1).
+# Extended XMP, for what does not fit into one segment. Each segment begins with the MD5 and the
+# length of the whole, and the offset of its own part (XMP specification part 3, 1.1.3.1).
 JPEG_EXTENDED = b"http://ns.adobe.com/xmp/extension/\0"
 EXTENDED_HEAD = struct.Struct(">32sII")
 MPF, MPF_ENTRIES, MPF_ENTRY = b"MPF\0", 0xB002, 16
 PNG_SIGNATURE, PNG_XMP = b"\x89PNG\r\n\x1a\n", b"XML:com.adobe.xmp\0"
 PNG_RAW_PROFILES = (b"Raw profile type xmp\0", b"Raw profile type APP1\0")
-# A JPEG segment's length counts itself and has two bytes.
+# The length of a JPEG segment has two bytes, which it includes.
 MAX_SEGMENT = 65535 - 2
-# More than this of inflated metadata is nobody's.
+# No real metadata is larger than this when decompressed.
 MAX_PACKET = 16 * 2**20
 WEBP_XMP_FLAG, WEBP_ALPHA_FLAG = 0x04, 0x10
 # What XML 1.0 does not allow, and control characters that it discourages.
@@ -48,14 +47,14 @@ PACKET = (
 
 
 class NoAltText(UserError):
-    """The photo cannot take an alternative text: another format, or damaged metadata."""
+    """The photo cannot store an alternative text, by its format or because it is damaged."""
 
 
 def write_alt_text(path: Path, text: str) -> bool:
-    """Writes `text` into the photo at `path` (JPEG, PNG or WebP), beside it first and then in its
-    place, with its permissions. False, and nothing is touched, where the photo has an alternative
-    text. Raises NoAltText, or OSError."""
-    path = Path(os.path.realpath(path))  # a link stays one
+    """Writes `text` into the photo at `path` (JPEG, PNG or WebP). The file is replaced atomically
+    and keeps its permissions. Returns False and changes nothing if the photo already has an
+    alternative text. Raises NoAltText or OSError."""
+    path = Path(os.path.realpath(path))  # replaces the target of a link, not the link
     changed = with_alt_text(path.read_bytes(), text)
     if changed is not None:
         write_atomic(path, changed)
@@ -63,19 +62,19 @@ def write_alt_text(path: Path, text: str) -> bool:
 
 
 def alternative_text(caption: str) -> str:
-    """A caption as XML takes it: without control characters, and without spaces at its ends."""
+    """A caption without the characters that XML forbids, and without spaces at its ends."""
     return FORBIDDEN.sub("", caption).strip()
 
 
 def with_alt_text(photo: bytes, text: str) -> bytes | None:
-    """The bytes of a photo with `text` in its metadata; None where it has one already. Raises
-    NoAltText, for a text of nothing, too."""
+    """The bytes of a photo with `text` in its metadata; None if it already has an alternative text.
+    Raises NoAltText, also for an empty text."""
     text = alternative_text(text)
     if not text:
         raise NoAltText("its caption is empty; no alternative text is written")
     insert = {"JPEG": _into_jpeg, "PNG": _into_png, "WEBP": _into_webp}.get(sniff(photo) or "")
     if insert is None:
-        raise NoAltText("only JPEG, PNG and WebP take an alternative text")
+        raise NoAltText("only JPEG, PNG and WebP can store an alternative text")
     try:
         return insert(photo, text)
     except (struct.error, IndexError, zlib.error) as error:
@@ -83,8 +82,8 @@ def with_alt_text(photo: bytes, text: str) -> bytes | None:
 
 
 def parse_packet(packet: str) -> ElementTree.Element:
-    """The root of an XMP packet. Raises NoAltText for a packet that is no XMP."""
-    if "<!DOCTYPE" in packet:  # entities could be anything
+    """The root element of an XMP packet. Raises NoAltText if the packet is not XMP."""
+    if "<!DOCTYPE" in packet:  # its entities could expand to gigabytes
         raise NoAltText("its XMP declares a document type")
     try:
         return ElementTree.fromstring(
@@ -95,7 +94,8 @@ def parse_packet(packet: str) -> ElementTree.Element:
 
 
 def has_alt_text(root: ElementTree.Element) -> bool:
-    """Raises NoAltText for one that is empty: a second one beside it would be no XMP."""
+    """Whether a packet has an alternative text. Raises NoAltText if it is empty, because XMP does
+    not allow a second one."""
     name = f"{{{IPTC}}}AltTextAccessibility"
     texts = ["".join(element.itertext()) for element in root.iter(name)]
     texts += [element.attrib[name] for element in root.iter() if name in element.attrib]
@@ -105,15 +105,15 @@ def has_alt_text(root: ElementTree.Element) -> bool:
 
 
 def add_to_packet(packet: str, text: str) -> str | None:
-    """An XMP packet with the text added; None where it holds one. Raises NoAltText for a packet
-    that is no XMP."""
+    """An XMP packet with the text added; None if it already has one. Raises NoAltText if the packet
+    is not XMP."""
     root = parse_packet(packet)
     if has_alt_text(root):
         return None
     end = list(re.finditer(r"</(\w[\w.-]*):RDF\s*>|<(\w[\w.-]*):RDF([^>]*)/>", packet))
     if not end or root.find(f".//{{{RDF}}}RDF") is None and root.tag != f"{{{RDF}}}RDF":
-        raise NoAltText("its XMP holds no RDF")
-    # All descriptions of a packet are about the same thing.
+        raise NoAltText("its XMP contains no RDF")
+    # All descriptions of a packet must have the same rdf:about.
     about = next((e.get(f"{{{RDF}}}about", "") for e in root.iter(f"{{{RDF}}}Description")), "")
     description = (
         f'<rdf:Description xmlns:rdf="{RDF}" rdf:about="{escape(about)}" '
@@ -129,8 +129,8 @@ def add_to_packet(packet: str, text: str) -> str | None:
 
 
 def _add(packets: Sequence[bytes], text: str, others: Sequence[bytes] = ()) -> bytes | None:
-    """The first of a photo's packets with the text added, or a new one; None where any has one, or
-    any of the `others`, which are read alone."""
+    """The first of a photo's packets with the text added, or a new packet; None if a packet already
+    has an alternative text, or one of the `others`, which are only read."""
     try:
         decoded = [packet.decode("utf-8") for packet in (*packets, *others)]
     except UnicodeDecodeError as error:
@@ -142,8 +142,8 @@ def _add(packets: Sequence[bytes], text: str, others: Sequence[bytes] = ()) -> b
 
 
 def _into_jpeg(photo: bytes, text: str) -> bytes | None:
-    """The packet is an APP1 segment of its own; a new one comes after those of JFIF and EXIF."""
-    start = place = 2
+    """The packet is an APP1 segment; a new one is inserted after those of JFIF and EXIF."""
+    start = insert_at = 2
     packets: list[tuple[int, int]] = []
     extended: list[bytes] = []
     pictures: tuple[int, int] | None = None
@@ -162,18 +162,18 @@ def _into_jpeg(photo: bytes, text: str) -> bytes | None:
         if marker == 0xE2 and content.startswith(MPF):
             pictures = (start + 4 + len(MPF), end)
         if marker == 0xE0 or marker == 0xE1 and content.startswith(b"Exif\0"):
-            place = end
+            insert_at = end
         start = end
     own = [photo[first + 4 + len(JPEG_XMP) : last] for first, last in packets]
     packet = _add(own, text, _joined(extended))
     if packet is None:
         return None
     if len(JPEG_XMP) + len(packet) > MAX_SEGMENT:
-        # Room that was left for later changes is there to be used.
+        # Removes the padding that XMP writers leave for later changes.
         packet = re.sub(rb"\s{100,}(?=<\?xpacket end)", b"\n", packet)
     if len(JPEG_XMP) + len(packet) > MAX_SEGMENT:
-        raise NoAltText("its XMP is full: a JPEG holds 64 KB of it")
-    first, last = packets[0] if packets else (place, place)
+        raise NoAltText("its XMP is full: a JPEG can store 64 KB of it")
+    first, last = packets[0] if packets else (insert_at, insert_at)
     length = struct.pack(">H", 2 + len(JPEG_XMP) + len(packet))
     segment = b"\xff\xe1" + length + JPEG_XMP + packet
     if pictures is not None:
@@ -182,13 +182,13 @@ def _into_jpeg(photo: bytes, text: str) -> bytes | None:
 
 
 def _joined(parts: Sequence[bytes]) -> list[bytes]:
-    """The packets whose parts are the segments of extended XMP, by their MD5."""
-    found: dict[bytes, list[tuple[int, int, bytes]]] = defaultdict(list)
+    """Joins the segments of extended XMP that have the same MD5 to packets."""
+    segments: dict[bytes, list[tuple[int, int, bytes]]] = defaultdict(list)
     for part in parts:
         digest, length, offset = EXTENDED_HEAD.unpack_from(part)
-        found[digest].append((offset, length, part[EXTENDED_HEAD.size :]))
+        segments[digest].append((offset, length, part[EXTENDED_HEAD.size :]))
     packets = []
-    for pieces in found.values():
+    for pieces in segments.values():
         packet = b""
         for offset, _, piece in sorted(pieces):
             if offset != len(packet):
@@ -200,10 +200,11 @@ def _joined(parts: Sequence[bytes]) -> list[bytes]:
     return packets
 
 
-def _moved(photo: bytes, index: tuple[int, int], place: int, added: int) -> bytes:
-    """A JPEG of several pictures whose index (where its header begins, where it ends) agrees with
-    `added` bytes more before `place`, which is in the first picture: that one becomes longer, and
-    the others lie further behind an index that stays where it is."""
+def _moved(photo: bytes, index: tuple[int, int], insert_at: int, added: int) -> bytes:
+    """Corrects the index of a JPEG of several pictures for `added` bytes that will be inserted
+    before `insert_at`, in the first picture. `index` is (start of its header, end). The first
+    picture becomes longer; the offsets of the others, which count from the header, grow if the
+    header itself does not move."""
     header, end = index
     order = {b"II": "<", b"MM": ">"}.get(photo[header : header + 2])
     if order is None:
@@ -211,27 +212,27 @@ def _moved(photo: bytes, index: tuple[int, int], place: int, added: int) -> byte
     fields = header + struct.unpack_from(f"{order}I", photo, header + 4)[0]
     changed = bytearray(photo)
     for number in range(struct.unpack_from(f"{order}H", photo, fields)[0]):
-        tag, _, size, at = struct.unpack_from(f"{order}HHII", photo, fields + 2 + 12 * number)
+        tag, _, size, start = struct.unpack_from(f"{order}HHII", photo, fields + 2 + 12 * number)
         if tag != MPF_ENTRIES:
             continue
-        if header + at + size > end:
+        if header + start + size > end:
             raise NoAltText("its index of pictures is damaged")
-        for entry in range(header + at, header + at + size - MPF_ENTRY + 1, MPF_ENTRY):
-            # After the picture's attribute: its size, and its offset, which is 0 for the first.
+        for entry in range(header + start, header + start + size - MPF_ENTRY + 1, MPF_ENTRY):
+            # Behind the attributes are the size of the picture and its offset, 0 for the first.
             length, offset = struct.unpack_from(f"{order}II", photo, entry + 4)
             if not offset and length:
                 length += added
-            elif offset and header < place:
+            elif offset and header < insert_at:
                 offset += added
             struct.pack_into(f"{order}II", changed, entry + 4, length, offset)
     return bytes(changed)
 
 
 def _into_png(photo: bytes, text: str) -> bytes | None:
-    """The packet is an iTXt chunk, uncompressed; a new one comes after IHDR, the first, and begins
-    as a copy of what an older program wrote as a raw profile."""
+    """The packet is an uncompressed iTXt chunk; a new one is inserted after IHDR, the first chunk.
+    It starts as a copy of the XMP in a raw profile, if an older program wrote one."""
     start = len(PNG_SIGNATURE)
-    place = 0
+    insert_at = 0
     packets: list[tuple[int, int, bytes]] = []
     profiles: list[bytes] = []
     while start < len(photo):
@@ -240,7 +241,7 @@ def _into_png(photo: bytes, text: str) -> bytes | None:
         if end > len(photo):
             raise NoAltText("its structure is damaged")
         if kind == b"IHDR":
-            place = end
+            insert_at = end
         if kind == b"iTXt" and content.startswith(PNG_XMP):
             packets.append((start, end, _itxt(content, PNG_XMP)))
         if kind in (b"tEXt", b"zTXt", b"iTXt") and content.startswith(PNG_RAW_PROFILES):
@@ -248,12 +249,12 @@ def _into_png(photo: bytes, text: str) -> bytes | None:
         if kind == b"IEND":
             break
         start = end
-    if not place:
+    if not insert_at:
         raise NoAltText("its structure is damaged")
     changed = _add([packet for *_, packet in packets] or profiles, text, profiles)
     if changed is None:
         return None
-    first, last = packets[0][:2] if packets else (place, place)
+    first, last = packets[0][:2] if packets else (insert_at, insert_at)
     content = PNG_XMP + b"\0\0\0\0" + changed  # not compressed, no language, no translated keyword
     chunk = b"iTXt" + content
     chunk = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -261,8 +262,8 @@ def _into_png(photo: bytes, text: str) -> bytes | None:
 
 
 def _raw_profile(kind: bytes, content: bytes) -> list[bytes]:
-    """The packet, if any, in a text chunk as ImageMagick writes it: the profile's name, its length,
-    its bytes in hex."""
+    """The XMP packets in a text chunk as ImageMagick writes it: name and length of the profile,
+    then its bytes in hexadecimal."""
     keyword, _, text = content.partition(b"\0")
     if kind == b"zTXt":
         text = _inflated(text[1:])
@@ -277,7 +278,7 @@ def _raw_profile(kind: bytes, content: bytes) -> list[bytes]:
         raise NoAltText("its raw profile of XMP is damaged") from error
     if keyword.endswith(b"xmp"):
         return [profile]
-    # A JPEG's segment: of XMP, or of EXIF.
+    # "APP1" is a JPEG segment, either XMP or EXIF.
     return [profile[len(JPEG_XMP) :]] if profile.startswith(JPEG_XMP) else []
 
 
@@ -286,7 +287,7 @@ def _inflated(compressed: bytes) -> bytes:
 
 
 def _itxt(content: bytes, keyword: bytes) -> bytes:
-    """The text of an iTXt chunk of this keyword."""
+    """The text of an iTXt chunk with this keyword."""
     compressed, rest = content[len(keyword)], content[len(keyword) + 2 :]
     _, _, rest = rest.partition(b"\0")
     _, _, text = rest.partition(b"\0")
@@ -294,7 +295,7 @@ def _itxt(content: bytes, keyword: bytes) -> bytes:
 
 
 def _into_webp(photo: bytes, text: str) -> bytes | None:
-    """The packet is the last chunk of an extended file; a simple file becomes an extended one."""
+    """The packet is the last chunk of an extended file; a simple file is made an extended one."""
     end = min(len(photo), 8 + struct.unpack_from("<I", photo, 4)[0])
     chunks: list[tuple[bytes, bytes]] = []
     start = 12
@@ -322,7 +323,7 @@ def _into_webp(photo: bytes, text: str) -> bytes | None:
 
 
 def _extended_header(kind: bytes, content: bytes) -> bytes:
-    """The VP8X chunk of a simple file: flags, and the size that its only picture has."""
+    """The VP8X chunk for a simple file: flags, and the size of its only picture."""
     flags = 0
     if kind == b"VP8L":
         bits = struct.unpack_from("<I", content, 1)[0]

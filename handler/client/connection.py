@@ -1,4 +1,4 @@
-"""Asks a running TorchServe for the captions of a photo, by REST or gRPC."""
+"""Requests the captions of a photo from a running TorchServe, by REST or gRPC."""
 
 import contextlib
 import json
@@ -17,15 +17,15 @@ from handler.image_preprocess import MAX_BYTES
 from handler.serve.server import KEY_FILE, Server, running
 
 REPOSITORY = Path(__file__).parents[2]
-# A full queue answers 503 without saying when to come back.
+# Seconds before each retry when the server's queue is full (503 without a Retry-After).
 BUSY_WAITS = (0.1, 0.3, 1.0, 3.0, 10.0)
-# The server writes a key file of a few hundred bytes far within this.
+# Much longer than the server needs to write its key file of a few hundred bytes.
 KEY_WRITING_SECONDS = 0.2
 GRPC_ANSWER_BYTES = 24 * 2**20
 
 
 class ServerError(UserError):
-    """The server refused a request; `kind`, `code` and `message` are its own words."""
+    """The server refused a request; `kind`, `code` and `message` are those of its answer."""
 
     def __init__(self, kind: str, code: int, message: str) -> None:
         super().__init__(f"{kind} ({code}): {message}")
@@ -33,11 +33,11 @@ class ServerError(UserError):
 
 
 class Client:
-    """Asks the TorchServe at `url` (REST) or `grpc_target`; threads may share one client.
+    """A client of the TorchServe at `url` (REST) or `grpc_target`. Threads may share it.
 
-    Left out, the addresses and the certificate are those of the server that `make serve` started
-    here or in the repository, else TorchServe's defaults. `certificate` (PEM) is what an https
-    server is verified by. Every call waits `timeout` seconds at most.
+    By default, the addresses and the certificate are those of the server that `make serve` started
+    in the current folder or in the repository, or else TorchServe's defaults. `certificate` (PEM)
+    verifies an https server. Each request waits at most `timeout` seconds.
     """
 
     def __init__(
@@ -63,31 +63,31 @@ class Client:
         if certificate is None and server.certificate:
             certificate = Path(server.certificate)
         if certificate is not None:
-            read_file(certificate)  # a wrong path is named now, not as a failed handshake
+            read_file(certificate)  # reports a wrong path now, not as a failed handshake
         self.certificate = certificate
         self.key_file = key_file or home / KEY_FILE
         self.timeout, self.model = timeout, model
         self._session = requests.Session()
-        # A proxy of the environment is not meant for a server on this machine, nor is a .netrc.
+        # A local server must not be reached through HTTP_PROXY, nor get credentials from .netrc.
         self._session.trust_env = "127.0.0.1" not in self.url and "localhost" not in self.url
         self._channel: grpc.Channel | None = None
         self._lock = threading.Lock()
 
     def caption(self, photo: bytes, **options: Any) -> dict[str, Any]:
-        """The answer by REST, as the API describes it. Raises ServerError for a refused request,
-        UserError where no server answers."""
+        """The JSON answer of a REST request. Raises ServerError if the server refuses the request,
+        UserError if no server answers."""
         return _answer(*self._post("predictions", photo, options))
 
     def picture(self, photo: bytes, **options: Any) -> bytes:
-        """The attention of the best caption as PNG: the photo with a heat map per word."""
+        """The attention maps of the best caption as a PNG: the photo with a heat map per word."""
         status, content = self._post("explanations", photo, options, {"Accept": "image/png"})
         if status != 200:
             _answer(status, content)
         return content
 
     def model_card(self) -> dict[str, Any]:
-        """What the model is and takes, as it tells the management API; empty where that cannot be
-        asked (another address was given, its key has expired)."""
+        """The model card from the management API; empty if that is not available (the client was
+        given another address, or the management key has expired)."""
         try:
             answer = self._session.get(
                 f"{self.management}/models/{self.model}",
@@ -101,8 +101,8 @@ class Client:
             return {}
 
     def caption_grpc(self, photo: bytes, **options: Any) -> dict[str, Any]:
-        """The answer by gRPC; the same errors."""
-        if len(photo) > MAX_BYTES:  # TorchServe would end the call without a reason
+        """The JSON answer of a gRPC request. Raises the same errors as `caption`."""
+        if len(photo) > MAX_BYTES:  # TorchServe would end the call without giving the reason
             raise ServerError(
                 "ImageTooLarge", 413, f"the image has more than {MAX_BYTES >> 20} MiB"
             )
@@ -120,10 +120,10 @@ class Client:
                 )
             except grpc.RpcError as error:
                 return self._grpc_failure(error)
-            # TorchServe says OK for every answer of a handler: the status is in the body.
+            # The gRPC status of a handler's answer is always OK: its own status is in the body.
             return _code(answer.prediction), answer.prediction
 
-        return _answer(*self._insist(ask))
+        return _answer(*self._with_retries(ask))
 
     def _connect(self) -> grpc.Channel:
         limits = [("grpc.max_receive_message_length", GRPC_ANSWER_BYTES)]
@@ -133,12 +133,12 @@ class Client:
         return grpc.secure_channel(self.grpc_target, credentials, options=limits)
 
     def _grpc_failure(self, error: grpc.RpcError) -> tuple[int, bytes]:
-        """A failed call as REST would have answered it."""
+        """The status and body that REST would answer for a failed gRPC call."""
         status, details = error.code(), " ".join(str(error.details()).split())[:300]
         if status == grpc.StatusCode.UNAVAILABLE:
-            raise self._silent(self.grpc_target, details) from error
+            raise self._no_answer(self.grpc_target, details) from error
         if status == grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise self._silent(self.grpc_target, f"none within {self.timeout:g} s") from error
+            raise self._no_answer(self.grpc_target, f"none within {self.timeout:g} s") from error
         refused = status == grpc.StatusCode.PERMISSION_DENIED
         body = {
             "code": 400 if refused else 503 if status == grpc.StatusCode.INTERNAL else 500,
@@ -165,16 +165,16 @@ class Client:
                     verify=str(self.certificate) if self.certificate else True,
                 )
             except requests.Timeout as error:
-                raise self._silent(self.url, f"none within {self.timeout:g} s") from error
+                raise self._no_answer(self.url, f"none within {self.timeout:g} s") from error
             except OSError as error:  # requests' own errors and those of a damaged certificate
-                raise self._silent(self.url, type(error).__name__) from error
+                raise self._no_answer(self.url, type(error).__name__) from error
             return answer.status_code, answer.content
 
-        return self._insist(ask)
+        return self._with_retries(ask)
 
-    def _insist(self, ask: Any) -> tuple[int, bytes]:
-        """Asks with the key of the file; again after a rotated or expired key, and while the
-        server's queue is full."""
+    def _with_retries(self, ask: Any) -> tuple[int, bytes]:
+        """Sends a request with the key in the key file. Repeats it with a new key if that one was
+        rotated or has expired, and while the server's queue is full."""
         key = self._key()
         status, content = ask(key)
         if _kind(status, content) == "InvalidKeyException":
@@ -187,30 +187,29 @@ class Client:
         return status, content
 
     def _key(self, owner: str = "inference") -> str:
-        """A key of the server, read anew each time: it is rotated under a running client."""
+        """A key of the server. The file is read for each request, because keys are rotated."""
         try:
             return self._read_key(owner)
         except (OSError, ValueError, KeyError, TypeError):
-            # TorchServe writes the file in place: caught in the middle, it is empty.
+            # TorchServe writes the file in place, so that it may be empty for a moment.
             time.sleep(KEY_WRITING_SECONDS)
         try:
             return self._read_key(owner)
         except FileNotFoundError as error:
             raise UserError(
-                f"{self.key_file}: missing; TorchServe writes it where it is started: run make "
-                "serve, or name the file with --key-file"
+                f"{self.key_file}: missing; TorchServe writes it into the folder where it is "
+                "started: run make serve, or set --key-file"
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.key_file}: no key in it; start the server again") from error
+            raise UserError(f"{self.key_file}: contains no key; restart the server") from error
 
     def _read_key(self, owner: str) -> str:
         return str(json.loads(self.key_file.read_text(encoding="utf-8"))[owner]["key"])
 
     def _renewed(self, refused: str) -> str:
-        """The key after `refused`: another one that stands in the file by now, or else a new one,
-        asked for with the file's API key (keys expire after an hour and nothing else renews them).
-        """
-        with self._lock:  # each new key ends the one before it
+        """A key to use instead of `refused`: the one in the file if it has changed, else a new one,
+        requested with the API key. (Keys expire after an hour, and nothing else renews them.)"""
+        with self._lock:  # each new key invalidates the previous one
             if self._key() == refused and self.management:
                 with contextlib.suppress(requests.RequestException):
                     self._session.get(
@@ -222,13 +221,13 @@ class Client:
                     )
             return self._key()
 
-    def _silent(self, address: str, reason: str) -> UserError:
+    def _no_answer(self, address: str, reason: str) -> UserError:
         return UserError(f"{address}: no answer ({reason}); is the server running? (make serve)")
 
 
 def find_server() -> tuple[Path, Server | None]:
-    """The folder of the server to ask (the current one before the repository), and the server
-    itself where `make serve` started it."""
+    """The folder of the server to use (the current folder is preferred to the repository), and the
+    server itself if `make serve` started it."""
     homes = [Path.cwd(), REPOSITORY]
     for home in homes:
         server = running(home)
@@ -238,7 +237,7 @@ def find_server() -> tuple[Path, Server | None]:
 
 
 def as_text(options: dict[str, Any]) -> dict[str, str]:
-    """Options as a form takes them; what is None is left out."""
+    """Options as form fields; options that are None are left out."""
     return {
         name: str(value).lower() if isinstance(value, bool) else str(value)
         for name, value in options.items()
@@ -247,7 +246,7 @@ def as_text(options: dict[str, Any]) -> dict[str, str]:
 
 
 def _answer(status: int, content: bytes) -> dict[str, Any]:
-    """The body of a good answer; a ServerError of any other."""
+    """The body of a successful answer. Raises ServerError for any other."""
     try:
         body = json.loads(content)
     except ValueError:
@@ -282,12 +281,12 @@ def read_file(path: Path) -> bytes:
 
 
 def add_server_options(parser: ArgumentParser) -> None:
-    """Where the server is, and how to be let in."""
-    parser.add_argument("--url", help="inference address; default: the server of make serve")
-    parser.add_argument("--grpc-target", metavar="HOST:PORT", help="the same for gRPC")
+    """Adds the addresses of the server and the files for authentication."""
+    parser.add_argument("--url", help="REST address (default: the server of make serve)")
+    parser.add_argument("--grpc-target", metavar="HOST:PORT", help="gRPC address (same default)")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="TorchServe's key_file.json")
     parser.add_argument(
-        "--certificate", type=Path, metavar="PEM", help="what an https server is verified by"
+        "--certificate", type=Path, metavar="PEM", help="certificate that verifies an https server"
     )
     parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="default 60")
 

@@ -1,9 +1,8 @@
-"""The captions of a whole folder of photos, as JSON lines, and as alternative texts in the photos.
+"""Captions a folder of photos, as JSON lines and as alternative texts in the photos.
 
-A row is of one photo, and records what its caption was made from: `{"image", "bytes", "sha256",
-"checkpoint", "precision", "options", "caption", "captions"}`. While a run is at work it appends
-rows; a later row of a photo replaces an earlier one, and at the end the file is written anew with
-one row a photo.
+Each row belongs to one photo and records what its caption was made from: `{"image", "bytes",
+"sha256", "checkpoint", "precision", "options", "caption", "captions"}`. A run appends rows; a later
+row of a photo replaces an earlier one, and at the end the file is rewritten with one row per photo.
 """
 
 import hashlib
@@ -26,9 +25,9 @@ from handler.errors import UserError
 from handler.files import write_atomic
 from handler.image_preprocess import PHOTO_SUFFIXES, sniff
 
-# Requests in flight: enough to fill the server's batches.
+# Concurrent requests, enough to fill the server's batches.
 IN_FLIGHT = 8
-# Why a photo is captioned again, as a message counts it.
+# Reasons to caption a photo again, as the final message counts them.
 CHANGED_PHOTO, OTHER_OPTIONS = "changed", "with other options"
 OTHER_MODEL = "by another checkpoint or precision"
 UNRECORDED, UNREADABLE = "without a record of what it was made from", "unreadable before"
@@ -40,22 +39,22 @@ Refused = list[tuple[str, UserError]]
 
 
 def find_photos(folder: Path) -> dict[str, Path]:
-    """All photos below a folder by their relative path, in order: what is one by its content, and
-    what is named like one."""
+    """All photos below a folder by relative path, in order: files whose suffix or content is that
+    of a photo."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; IMAGES= must name one")
+        raise UserError(f"{folder}: no such folder; set IMAGES= to a folder of photos")
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("."))
-    found = {
+    photos = {
         path.relative_to(folder).as_posix(): path
         for path in files
-        if path.suffix.lower() in PHOTO_SUFFIXES or _starts_like_one(path)
+        if path.suffix.lower() in PHOTO_SUFFIXES or _starts_like_a_photo(path)
     }
-    if not found:
+    if not photos:
         raise UserError(f"{folder}: no photo there; give a folder of JPEG, PNG or other photos")
-    return found
+    return photos
 
 
-def _starts_like_one(path: Path) -> bool:
+def _starts_like_a_photo(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return sniff(file.read(32)) is not None
@@ -64,46 +63,48 @@ def _starts_like_one(path: Path) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a path that no file can be written to, before anything is asked."""
+    """Raises UserError if no file can be written to `path`, before a request is sent."""
     if path.is_dir():
         raise UserError(f"{path}: this is a folder; give the path of a file")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: this is a pipe or a device; give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{path}: it cannot be written; give another path")
+        raise UserError(f"{path}: cannot be written; give another path")
 
 
 # --- the file of captions
 
 
-# How every row begins, and so what a killed run left half begins with.
+# The beginning of every row, and so of an incomplete one.
 ROW_START = b'{"image": '
 
 
 class CaptionFile:
-    """The file of captions: `rows` holds the latest of each photo. A last line that a killed run
-    left half is cut. Raises UserError for a file of something else, which stays as it is."""
+    """The file of captions; `rows` contains the latest row of each photo. An incomplete last line,
+    left by a killed run, is removed. Raises UserError if the file contains anything else, and
+    leaves it unchanged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
         data = read_file(path) if path.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if not _is_half(data[len(whole) :]):
-            whole = data
-        for number, line in enumerate(whole.splitlines(), start=1):
+        complete = data[: data.rfind(b"\n") + 1]
+        if not _is_incomplete(data[len(complete) :]):
+            complete = data
+        for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 row = json.loads(line)
                 self.rows[str(row["image"])] = row
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
-                    f"{path}: line {number} has no field 'image': not an earlier OUT; name another"
+                    f"{path}: line {number} has no field 'image', so it is not a file of captions; "
+                    "set another OUT="
                 ) from error
-        # Without a buffer: nothing is left to be written when the file is closed.
+        # Unbuffered, so that closing the file cannot fail on a full disk.
         self.file = path.open("ab", buffering=0)
-        self.file.truncate(len(whole))
-        self.gap = b"\n" if whole and not whole.endswith(b"\n") else b""
+        self.file.truncate(len(complete))
+        self.gap = b"\n" if complete and not complete.endswith(b"\n") else b""
 
     def __enter__(self) -> "CaptionFile":
         return self
@@ -112,7 +113,7 @@ class CaptionFile:
         self.file.close()
 
     def append(self, row: Row) -> None:
-        """Appends a row whole or not at all. Raises UserError where the disk is full."""
+        """Appends a complete row, or nothing if the disk is full: raises UserError then."""
         line, end = self.gap + json_line(row), self.file.seek(0, os.SEEK_END)
         try:
             while line:
@@ -120,22 +121,21 @@ class CaptionFile:
         except OSError as error:
             self.file.truncate(end)
             raise UserError(
-                f"{self.path}: {error.strerror}; the captions so far are in it: make room and run "
-                "again"
+                f"{self.path}: {error.strerror}; it contains the captions so far: make room "
+                "and run again"
             ) from error
         self.rows[row["image"]], self.gap = row, b""
 
     def compact(self, photos: Iterable[str]) -> None:
-        """Writes the file anew, whole or not at all, with one row a photo: those of `photos` first,
-        in their order."""
+        """Rewrites the file atomically with one row per photo, those of `photos` first."""
         names = dict.fromkeys(name for name in (*photos, *self.rows) if name in self.rows)
         content = b"".join(json_line(self.rows[name]) for name in names)
         if content != self.path.read_bytes():
-            write_atomic(Path(os.path.realpath(self.path)), content)  # a link stays one
+            write_atomic(Path(os.path.realpath(self.path)), content)  # not in place of a link
 
 
-def _is_half(line: bytes) -> bool:
-    """Whether a line without its end is the beginning of a row, and not all of something."""
+def _is_incomplete(line: bytes) -> bool:
+    """Whether a line without an end is the beginning of a row."""
     if line[: len(ROW_START)] != ROW_START[: len(line)]:
         return False
     try:
@@ -146,8 +146,8 @@ def _is_half(line: bytes) -> bool:
 
 
 def is_ours(row: Row) -> bool:
-    """Whether a run wrote a row, of this version or an earlier one; other programs' captions, and
-    those for training, are no objects."""
+    """Whether this command wrote a row, in this version or an earlier one. In the files of other
+    programs, and in those for training, captions are not objects."""
     captions = row.get("captions")
     return isinstance(captions, list) and all(isinstance(caption, dict) for caption in captions)
 
@@ -161,15 +161,15 @@ def json_line(row: Row) -> bytes:
 
 @dataclass(frozen=True)
 class FolderRequest:
-    """What a run asks for: `ask(photo, **options)` is the answer of a server."""
+    """What a run requests for each photo: `ask(photo, **options)` returns a server's answer."""
 
     ask: Callable[..., dict[str, Any]]
     options: dict[str, Any]
     photos: dict[str, Path]
 
     def row(self, name: str) -> Row | UserError:
-        """The row of a photo, or why it has none. Raises what is true of every photo: no server
-        answers, or it refuses an option or the key."""
+        """The row of a photo, or the reason why it has none. Raises the errors that concern every
+        photo: no server answers, or it refuses an option or the key."""
         try:
             name.encode()
             photo = self.photos[name].read_bytes()
@@ -188,13 +188,13 @@ class FolderRequest:
         return {"image": name, **record, **{f: answer[f] for f in ("caption", "captions")}}
 
     def difference(self, name: str, row: Row) -> str | None:
-        """What is not as it was when `row` was written, the model left out; None where all is."""
+        """What has changed since `row` was written, apart from the model; None if nothing has."""
         if "sha256" not in row:
             return UNRECORDED
         try:
             content = content_of(self.photos[name].read_bytes())
         except OSError:
-            return UNREADABLE  # asked for again, and so reported
+            return UNREADABLE  # requesting it again reports the error
         if any(row.get(field) != value for field, value in content.items()):
             return CHANGED_PHOTO
         return None if row.get("options") == as_text(self.options) else OTHER_OPTIONS
@@ -205,20 +205,20 @@ def content_of(photo: bytes) -> Row:
 
 
 def model_of(record: Mapping[str, Any]) -> Row:
-    """What a row, or the `model` of an answer, says of the model."""
+    """The fields that identify the model, from a row or from the `model` of an answer."""
     return {field: record.get(field) for field in ("checkpoint", "precision")}
 
 
 def caption_folder(
     ask: Callable[..., dict[str, Any]], folder: Path, out: Path, options: dict[str, Any]
 ) -> Refused:
-    """Writes a row to `out` for each photo below `folder`; `ask(photo, **options)` is the answer of
-    a server. A photo that has a row is asked for again where the photo, the options or the server's
-    model are no longer those of its row.
+    """Writes a row to `out` for each photo below `folder`; `ask(photo, **options)` returns a
+    server's answer. A photo that already has a row is captioned again if the photo, the options or
+    the server's model has changed since.
 
-    Returns the photos that could not be read, or were refused, and why. They get no new row, and
-    lose one that is of another content. Raises UserError where no server answers, where it refuses
-    an option, or where the disk is full; the rows so far stay.
+    Returns the photos that could not be read or were refused, and the reasons. They get no new row,
+    and a row of a former content is removed. Raises UserError if no server answers, if it refuses
+    an option, or if the disk is full; the rows so far are kept.
     """
     photos = find_photos(folder)
     check_writable(out)
@@ -232,11 +232,11 @@ def caption_folder(
                 "new captions another file"
             )
         again = differences(request, file)
-        kept = [name for name in photos if name in file.rows and name not in again]
+        unchanged = [name for name in photos if name in file.rows and name not in again]
         with tqdm(desc="captions", unit="photo", total=len(photos), disable=None) as bar:
 
             def caption_all(names: Sequence[str]) -> list[Row]:
-                """Appends the rows of these photos, and returns them."""
+                """Appends the rows of these photos and returns them."""
                 rows: list[Row] = []
                 for name, row in zip(names, in_order(request.row, names), strict=True):
                     bar.update()
@@ -248,20 +248,20 @@ def caption_folder(
                     rows.append(row)
                 return rows
 
-            written = caption_all([name for name in photos if name not in set(kept)])
-            # Only an answer says which model is served.
-            tried = (request.row(name) for name in kept[:IN_FLIGHT])
-            answered = (row for row in chain(written[-1:], tried) if isinstance(row, dict))
+            written = caption_all([name for name in photos if name not in set(unchanged)])
+            # Only an answer names the model that is served.
+            probes = (request.row(name) for name in unchanged[:IN_FLIGHT])
+            answered = (row for row in chain(written[-1:], probes) if isinstance(row, dict))
             model = next(map(model_of, answered), None)
-            outdated = [name for name in kept if model_of(file.rows[name]) != model]
+            outdated = [name for name in unchanged if model_of(file.rows[name]) != model]
             again |= dict.fromkeys(outdated, OTHER_MODEL)
-            bar.update(len(kept) - len(outdated))
+            bar.update(len(unchanged) - len(outdated))
             written += caption_all(outdated)
         for name, _ in refused:
             if again.get(name) == CHANGED_PHOTO:
                 del file.rows[name]
         file.compact(photos)
-    print(f"{out}: {len(written)} captioned, {len(kept) - len(outdated)} were there")
+    print(f"{out}: {len(written)} captioned, {len(unchanged) - len(outdated)} unchanged")
     if reasons := Counter(again[row["image"]] for row in written if row["image"] in again):
         counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         print(f"{out}: of these, captioned again: {counts}")
@@ -269,17 +269,17 @@ def caption_folder(
 
 
 def differences(request: FolderRequest, file: CaptionFile) -> dict[str, str]:
-    """The photos whose rows are not of the present photo and options, and why."""
+    """The photos whose content or options have changed since their rows were written, and how."""
     names = [name for name in request.photos if name in file.rows]
-    found = in_order(lambda name: request.difference(name, file.rows[name]), names)
-    bar = tqdm(found, "compare", len(names), unit="photo", disable=None, delay=1)
-    return {name: why for name, why in zip(names, bar, strict=True) if why is not None}
+    reasons = in_order(lambda name: request.difference(name, file.rows[name]), names)
+    bar = tqdm(reasons, "compare", len(names), unit="photo", disable=None, delay=1)
+    return {name: reason for name, reason in zip(names, bar, strict=True) if reason is not None}
 
 
 def write_alt_texts(folder: Path, out: Path) -> Refused:
-    """Writes the captions of `out` into the photos below `folder` that have no alternative text,
-    and into their rows what the photos are now. Returns the photos that could not take it and why.
-    """
+    """Writes the captions in `out` into the photos below `folder` that have no alternative text,
+    and updates the size and hash in their rows. Returns the photos that could not store it, and the
+    reasons."""
     photos = find_photos(folder)
     written = 0
     refused: Refused = []
@@ -292,8 +292,8 @@ def write_alt_texts(folder: Path, out: Path) -> Refused:
                     written += 1
                     file.append(row | content_of(photos[name].read_bytes()))
                     if alternative_text(caption) != caption.strip():
-                        said = "characters that XML forbids are left out of its alternative text"
-                        print(f"{printable(folder / name)}: {said}", file=sys.stderr)
+                        notice = "characters that XML forbids are left out of its alternative text"
+                        print(f"{printable(folder / name)}: {notice}", file=sys.stderr)
             except NoAltText as error:
                 refused.append((name, error))
             except OSError as error:
@@ -306,7 +306,7 @@ def write_alt_texts(folder: Path, out: Path) -> Refused:
 
 
 def in_order(call: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """`map(call, items)` with IN_FLIGHT calls at a time, and not many more results held."""
+    """`map(call, items)` with IN_FLIGHT calls at a time and a bounded number of results held."""
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         waiting: list[Future[R]] = []
         try:
@@ -317,10 +317,10 @@ def in_order(call: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
             while waiting:
                 yield waiting.pop(0).result()
         finally:
-            for left in waiting:
-                left.cancel()
+            for future in waiting:
+                future.cancel()
 
 
 def printable(path: Path) -> str:
-    """A path as any terminal can show it."""
+    """A path in which bytes that are not UTF-8 are replaced, so that any terminal can show it."""
     return str(path).encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""`python -m handler.client.generate_stubs`, part of `make setup`: writes build/grpc/."""
+"""`python -m handler.client.generate_stubs`, a step of `make setup`: writes build/grpc/."""
 
 from handler.client.stubs import generate
 from handler.errors import run_command

@@ -1,7 +1,7 @@
-"""inference.proto -> the Python modules of the gRPC client, under build/grpc/.
+"""Generates the Python modules of the gRPC client from inference.proto, under build/grpc/.
 
-Generated at set-up and never committed: generated code needs a protobuf no older than its
-generator's.
+They are generated at set-up and not committed, because generated code needs a protobuf that is not
+older than its generator.
 """
 
 import importlib
@@ -22,15 +22,15 @@ def generate(out: Path = STUBS) -> None:
     except ImportError as error:
         raise UserError("grpcio-tools is not installed; run make setup") from error
     out.mkdir(parents=True, exist_ok=True)
-    # grpc_tools carries google/protobuf/*.proto.
-    known = Path(protoc.__file__).parent / "_proto"
-    command = ["protoc", f"-I{PROTO.parent}", f"-I{known}", f"--python_out={out}"]
+    # grpc_tools contains google/protobuf/*.proto.
+    included = Path(protoc.__file__).parent / "_proto"
+    command = ["protoc", f"-I{PROTO.parent}", f"-I{included}", f"--python_out={out}"]
     if protoc.main([*command, f"--grpc_python_out={out}", PROTO.name]):
         raise UserError(f"{PROTO}: protoc cannot compile it")
 
 
 def load() -> tuple[ModuleType, ModuleType]:
-    """The modules `inference_pb2` and `inference_pb2_grpc`, generated where they are missing."""
+    """The modules `inference_pb2` and `inference_pb2_grpc`, generated if they are missing."""
     if not (STUBS / "inference_pb2_grpc.py").is_file():
         generate()
     if str(STUBS) not in sys.path:

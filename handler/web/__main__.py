@@ -1,4 +1,4 @@
-"""`python -m handler.web`, behind `make web`: a page in front of the running TorchServe."""
+"""`python -m handler.web`, behind `make web`: a demo page for the running TorchServe."""
 
 from handler.client.connection import add_server_options, client_of
 from handler.errors import ArgumentParser, run_command

@@ -1,15 +1,15 @@
-// Words of a caption are buttons; while one is pointed at, focused or pressed, its map lies over the
-// photo of its card. A map comes as bytes, side x side, row by row (handler/page.py).
+// Words of a caption that name something are buttons. While one is hovered, focused or pressed, its
+// map is drawn over the photo of its card. A map is side x side bytes, row by row (handler/web/word_maps.py).
 "use strict";
 {
-  const FINE = 8; // each cell is drawn as FINE x FINE pixels, smoothly
+  const FINE = 8; // each cell is interpolated to FINE x FINE pixels
   // Viridis, as in handler/attention_maps.py.
   const STOPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
   const colour = (weight) => {
-    const place = weight * (STOPS.length - 1);
-    const low = Math.min(Math.floor(place), STOPS.length - 2);
-    return STOPS[low].map((value, i) => value + (STOPS[low + 1][i] - value) * (place - low));
+    const position = weight * (STOPS.length - 1);
+    const low = Math.min(Math.floor(position), STOPS.length - 2);
+    return STOPS[low].map((value, i) => value + (STOPS[low + 1][i] - value) * (position - low));
   };
 
   const drawn = (bytes) => {
@@ -34,13 +34,13 @@
     return canvas;
   };
 
-  // A box of shares, "x0 y0 x1 y1", in percent.
+  // A box "x0 y0 x1 y1" of fractions, as CSS properties in percent.
   const sides = (shares) => {
     const [x0, y0, x1, y1] = shares.split(" ").map((share) => 100 * share);
     return { left: x0, top: y0, width: x1 - x0, height: y1 - y0 };
   };
 
-  const place = (element, sides) => {
+  const setPosition = (element, sides) => {
     for (const [name, value] of Object.entries(sides)) element.style[name] = value + "%";
   };
 
@@ -54,43 +54,43 @@
     clear(card);
     const map = document.createElement("div");
     map.className = "map";
-    place(map, sides(word.parentElement.dataset.seen)); // the part of the photo that the model saw
+    setPosition(map, sides(word.parentElement.dataset.seen)); // the region that the model saw
     map.append(drawn(Uint8Array.from(atob(word.dataset.map), (c) => c.charCodeAt(0))));
     if (word.dataset.box) {
       const [x, y] = word.dataset.centre.split(" ").map((share) => 100 * share);
       const box = document.createElement("div"), centre = document.createElement("div");
       [box.className, centre.className] = ["box", "centre"];
-      place(box, sides(word.dataset.box));
-      place(centre, { left: x, top: y });
+      setPosition(box, sides(word.dataset.box));
+      setPosition(centre, { left: x, top: y });
       map.append(box, centre);
     }
     image.classList.add("under");
     image.parentElement.append(map);
   };
 
-  // What stays when the pointer goes: the pressed word, or nothing.
-  const rest = (card) => {
+  // What is shown when the pointer leaves a word: the map of the pressed word, or none.
+  const showPressed = (card) => {
     const pressed = card.querySelector(".word[aria-pressed=true]");
     if (pressed) show(pressed);
     else clear(card);
   };
 
   const onWord = (act) => (event) => {
-    const word = event.target.closest(".word");
+    const word = event.target.closest("button.word");
     if (word) act(word, event);
   };
 
   document.addEventListener("pointerover", onWord((word, event) => {
     if (event.pointerType === "mouse") show(word);
   }));
-  document.addEventListener("pointerout", onWord((word) => rest(word.closest(".card"))));
+  document.addEventListener("pointerout", onWord((word) => showPressed(word.closest(".card"))));
   document.addEventListener("focusin", onWord(show));
-  document.addEventListener("focusout", onWord((word) => rest(word.closest(".card"))));
+  document.addEventListener("focusout", onWord((word) => showPressed(word.closest(".card"))));
   document.addEventListener("click", onWord((word) => {
     const card = word.closest(".card"), pressed = word.getAttribute("aria-pressed") === "true";
     for (const other of card.querySelectorAll(".word[aria-pressed=true]"))
       other.setAttribute("aria-pressed", "false");
     word.setAttribute("aria-pressed", String(!pressed));
-    rest(card);
+    showPressed(card);
   }));
 }

@@ -1,6 +1,6 @@
-"""Pages that stand alone: one HTML file with its style, its scripts and its pictures inside, and a
-policy that forbids it anything else. The report, the review sheet and the demo page are templates
-(Jinja2) of one document."""
+"""Self-contained pages: one HTML file that includes its style, scripts and pictures, with a content
+security policy that allows nothing else. The report, the review sheet and the demo page are Jinja2
+templates that extend one document."""
 
 import base64
 import hashlib
@@ -26,8 +26,8 @@ JPEG_QUALITY = 80
 
 @cache
 def templates(folder: Path) -> Environment:
-    """The templates of a folder beside those that all pages share. Text is escaped, and a name that
-    is not given is an error."""
+    """The Jinja2 environment for the templates of a folder and those that all pages share. Text is
+    escaped, and an undefined name is an error."""
     environment = Environment(
         loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
@@ -40,8 +40,8 @@ def templates(folder: Path) -> Environment:
 
 
 def page(template: Path, styles: Sequence[Path], scripts: Sequence[Path], **content: Any) -> str:
-    """A whole HTML document from a template that extends `document.html`; `styles` come after the
-    common one, and `content` has its title."""
+    """A complete HTML document from a template that extends `document.html`. `styles` are added to
+    the common style sheet, and `content` must contain `title`."""
     style = "\n".join(path.read_text(encoding="utf-8") for path in (STYLE, *styles))
     script = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
     document = templates(template.parent).get_template(template.name)
@@ -54,7 +54,8 @@ def page(template: Path, styles: Sequence[Path], scripts: Sequence[Path], **cont
 
 
 def policy(style: str, script: str) -> str:
-    """Only this very style and script run; only this very page's server is asked anything."""
+    """The content security policy: only this style and script run, and requests go only to the
+    server of the page."""
     return (
         "default-src 'none'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
         f"form-action 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
@@ -67,8 +68,8 @@ def _hash(text: str) -> str:
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo within a page: a JPEG in base64, the size in pixels at which it is shown, and the
-    text for those who do not see it."""
+    """A photo in a page: a JPEG in base64, the size in pixels at which it is shown, and its
+    alternative text."""
 
     data: str
     width: int
@@ -80,7 +81,7 @@ def photo(image: Image.Image, side: int, alt: str) -> Photo:
     """A photo (RGB) for a page, no side longer than `side` pixels."""
     image = image.copy()
     image.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=3)
-    # A drawing of 96 pixels would be a stamp; the browser enlarges it.
+    # The browser enlarges a small picture, such as a drawn scene of 96 pixels.
     scale = max(1, math.floor(side / max(image.size)))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)

@@ -1,10 +1,10 @@
-"""A page in front of the running TorchServe. Drop a
-photo on it, or take one, and see the captions and where the model looked for each word.
+"""A demo page for the running TorchServe. Drop a photo on it, or take one, and see the captions and
+where the model looked for each word.
 
-A browser cannot ask TorchServe itself, which wants a token and refuses preflights. This process
-holds the token, listens on loopback alone, and forwards. It answers only to its own names (a name
-of somebody else's that resolves to 127.0.0.1 is refused), only with the key in its address, and
-takes photos only from its own page.
+A browser cannot send requests to TorchServe itself, which requires a token and refuses preflight
+requests. This process has the token, listens only on loopback, and forwards the requests. It
+refuses requests with a foreign host name (which may resolve to 127.0.0.1), without the key in the
+address, and photos that another page sends.
 """
 
 import secrets
@@ -19,19 +19,20 @@ from handler.client.connection import Client, ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES, PreprocessConfig, decode, seen_region
 from handler.web.page import HEAT, TEMPLATES, page, photo, templates
-from handler.web.word_maps import prompt_of, words_of
+from handler.web.word_maps import prompt_of
+from handler.words import words_of
 
 HOST, PORT = "127.0.0.1", 8090
 HERE = Path(__file__).parent
 # The best N_BEST of BEAMS are shown.
 BEAMS, N_BEST = 5, 3
 PHOTO_SIDE = 480
-# Errors whose message is for a person who chose a photo.
-TOLD = (
+# Errors whose message is shown to the person who chose the photo.
+SHOWN_ERRORS = (
     *("InvalidImage", "UnsupportedMediaType", "MissingImage"),
     *("ImageTooLarge", "ImageTooComplex"),
 )
-# A connection that says nothing for so long is closed.
+# A connection without a request is closed after this time.
 SILENCE_SECONDS = 60
 HEADERS = {
     "Cache-Control": "no-store",
@@ -43,7 +44,7 @@ HEADERS = {
 
 
 class WebServer(ThreadingHTTPServer):
-    """The page's server; `names` are the values of Host that it answers to."""
+    """The server of the page; `names` are the values of the Host header that it accepts."""
 
     daemon_threads = True
 
@@ -51,7 +52,7 @@ class WebServer(ThreadingHTTPServer):
         self.client = client
         super().__init__((HOST, port), PageHandler)
         self.port = self.server_address[1]
-        # As Jupyter's: other users of this machine, and other pages, do not know it.
+        # Like Jupyter's token: other users of this machine, and other pages, do not know it.
         self.key = secrets.token_urlsafe(24)
         self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
         self.page = page(
@@ -64,7 +65,7 @@ class WebServer(ThreadingHTTPServer):
         self.preprocessings: dict[str, PreprocessConfig] = {}
 
     def preprocessing(self, checkpoint: str) -> PreprocessConfig:
-        """What the model of a checkpoint sees of a photo, as its model card says."""
+        """The preprocessing of a checkpoint's model, from its model card."""
         if checkpoint not in self.preprocessings:
             card = self.client.model_card()
             if not card:
@@ -74,8 +75,8 @@ class WebServer(ThreadingHTTPServer):
 
 
 class PageHandler(BaseHTTPRequestHandler):
-    """GET / is the page; POST /caption takes the bytes of a photo, and a prompt in its address, and
-    answers the HTML of the photo's card, or a sentence with the status of what went wrong."""
+    """GET / returns the page. POST /caption takes the bytes of a photo, with a prompt in the query
+    string, and returns the HTML of the photo's card, or an error status and a sentence."""
 
     protocol_version = "HTTP/1.1"
     timeout = SILENCE_SECONDS
@@ -85,7 +86,7 @@ class PageHandler(BaseHTTPRequestHandler):
         if not self.is_ours():
             return
         if urlsplit(self.path).path != "/":
-            self.answer(404, "There is only the page at /.")
+            self.answer(404, "The only page is /.")
             return
         self.answer(200, self.server.page, "text/html")
 
@@ -94,11 +95,11 @@ class PageHandler(BaseHTTPRequestHandler):
             return
         host, address = self.headers.get("Host", ""), urlsplit(self.path)
         if self.headers.get("Origin") != f"http://{host}":
-            self.refuse(403, "Photos are taken from this server's own page alone.")
+            self.refuse(403, "Only this server's own page can send photos.")
         elif address.path != "/caption":
-            self.refuse(404, "Photos go to /caption.")
+            self.refuse(404, "Send photos to /caption.")
         elif not self.headers.get("Content-Length", "").isdecimal():
-            self.refuse(411, "The length of the photo is missing.")
+            self.refuse(411, "The header Content-Length is missing.")
         elif int(self.headers["Content-Length"]) > MAX_BYTES:
             self.refuse(413, f"The photo has more than {MAX_BYTES // 2**20} MiB; make it smaller.")
         else:
@@ -107,14 +108,13 @@ class PageHandler(BaseHTTPRequestHandler):
             try:
                 self.answer(200, card(self.server, photo, prompt), "text/html")
             except UserError as error:
-                status, said = sentence(error)
-                self.answer(status, said)
+                self.answer(*sentence(error))
 
     def is_ours(self) -> bool:
-        """Whether the request was meant for this server and has its key. A page of another name
-        could read what is answered to it (DNS rebinding); other users have no key."""
+        """Whether the request names this server as its host and has its key. A page of another
+        host name could read the answers (DNS rebinding); other users do not have the key."""
         if self.headers.get("Host") not in self.server.names:
-            self.refuse(421, f"This server answers to http://{HOST}:{self.server.port}/ alone.")
+            self.refuse(421, f"Use the address http://{HOST}:{self.server.port}/ instead.")
             return False
         [key] = parse_qs(urlsplit(self.path).query).get("key", [""])[:1]
         if not secrets.compare_digest(key.encode(), self.server.key.encode()):
@@ -122,10 +122,10 @@ class PageHandler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def refuse(self, status: int, said: str) -> None:
-        """Answers without reading the body, which ends the connection."""
+    def refuse(self, status: int, message: str) -> None:
+        """Answers without reading the request's body, and so has to close the connection."""
         self.close_connection = True
-        self.answer(status, said)
+        self.answer(status, message)
 
     def answer(self, status: int, content: bytes | str, kind: str = "text/plain") -> None:
         data = content.encode() if isinstance(content, str) else content
@@ -140,12 +140,12 @@ class PageHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: what people show to the page is theirs."""
+        """Logs nothing, to keep the users' requests private."""
 
 
 def card(server: WebServer, data: bytes, prompt: str) -> str:
-    """Asks the server for the captions of a photo that begin with `prompt`, unless it is empty: the
-    HTML of the photo with its captions."""
+    """Requests the captions of a photo, which begin with `prompt` unless it is empty, and returns
+    the HTML of the photo with its captions."""
     options: dict[str, Any] = {"num_beams": BEAMS, "num_return_sequences": N_BEST}
     if prompt:
         options["prompt"] = prompt
@@ -164,7 +164,7 @@ def card(server: WebServer, data: bytes, prompt: str) -> str:
 
 
 def words_of_answer(caption: dict[str, Any]) -> dict[str, Any]:
-    """A caption of the API with its prompt, and the words behind it with their maps."""
+    """A caption of the API with its prompt, and with the generated words and their maps."""
     attention = caption["attention"]
     maps_Tgg = torch.tensor(attention["maps"]).reshape(-1, *attention["grid"])
     words = words_of(caption["tokens"], caption["token_log_probs"], maps_Tgg)
@@ -172,19 +172,19 @@ def words_of_answer(caption: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentence(error: UserError) -> tuple[int, str]:
-    """Status and words for a person."""
+    """The status and the sentence that the page shows for an error."""
     if not isinstance(error, ServerError):
         return 502, f"{str(error)[:1].upper()}{str(error)[1:]}."
-    if error.kind in TOLD:
+    if error.kind in SHOWN_ERRORS:
         return error.code, f"This file cannot be captioned: {error.message}."
     if error.kind == "InvalidParameter" and error.message.startswith("prompt"):
         return error.code, f"These words cannot be used: {error.message}."
     if error.kind == "InvalidKeyException":
-        return 502, "TorchServe refused the key of this page; start it again with make serve."
+        return 502, "TorchServe refused this page's key; restart TorchServe with make serve."
     if error.code == 503:
-        return 503, "TorchServe has too much to do, or no worker; try again in a moment."
+        return 503, "TorchServe is overloaded, or has no worker; try again in a moment."
     if error.code == 404:
-        return 502, "TorchServe runs, but not with this model; run make mar and make serve."
+        return 502, "TorchServe has not loaded this model; run make mar and make serve."
     return 502, f"The captioner failed ({error.kind}); the logs of TorchServe say why."
 
 
@@ -193,8 +193,8 @@ def serve_page(client: Client, port: int) -> None:
         server = WebServer(client, port)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"port {port}: {reason}; name another with PORT=") from error
-    print(f"http://{HOST}:{server.port}/?key={server.key} (Ctrl-C ends it)", flush=True)
+        raise UserError(f"port {port}: {reason}; set another one with PORT=") from error
+    print(f"http://{HOST}:{server.port}/?key={server.key} (Ctrl-C ends the server)", flush=True)
     with server:
         try:
             server.serve_forever()

@@ -1,25 +1,25 @@
-// The demo page: a photo by drop, file or camera, and a prompt -> POST /caption -> the card of its
-// captions.
+// The demo page: sends a photo (dropped, chosen or taken by the camera) and a prompt to /caption and
+// shows the card that it returns.
 "use strict";
 {
   const at = (id) => document.getElementById(id);
   const video = at("video"), viewfinder = at("viewfinder"), result = at("result");
-  let asked = 0, latest = null;
+  let requests = 0, latest = null;
 
-  const say = (status, error = "") => {
+  const showStatus = (status, error = "") => {
     at("status").textContent = status;
     at("error").textContent = error;
   };
 
   const caption = async (photo) => {
-    const number = ++asked, prompt = at("prompt").value.trim();
+    const number = ++requests, prompt = at("prompt").value.trim();
     latest = photo;
     result.replaceChildren();
     if (photo.size > Number(result.dataset.limit)) {
-      say("", `The photo has more than ${result.dataset.limit / 2 ** 20} MiB; make it smaller.`);
+      showStatus("", `The photo has more than ${result.dataset.limit / 2 ** 20} MiB; make it smaller.`);
       return;
     }
-    say("Looking at the photo …");
+    showStatus("Looking at the photo …");
     result.setAttribute("aria-busy", "true");
     let status, text;
     try {
@@ -29,16 +29,16 @@
       });
       [status, text] = [answer.status, await answer.text()];
     } catch {
-      [status, text] = [0, "The page's own server has ended; start it again with make web."];
+      [status, text] = [0, "The server of this page has ended; start it again with make web."];
     }
-    if (number !== asked) return; // a newer photo is on its way
+    if (number !== requests) return; // a newer request has been sent
     result.removeAttribute("aria-busy");
     if (status !== 200) {
-      say("", text);
+      showStatus("", text);
       return;
     }
     result.innerHTML = text;
-    say(`Caption: ${result.querySelector(".card").dataset.caption}`);
+    showStatus(`Caption: ${result.querySelector(".card").dataset.caption}`);
   };
 
   at("file").addEventListener("change", (event) => {
@@ -47,7 +47,7 @@
     if (photo) caption(photo);
   });
 
-  // The same photo with other words.
+  // Caption the same photo with another prompt.
   at("prompt").addEventListener("change", () => {
     if (latest) caption(latest);
   });
@@ -59,7 +59,7 @@
       if (name !== "drop") return;
       const [photo] = event.dataTransfer.files;
       if (photo) caption(photo);
-      else say("", "That was no file; save the picture first, and drop its file.");
+      else showStatus("", "This is not a file; save the picture first, then drop its file.");
     });
   }
 
@@ -77,10 +77,10 @@
       });
     } catch (error) {
       const denied = error.name === "NotAllowedError";
-      say("", denied ? "The browser was not allowed to use the camera." : "No camera is found.");
+      showStatus("", denied ? "The browser may not use the camera." : "No camera was found.");
       return;
     }
-    say("");
+    showStatus("");
     viewfinder.hidden = false;
     at("shoot").focus();
   });
@@ -92,7 +92,7 @@
     canvas.toBlob((photo) => {
       closeCamera();
       if (photo) caption(photo);
-      else say("", "The camera shows nothing yet; try again.");
+      else showStatus("", "The camera shows nothing yet; try again.");
     }, "image/jpeg", 0.95);
   });
 

@@ -1,79 +1,32 @@
-"""Tokens -> words, and where each was looked for: a map, its peak, its centre and a box around it.
+"""Finds where the model looked for a word: the peak of its attention map, the centre, and a box.
 
-Dimension key: T tokens, g cells along one side of the map. Positions are shares of the map's width
-and height, x to the right and y down; a map covers the part of a photo that the model saw
-(`handler.image_preprocess.seen_region`), and `on_photo` gives the place in the photo.
+Dimension key: g cells along one side of the map. Positions are fractions of the map's
+width and height, x to the right and y down. A map covers the region of a photo that the model saw
+(`handler.image_preprocess.seen_region`); `on_photo` converts positions to those in the photo.
 """
 
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A box holds what is at least this share of the map's largest value, around its peak.
+from handler.words import Word
+
+# A box surrounds the cells around the peak that have at least this share of the peak's value.
 BOX_SHARE = 0.5
-# Boxes are finer than the cells of a map: each is cut into FINE x FINE, smoothly.
+# Each cell of a map is interpolated to FINE x FINE before a box is found.
 FINE = 4
-# A map over all of a photo.
+# The region of a map that covers the whole photo.
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-# Words that name nothing to be seen: no box is drawn for them.
-FUNCTION_WORDS = frozenset(
-    word
-    for line in (
-        "a an the this that these those some any each every another other all both no not only",
-        "i you he she it we they him her them his its their our your my who which what there here",
-        "and or but while as than then so if because in on at of to from into onto with without by",
-        "for over under above below beneath beside between through across around near behind along",
-        "against up down out off toward towards next is are was were be been being am has have",
-        "had do does did can could will would may something someone very just also too",
-    )
-    for word in line.split()
-)
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word of a caption: its text, the log probability of its tokens together, and the weights
-    (g, g), summing to 1, of where the model looked while it wrote it."""
-
-    text: str
-    log_prob: float
-    map_gg: Tensor
-
-    @property
-    def names_something(self) -> bool:
-        """Whether it is a content word."""
-        bare = self.text.lower().strip(".,;:!?\"'()")
-        return bare not in FUNCTION_WORDS and any(c.isalnum() for c in bare)
-
-
-def words_of(tokens: Sequence[str], log_probs: Sequence[float], maps_Tgg: Tensor) -> list[Word]:
-    """Joins tokens into words. Where any token brings its own space (byte pairs), a word goes on
-    until the next that does, and its map is the mean of theirs; else each token is a word."""
-    pieced = any(token[:1].isspace() for token in tokens)
-    groups: list[list[int]] = []
-    for number, token in enumerate(tokens):
-        if groups and pieced and not token[:1].isspace():
-            groups[-1].append(number)
-        else:
-            groups.append([number])
-    return [
-        Word(
-            "".join(tokens[i] for i in group).strip(),
-            sum(log_probs[i] for i in group),
-            maps_Tgg[group].mean(0),
-        )
-        for group in groups
-    ]
 
 
 def prompt_of(caption: str, tokens: Sequence[str]) -> str:
-    """What a caption begins with before its tokens; a word-level vocabulary's have no spaces."""
+    """The prompt at the start of a caption: the text before its generated tokens. (Tokens of a
+    word-level vocabulary contain no spaces.)"""
     for space in ("", " "):
         generated = space.join(tokens).strip()
         if caption.endswith(generated):
@@ -82,8 +35,8 @@ def prompt_of(caption: str, tokens: Sequence[str]) -> str:
 
 
 def peak(map_gg: Tensor) -> tuple[float, float]:
-    """Where the map is heaviest, (x, y): the centre of gravity of the heaviest cell and those
-    around it. An object between two cells warms both; the middle of neither need lie in it."""
+    """The peak of the map, (x, y): the centre of gravity of its largest cell and the cells around
+    it. The attention to an object on the border of two cells is spread over both."""
     height, width = map_gg.shape
     row, column = divmod(int(map_gg.argmax()), width)
     top, left = max(0, row - 1), max(0, column - 1)
@@ -92,15 +45,15 @@ def peak(map_gg: Tensor) -> tuple[float, float]:
 
 
 def box(map_gg: Tensor, share: float = BOX_SHARE) -> tuple[float, float, float, float]:
-    """The box (x0, y0, x1, y1) around all that hangs together with the peak and has at least
-    `share` of its weight."""
+    """The box (x0, y0, x1, y1) around the connected region that contains the peak and has at least
+    `share` of the peak's value."""
     fine = F.interpolate(map_gg[None, None].float(), scale_factor=FINE, mode="bilinear")[0, 0]
-    warm = fine >= share * fine.max()
+    is_large = fine >= share * fine.max()
     row, column = divmod(int(fine.argmax()), fine.size(1))
-    inside = torch.zeros_like(warm)
+    inside = torch.zeros_like(is_large)
     inside[row, column] = True
-    while True:  # grows by a cell in each direction until it fills its island
-        grown = F.max_pool2d(inside[None].float(), 3, stride=1, padding=1)[0].bool() & warm
+    while True:  # grow by one cell in each direction until the connected region is filled
+        grown = F.max_pool2d(inside[None].float(), 3, stride=1, padding=1)[0].bool() & is_large
         if torch.equal(grown, inside):
             break
         inside = grown
@@ -118,7 +71,7 @@ def centre(map_gg: Tensor) -> tuple[float, float]:
     """The centre of gravity, (x, y), of the weight inside the map's box."""
     height, width = map_gg.shape
     x0, y0, x1, y1 = box(map_gg)
-    # Cells count by how much of them lies in the box.
+    # Each cell is weighted by the part of it that lies in the box.
     inside_gg = map_gg * _covered(y0, y1, height)[:, None] * _covered(x0, x1, width)[None, :]
     x, y = _gravity(inside_gg)
     return x / width, y / height
@@ -134,38 +87,38 @@ def _gravity(weights: Tensor) -> tuple[float, float]:
 
 
 def _covered(low: float, high: float, cells: int) -> Tensor:
-    """How much of each cell lies between two positions."""
+    """The fraction of each cell that lies between two positions."""
     edges = torch.arange(cells + 1) / cells
     return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * cells
 
 
 def on_photo(positions: Sequence[float], seen: Sequence[float]) -> list[float]:
-    """Positions on a map (x, y, x, y, ...) as shares of the photo; `seen` is what the map covers,
-    (x0, y0, x1, y1)."""
+    """Converts positions on a map (x, y, x, y, ...) to fractions of the photo's size. `seen` is the
+    region (x0, y0, x1, y1) of the photo that the map covers."""
     x0, y0, x1, y1 = seen
     sides = ((x0, x1 - x0), (y0, y1 - y0))
     return [sides[i % 2][0] + value * sides[i % 2][1] for i, value in enumerate(positions)]
 
 
 def place_name(x: float, y: float) -> str:
-    """Where a point lies, for those who hear the page: "upper left", "middle"."""
+    """A point in words, for screen readers: "upper left", "middle"."""
     row = "upper" if y < 1 / 3 else "lower" if y > 2 / 3 else ""
     column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
     return f"{row} {column}".strip() or "middle"
 
 
 def word_as_dict(word: Word, seen: Sequence[float] = WHOLE) -> dict[str, Any]:
-    """A word for a page: its map as base64 of g * g bytes, row by row, scaled to its own largest
-    value; box and centre, on the map, of a content word; the name of the place in the photo, of
-    which the map covers the region `seen`."""
+    """A word for a template. A content word has its map in base64, g * g bytes row by row, scaled
+    so that the largest is 255; the box and the centre on the map; and the location in the photo, of
+    which the map covers the region `seen`, in words. Where the model looked for other words means
+    nothing."""
+    page: dict[str, Any] = {"text": word.text, "probability": math.exp(word.log_prob)}
+    if not word.names_something:
+        return page
     scaled = (word.map_gg / word.map_gg.max().clamp(min=1e-9) * 255).round().to(torch.uint8)
-    page: dict[str, Any] = {
-        "text": word.text,
-        "probability": math.exp(word.log_prob),
+    return page | {
         "map": base64.b64encode(scaled.numpy().tobytes()).decode(),
+        "box": [round(edge, 4) for edge in box(word.map_gg)],
+        "centre": [round(value, 4) for value in centre(word.map_gg)],
         "place": place_name(*on_photo(peak(word.map_gg), seen)),
     }
-    if word.names_something:
-        page["box"] = [round(edge, 4) for edge in box(word.map_gg)]
-        page["centre"] = [round(value, 4) for value in centre(word.map_gg)]
-    return page

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from handler.image_preprocess import Box, seen_region
 from handler.web.page import HEAT, Photo, page
-from handler.web.word_maps import FUNCTION_WORDS, Word, prompt_of
+from handler.web.word_maps import prompt_of
+from handler.words import FUNCTION_WORDS, Word
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.pages.plots import bar_chart, line_chart

@@ -13,7 +13,7 @@ import torch
 from handler.beam_search import DecodeOptions
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.web.word_maps import Word, words_of
+from handler.words import Word, words_of
 from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check

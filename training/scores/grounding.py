@@ -25,7 +25,8 @@ from torch import Tensor
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
 from handler.image_preprocess import seen_region
-from handler.web.word_maps import WHOLE, box, on_photo, peak, words_of
+from handler.web.word_maps import WHOLE, box, on_photo, peak
+from handler.words import words_of
 from training.data.manifest import Manifest, Row
 from training.data.scene_language import Scene, SceneObject, caption_words, referents
 from training.model import Encoder, split_heads

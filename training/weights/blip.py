@@ -1,9 +1,9 @@
 """`BlipForConditionalGeneration` (Li et al. 2022, arXiv:2201.12086), such as
 `Salesforce/blip-image-captioning-base`: a ViT, and BERT with cross-attention.
 
-Its `generate` reads no generation config: one beam and 20 new tokens, from `bos_token_id` of the
-text's config, which lies beyond the tokenizer's entries, to its `sep_token_id`, not its
-`eos_token_id`.
+Its `generate` ignores the generation config: it uses one beam and 20 new tokens, starts with the
+`bos_token_id` of the text config, which is not an entry of the tokenizer, and ends with
+`sep_token_id`, not with `eos_token_id`.
 """
 
 from training.model import DecoderConfig, EncoderConfig
@@ -47,7 +47,7 @@ def _configs(config: Config) -> tuple[EncoderConfig, DecoderConfig]:
         text,
         vocab_size=text.value("vocab_size", 30524),
         heads=text.value("num_attention_heads", 8),
-        memory_width=encoder.width,  # whatever `encoder_hidden_size` says
+        memory_width=encoder.width,  # transformers overrides `encoder_hidden_size` with it
         dropout=text.value("hidden_dropout_prob", 0.0),
         head_transform=True,
     )

@@ -1,11 +1,11 @@
-"""Pretrained Vision Transformers into ours: timm's, torchvision's, and those of earlier runs.
+"""Loads pretrained Vision Transformers from timm, from torchvision and from our own checkpoints.
 
-Names are `timm/NAME` (timm's own, with or without its tag), `torchvision/NAME` (`vit_b_16` and its
-siblings) and `checkpoint/DIR`, a captioner's of ours: so a student can have its teacher's encoder,
-and both read the same cached features. timm and torchvision build their model and read the weights,
-from a local file or their own download; here its parameters are renamed one by one, and a parameter
-too many or too few is an error that names it. The normalisation that the encoder was trained with
-comes along.
+Names are `timm/NAME` (timm's name, with or without its tag), `torchvision/NAME` (such as
+`vit_b_16`) and `checkpoint/DIR`, the encoder of a captioner trained here: a student can have its
+teacher's encoder, so that both use the same cached features. timm and torchvision build their model
+and load the weights from a local file or their own download. Then each parameter is renamed; an
+unknown or missing parameter is an error that names it. The mean and the standard deviation that the
+encoder was trained with are returned as well.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from training.weights.rename import Names, fill, rename
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 TIMM_NAMES = (
-    ("cls_token", ""),  # joined into `prefix`, below
+    ("cls_token", ""),  # concatenated to `prefix`, below
     ("dist_token", ""),
     ("reg_token", ""),
     ("pos_embed", "positions"),
@@ -71,52 +71,56 @@ class PretrainedEncoder:
 def load_encoder(
     name: str, weights: Path | None = None, image_size: int | None = None
 ) -> PretrainedEncoder:
-    """Builds the encoder `name` with pretrained weights, from the file `weights` or, without one,
-    from its library's own download. `image_size` other than the pretrained one resamples the
-    position embeddings.
+    """Builds the encoder `name` with pretrained weights from the file `weights`, or from the
+    download of its library if that is None. If `image_size` differs from the pretrained one, the
+    position embeddings are interpolated.
 
-    Raises UserError naming the model, the file and the parameters that do not fit.
+    Raises UserError naming the model, the file and the parameters that do not match.
     """
     library, _, model_name = name.partition("/")
     if library == "checkpoint":
         if weights is not None:
-            raise UserError(f"encoder.pretrained {name!r} brings its weights; leave {weights} out")
+            raise UserError(
+                f"encoder.pretrained {name!r} includes its weights; leave {weights} out"
+            )
         return _from_checkpoint(Path(model_name), image_size)
     if weights is not None and not Path(weights).is_file():
-        raise UserError(f"{weights}: no such file; give the encoder's weights of {name}")
+        raise UserError(f"{weights}: no such file; give a file with the weights of {name}")
     if library == "timm":
         return _from_timm(model_name, weights, image_size)
     if library == "torchvision":
         return _from_torchvision(model_name, weights, image_size)
     raise UserError(
-        f"encoder.pretrained {name!r}: write timm/NAME, torchvision/NAME or checkpoint/DIR "
+        f"encoder.pretrained {name!r}: use timm/NAME, torchvision/NAME or checkpoint/DIR "
         "(timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, torchvision/vit_b_16)"
     )
 
 
 def _from_checkpoint(folder: Path, image_size: int | None) -> PretrainedEncoder:
     model, config, _ = load_model(folder)
-    seen = PreprocessConfig.from_dict(config["preprocessing"])
-    if seen.resize_to is not None:
+    preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
+    if preprocessing.resize_to is not None:
         raise UserError(
-            f"{folder}: its photos are resized to {seen.resize_to} and cut, which no training "
-            "here does; give the encoder by its timm name"
+            f"{folder}: its photos are resized to {preprocessing.resize_to} pixels and cropped, "
+            "which training does not support; name the same encoder as timm/NAME"
         )
     encoder = model.encoder
     if image_size not in (None, encoder.config.image_size):
         if not isinstance(encoder, Encoder):
             raise UserError(
-                f"{folder}: its encoder takes photos of {encoder.config.image_size} pixels alone; "
-                "leave encoder.image_size out"
+                f"{folder}: its encoder only supports photos of {encoder.config.image_size} "
+                "pixels; leave encoder.image_size out"
             )
         shape, state = _at_size(encoder.config, encoder.state_dict(), image_size)
         encoder = Encoder(shape)
         encoder.load_state_dict(state)
-    return PretrainedEncoder(encoder, seen.mean, seen.std, seen.interpolation)
+    return PretrainedEncoder(
+        encoder, preprocessing.mean, preprocessing.std, preprocessing.interpolation
+    )
 
 
 def _from_timm(name: str, weights: Path | None, image_size: int | None) -> PretrainedEncoder:
-    import timm  # slow to import, and only needed here
+    import timm  # slow to import and only needed here
     from timm.models.vision_transformer import VisionTransformer
 
     if not timm.is_model(name):
@@ -125,10 +129,10 @@ def _from_timm(name: str, weights: Path | None, image_size: int | None) -> Pretr
         model = timm.create_model(
             name, pretrained=weights is None, checkpoint_path=str(weights) if weights else ""
         )
-    except Exception as error:  # a download, a file and a state dict fail in many ways
+    except Exception as error:  # a download, a file and a state dict raise many types
         raise UserError(_cannot_load(name, weights, error)) from error
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"encoder.pretrained: {name} is a {type(model).__name__}, no plain ViT")
+        raise UserError(f"encoder.pretrained: {name} is a {type(model).__name__}, not a plain ViT")
     state = dict(model.state_dict())
     prefix = [state[key] for key in PREFIXES if key in state]
     block: Any = model.blocks[0]
@@ -191,7 +195,7 @@ def _from_torchvision(name: str, weights: Path | None, image_size: int | None) -
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or a torch file that holds tensors alone."""
+    """Reads a state dict from a safetensors file, or from a torch file with only tensors in it."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -208,8 +212,8 @@ def _rename(
     names: Names,
     image_size: int | None,
 ) -> Encoder:
-    """Our encoder with the other library's parameters; every one must find its place."""
-    # The classifier is not part of the encoder.
+    """Our encoder with the other library's parameters, all of which must match one of ours, apart
+    from the classifier's."""
     state = {key: tensor for key, tensor in state.items() if not key.startswith(CLASSIFIERS)}
     ours = rename(name, state, names)
     if prefix:
@@ -223,7 +227,7 @@ def _rename(
 def _at_size(
     config: EncoderConfig, state: dict[str, Tensor], image_size: int | None
 ) -> tuple[EncoderConfig, dict[str, Tensor]]:
-    """Shape and parameters for photos of another size, if one is asked for."""
+    """The config and the parameters for photos of another size, unless `image_size` is None."""
     if image_size is None or image_size == config.image_size:
         return config, state
     config = replace(config, image_size=image_size)
@@ -246,4 +250,4 @@ def _cannot_load(name: str, weights: Path | None, error: Exception) -> str:
     reason = " ".join(str(error).split())[:400]
     if weights is None:
         return f"{name}: its pretrained weights could not be downloaded ({reason}); give a file"
-    return f"{weights}: these are not the weights of {name} ({reason})"
+    return f"{weights}: does not contain the weights of {name} ({reason})"

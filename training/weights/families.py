@@ -1,5 +1,6 @@
-"""Hugging Face's captioners as ours, from a parsed `config.json` and a state dict; transformers
-itself is not needed. What cannot be represented exactly is refused by the name of its field."""
+"""Converts Hugging Face's captioners to our model, from a parsed `config.json` and a state dict;
+transformers is not needed. A setting that our model does not support is an error that names the
+field."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from training.weights.git import GIT
 from training.weights.rename import fill, rename
 from training.weights.vision_encoder_decoder import VISION_ENCODER_DECODER
 
-# By the config's `model_type`.
+# Keys are the config's `model_type`.
 FAMILIES = {
     "vision-encoder-decoder": VISION_ENCODER_DECODER,
     "blip": BLIP,
@@ -27,7 +28,7 @@ FAMILIES = {
 
 
 def family_of(config: Config) -> Family:
-    """Raises UserError for a kind of model, or another class of it, that cannot be imported."""
+    """The family of a model. Raises UserError if its `model_type` or its class is not supported."""
     known = ", ".join(family.architecture for family in FAMILIES.values())
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -42,9 +43,9 @@ def family_of(config: Config) -> Family:
 def model_configs(
     config: Config, image_size: int | None = None
 ) -> tuple[EncoderShape, DecoderConfig]:
-    """Our shapes from a parsed `config.json`, for photos of `image_size` pixels where the encoder
-    takes any. Raises UserError naming the field that does not fit; a field that is absent has the
-    value that transformers gives it."""
+    """Our encoder and decoder configs from a parsed `config.json`. `image_size` sets the size of
+    photos if the encoder supports any size. An absent field has the default of transformers. Raises
+    UserError naming a field that is not supported."""
     family = family_of(config)
     encoder, decoder = family.configs(config)
     if image_size is not None and family.free_size(config):
@@ -61,10 +62,11 @@ def import_model(
     prompt_ids: Sequence[int] = (),
 ) -> CaptioningModel:
     """Our model, in evaluation mode and float32, from a parsed `config.json` and a state dict.
-    `prompt_ids` is the prompt that its prompt encoder reads where none is given.
+    `prompt_ids` is the default prompt of its prompt encoder.
 
-    Raises UserError: for a field of the config as `model_configs` does, and for a parameter too
-    many, too few or of another shape, beginning with `where` (the file that they are from).
+    Raises UserError for a field of the config, as `model_configs` does, and for an unknown or
+    missing parameter or one of another shape. The latter messages begin with `where`, the name of
+    the file.
     """
     family = family_of(config)
     encoder, decoder = model_configs(config, image_size)
@@ -77,7 +79,7 @@ def import_model(
         family.arrange(config, weights, encoder, decoder)
     except (IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: parameters whose shapes do not fit ({reason})") from error
+        raise UserError(f"{where}: the shapes of parameters do not match ({reason})") from error
     _check_fit(encoder, decoder, weights)
     model = CaptioningModel(encoder, decoder)
     fill(where, model, ours, names)
@@ -85,21 +87,22 @@ def import_model(
 
 
 def _check_fit(encoder: EncoderShape, decoder: DecoderConfig, weights: Weights) -> None:
-    """Refuses weights of other sizes than the config's before anything of those is allocated."""
+    """Raises UserError if the shapes of the weights are not those of the config, before any tensor
+    of the config's shapes is allocated."""
     where, tensors = weights.where, len(weights.ours)
     for part, layers in (("encoder", encoder.layers), ("decoder", decoder.layers)):
         if layers > tensors:
             raise UserError(
-                f"{where}: config.json gives the {part} {layers} layers; there are parameters "
-                f"missing, the file holds {tensors}"
+                f"{where}: parameters are missing: config.json gives the {part} {layers} layers, "
+                f"but the file contains only {tensors} tensors"
             )
     try:
         with torch.device("meta"):
             outline = CaptioningModel(encoder, decoder)
     except (ArithmeticError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: config.json's sizes are impossible ({reason})") from error
+        raise UserError(f"{where}: config.json has invalid sizes ({reason})") from error
     with warnings.catch_warnings():
-        # Nothing is copied onto the meta device, which torch warns of; the shapes are compared.
+        # torch warns that nothing is copied to the meta device; only the shapes are compared.
         warnings.simplefilter("ignore", UserWarning)
         fill(where, outline, weights.ours, weights.names)

@@ -1,6 +1,6 @@
-"""What a family of Hugging Face captioners is, and what the families have in common: their state
-dict becomes ours by a table of names and a few exact changes, such as joining query, key and value.
-"""
+"""The interface of a family of Hugging Face captioners, and what all families share: their state
+dict is converted to ours by a table of names and a few exact operations, such as concatenating the
+query, key and value weights."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,55 +22,59 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a model on their way to our names, which the steps below change in place.
-    `where` begins every error: the file that they are from; `names` is the table of names."""
+    """The tensors of a model under our names, which the conversion changes in place. `where`, the
+    name of their file, begins each error message; `names` is the table of names."""
 
     ours: dict[str, Tensor]
     names: Names
     where: str
 
     def their(self, name: str) -> str:
-        """What the other library calls one of our tensors."""
+        """The other library's name of one of our tensors."""
         return their_names([name], self.names)[0]
 
     def take(self, *names: str) -> list[Tensor]:
-        """Takes tensors out, those that are to be made into others."""
+        """Removes tensors and returns them, to convert them to others."""
         if missing := [name for name in names if name not in self.ours]:
             theirs = ", ".join(their_names(missing, self.names))
             raise UserError(f"{self.where}: parameters missing: {theirs}")
         return [self.ours.pop(name) for name in names]
 
     def join_heads(self) -> None:
-        """Query, key and value of self-attention are one product here, as are key and value of
-        cross-attention."""
-        found = {match.groups() for name in self.ours if (match := PART.fullmatch(name))}
-        for attention, kind in sorted(found):
+        """Concatenates query, key and value of self-attention to one linear layer, and key and
+        value of cross-attention to another."""
+        groups = {match.groups() for name in self.ours if (match := PART.fullmatch(name))}
+        for attention, kind in sorted(groups):
             letters = "kv" if attention.endswith("cross_attention") else "qkv"
             parts = self.take(*(f"{attention}.{letter}.{kind}" for letter in letters))
             self.ours[f"{attention}.{letters}.{kind}"] = torch.cat(parts)
 
     def join_prefix(self, names: Sequence[str]) -> None:
-        """The tokens before the patches, as (1, n, D)."""
+        """Concatenates the tokens that precede the patches, to (1, n, D)."""
         tokens = [t.reshape(1, -1, t.size(-1)) for t in self.take(*names)]
         self.ours["encoder.prefix"] = torch.cat(tokens, dim=1)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One class of transformers: functions of its parsed `config.json`.
+    """One captioner class of transformers, as functions of its parsed `config.json`.
 
-    `configs` reads our shapes; `names` is the table of names; `arrange` makes the renamed tensors
-    ours; `generation` is the generation config that its `generate` uses, where
-    `generation_config.json` holds the second argument (None: there is none); `free_size` says
-    whether the encoder takes photos of any size, the image processor's; `tasks` are the words of
-    the prompts that it reads beside the photo, by their names, the default first; `forced` says
-    that its generate may force the first and the last token.
+    - `configs` returns our encoder and decoder configs;
+    - `names` returns the table of names;
+    - `arrange` converts the renamed tensors to ours;
+    - `generation` returns the generation config that its `generate` uses. The second argument is
+      the content of `generation_config.json`, or None if there is none;
+    - `free_size` returns whether the encoder supports photos of any size, so that the image
+      processor determines it;
+    - `tasks` maps the name of each prompt for its prompt encoder to the words; the first is the
+      default;
+    - `forced` is true if its `generate` may force the first and the last token.
     """
 
     architecture: str
     configs: Callable[[Config], tuple[EncoderShape, DecoderConfig]]
     names: Callable[[Config], Names]
-    # Of the shapes that `configs` gives, the encoder's being of the family's own kind.
+    # Its encoder config is of the type that the family's `configs` returns.
     arrange: Callable[[Config, Weights, Any, DecoderConfig], None]
     generation: Callable[[Config, Config | None], Config]
     free_size: Callable[[Config], bool] = lambda _: False
@@ -79,7 +83,7 @@ class Family:
 
 
 def kind_of(section: Section, kinds: Mapping[str, KIND]) -> KIND:
-    """What a section's `model_type` names. Raises UserError for any other."""
+    """The entry of `kinds` for a section's `model_type`. Raises UserError if there is none."""
     kind = section.values.get("model_type")
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(

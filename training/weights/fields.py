@@ -1,4 +1,4 @@
-"""Fields of another library's parsed `config.json`, each of one type, refused by name."""
+"""Reads fields of another library's parsed `config.json` and checks their types."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -7,7 +7,7 @@ from handler.errors import UserError
 
 VALUE = TypeVar("VALUE", int, float, bool, str)
 
-# Which of ours computes an activation of theirs.
+# Our activations by the names of theirs.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -21,8 +21,8 @@ ACTIVATIONS = {
 
 
 class Section:
-    """A section of a config; errors name its fields with the `name` of the section before them. A
-    field that is absent or null has the default."""
+    """A section of a config. Its `name` precedes the names of fields in errors. A field that is
+    absent or null has the default."""
 
     def __init__(self, config: Mapping[str, Any], name: str = "") -> None:
         values = config.get(name) if name else config
@@ -32,7 +32,7 @@ class Section:
         self.prefix = f"{name}." if name else ""
 
     def value(self, field: str, default: VALUE) -> VALUE:
-        """A field of the type of its default."""
+        """A field, which must have the type of its default. Raises UserError."""
         value = self.values.get(field)
         if value is None:
             return default
@@ -44,7 +44,7 @@ class Section:
         return value
 
     def numbers(self, field: str, default: list[VALUE]) -> tuple[VALUE, ...]:
-        """A list of values of the type of its default's."""
+        """A list whose values must have the type of those in the default. Raises UserError."""
         values = self.values.get(field, default)
         kind = type(default[0])
         if not isinstance(values, list) or any(type(value) is not kind for value in values):
@@ -54,7 +54,7 @@ class Section:
         return tuple(values)
 
     def demand(self, field: str, only: VALUE) -> None:
-        """Refuses any other value of a field."""
+        """Raises UserError unless a field has the value `only`, the one that is supported."""
         if self.value(field, only) != only:
             raise UserError(
                 f"field '{self.prefix}{field}' is {self.values[field]!r}; only {only!r} can be "
@@ -62,13 +62,13 @@ class Section:
             )
 
     def side(self, field: str, default: int) -> int:
-        """A size in pixels, given as a number or as the two sides of a square."""
+        """A size in pixels, which is a number or a list of two equal numbers. Raises UserError."""
         value = self.values.get(field, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         if type(value) is not int or value < 1:
             raise UserError(
-                f"field '{self.prefix}{field}' is {value!r}; only squares can be imported"
+                f"field '{self.prefix}{field}' is {value!r}; only square sizes can be imported"
             )
         return value
 

@@ -1,9 +1,9 @@
 """`Florence2ForConditionalGeneration` (Xiao et al. 2023, arXiv:2311.06242), such as
 `florence-community/Florence-2-base` and `microsoft/Florence-2-base-ft`: DaViT, a projector, and
-BART, whose encoder reads the photo's tokens and the words of a task.
+BART, whose encoder reads the photo's tokens followed by the words of a task.
 
-There are two layouts of the same model: that of transformers, and the original one, which came with
-code of its own. They differ in names, in one transposed weight, and in a bias of the head.
+The model is published in two layouts: that of transformers, and the original one with its own code.
+They differ in the names, in one weight that is transposed, and in a bias of the head.
 """
 
 import math
@@ -20,14 +20,15 @@ from training.weights.generation import stored_or_legacy
 from training.weights.rename import Names
 from training.weights.text import tie_head
 
-# What the original layout lets a config choose: the tokens' mean, then the tokens.
+# The only order of image features that is supported: the mean of the tokens, then the tokens. The
+# original layout has a field for it.
 SOURCES = ("spatial_avg_pool", "temporal_avg_pool")
-# BART's positions of a text begin behind those of padding.
+# The position embeddings of a text begin at this index in BART's table.
 FIRST_POSITION = 2
-# More blocks than any published DaViT has; the table of names lists each of them.
+# More blocks than any published DaViT has. A limit is needed because the table of names lists each.
 MOST_BLOCKS = 1000
-# The words of the tasks whose answer describes the photo. Those of others (text in it, boxes,
-# masks, regions that are given) are no prompts of a captioner.
+# The words of the tasks that describe the photo. The others (reading text, boxes, masks, given
+# regions) are not captioning.
 TASKS = {
     "<CAPTION>": "What does the image describe?",
     "<DETAILED_CAPTION>": "Describe in detail what is shown in the image.",
@@ -54,7 +55,7 @@ ORIGINAL_PHOTO_NAMES: Names = (
     ("language_model.final_logits_bias", "decoder.head.logits"),
 )
 
-# A half of a DaViT's block: our name, transformers', the original's; `{a}` is the attention's name.
+# Names in half of a DaViT block: ours, transformers', the original's; `{a}` is the attention there.
 HALF_NAMES = (
     ("conv1.conv", "conv1", "conv1.fn.dw"),
     ("norm1", "norm1", "{a}.norm"),
@@ -145,10 +146,10 @@ def _names(config: Config) -> Names:
 
 
 def _block_names(depths: Sequence[int], original: bool) -> Iterator[tuple[str, str]]:
-    """The blocks of a DaViT, which theirs counts in each stage, and ours through all of them."""
+    """The names of a DaViT's blocks. Theirs number them within each stage, ours consecutively."""
     tower = "vision_tower" if original else "model.vision_tower"
-    places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
-    for number, (stage, block) in enumerate(places):
+    blocks = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
+    for number, (stage, block) in enumerate(blocks):
         for half, attention in (("spatial", "window_attn"), ("channel", "channel_attn")):
             for ours, *theirs in HALF_NAMES:
                 name = theirs[original].replace("{a}", attention)
@@ -159,7 +160,7 @@ def _block_names(depths: Sequence[int], original: bool) -> Iterator[tuple[str, s
 
 
 def _bart_names(model: str) -> Iterator[tuple[str, str]]:
-    """Embeddings and layers of BART, whose names begin with `model`."""
+    """The names of BART's embeddings and layers; theirs begin with `model`."""
     for embedding in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"):
         yield f"{model}.{embedding}.weight", "decoder.token_embedding.weight"
     for part, ours, positions in (
@@ -193,14 +194,15 @@ def _arrange(
     if _is_original(config):
         (projection,) = weights.take("encoder.projection")
         weights.ours["encoder.projection.weight"] = projection.T
-        # Always zero in what is published; transformers' layout has no place for it.
+        # Always zero in published models; the layout of transformers does not have it.
         bias = weights.ours.pop("decoder.head.logits", torch.zeros(decoder.vocab_size))
         weights.ours["decoder.head.bias"] = bias.flatten()
     tie_head(Section(config, "text_config"), weights, True)
 
 
 def _name_entries(weights: Weights, encoder: DaViTConfig) -> None:
-    """Norms before or behind, and convolutions that are linear layers over places and channels."""
+    """Names the norm before or after each stage's convolution, and converts the convolutions after
+    the first to linear layers over patches of all channels."""
     for stage, pre_norm in enumerate(encoder.pre_norms):
         entry = f"encoder.entries.{stage}"
         if pre_norm:
@@ -213,13 +215,13 @@ def _name_entries(weights: Weights, encoder: DaViTConfig) -> None:
 
 
 def _join_positions(weights: Weights, grid: int) -> None:
-    """One table of positions, of the embeddings of columns and rows and of the first moment, which
-    a photo is."""
+    """Combines the embeddings of columns, rows and time to one table of positions; a photo is the
+    first moment."""
     columns, rows, moments = weights.take("encoder.columns", "encoder.rows", "encoder.moments")
     if min(columns.size(0), rows.size(0)) < grid:
         raise UserError(
-            f"{weights.where}: positions of {min(columns.size(0), rows.size(0))} rows and columns, "
-            f"but photos of config and image processor have {grid}"
+            f"{weights.where}: has position embeddings of {min(columns.size(0), rows.size(0))} "
+            f"rows and columns, but the config and the image processor need {grid}"
         )
     across = columns[:grid].unsqueeze(0).expand(grid, -1, -1)
     down = rows[:grid].unsqueeze(1).expand(-1, grid, -1)

@@ -1,7 +1,7 @@
-"""Hugging Face's generation configs as our decoding defaults and special ids.
+"""Converts Hugging Face's generation configs to our decoding defaults and special ids.
 
-What cannot be represented is refused by the name of its field; a field that is absent has the value
-that transformers 5 gives it.
+An option that is not supported is an error that names the field. An absent field has the default of
+transformers 5.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from handler.beam_search import DecodeOptions
 from handler.errors import UserError
 
-# Options that have the same name and meaning there and here.
+# Options with the same name and meaning in Hugging Face and here.
 SAME = (
     "num_beams",
     "num_return_sequences",
@@ -21,7 +21,7 @@ SAME = (
     "do_sample",
 )
 SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-# What would change the captions and has no place here, with the value that changes nothing.
+# Options that change captions and are not supported, with the value that changes nothing.
 UNSUPPORTED = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -61,8 +61,8 @@ GENERATION = {
 
 
 def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """`begin_id`, `end_id`, `pad_id` and `suppressed_ids` of a CaptionTokenizer, as generate finds
-    them. Raises UserError naming the field."""
+    """`begin_id`, `end_id`, `pad_id` and `suppressed_ids` of a CaptionTokenizer, chosen as
+    `generate` does. Raises UserError naming the field."""
     begin = generation.get("decoder_start_token_id", generation.get("bos_token_id"))
     end = generation.get("eos_token_id")
     if isinstance(end, list) and len(end) == 1:
@@ -70,7 +70,7 @@ def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
     for name, value in (("decoder_start_token_id", begin), ("eos_token_id", end)):
         if type(value) is not int or not 0 <= value < vocab_size:
             raise UserError(
-                f"field {name!r} is {value!r}; it must be one id below decoder.vocab_size "
+                f"field {name!r} is {value!r}; it must be an id below decoder.vocab_size "
                 f"({vocab_size})"
             )
     pad = generation.get("pad_token_id", end)
@@ -80,9 +80,9 @@ def import_ids(generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]
     return {
         "begin_id": begin,
         "end_id": end,
-        # A padding token that only the tokenizer has is of no use to the model.
+        # The tokenizer may have a padding token that the model does not have.
         "pad_id": pad if type(pad) is int and 0 <= pad < vocab_size else end,
-        # What generate suppresses: neither padding nor the begin token.
+        # `generate` suppresses only these, not padding or the begin token.
         "suppressed_ids": [i for i in suppressed if 0 <= i < vocab_size],
     }
 
@@ -92,14 +92,13 @@ def import_forced(generation: Mapping[str, Any], vocab_size: int) -> dict[str, A
     first, forced = (generation.get(name) for name in FORCED)
     if first is not None and (type(first) is not int or not 0 <= first < vocab_size):
         raise UserError(
-            f"field 'forced_bos_token_id' is {first!r}; it must be one id below "
+            f"field 'forced_bos_token_id' is {first!r}; it must be an id below "
             f"decoder.vocab_size ({vocab_size})"
         )
     end = import_ids(generation, vocab_size)["end_id"]
     if forced not in (None, end, [end]):
         raise UserError(
-            f"field 'forced_eos_token_id' is {forced!r}; only 'eos_token_id' ({end}) can be forced "
-            "at the end"
+            f"field 'forced_eos_token_id' is {forced!r}; it must be 'eos_token_id' ({end}) or null"
         )
     return {"first_id": first, "forces_end": forced is not None}
 
@@ -107,8 +106,9 @@ def import_forced(generation: Mapping[str, Any], vocab_size: int) -> dict[str, A
 def stored_or_legacy(
     generation: Mapping[str, Any] | None, *sections: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The content of a `generation_config.json`, or, where there is none, the generation config
-    that transformers makes of the fields of an old `config.json`, the last of `sections` first."""
+    """The content of `generation_config.json`. If there is none, the generation config that
+    transformers derives from the fields of an old `config.json`; later `sections` override earlier
+    ones."""
     if generation is not None:
         return generation
     merged: dict[str, Any] = {}
@@ -120,39 +120,40 @@ def stored_or_legacy(
 def import_decoding(
     generation: Mapping[str, Any], positions: int, vocab_size: int, forced: bool = False
 ) -> dict[str, Any]:
-    """Our decoding defaults from a generation config whose nulls are left out. Raises UserError
-    naming the field that is not supported or out of its range.
+    """Our decoding defaults from a generation config without null values. Raises UserError naming a
+    field that is not supported or out of range.
 
-    They are what generate does without further arguments: one beam, `early_stopping` false and 20
-    tokens where the config does not say otherwise. `forced` tokens are for `import_forced`.
+    They are those of `generate` without arguments: one beam, `early_stopping` false and 20 tokens,
+    unless the config overrides them. With `forced`, forced tokens are left to `import_forced`.
     """
     sampling = generation.get("do_sample", False)
-    refused: dict[str, Any] = dict(UNSUPPORTED)
-    refused |= UNSUPPORTED_SAMPLING if sampling else {}
-    refused |= {} if forced else dict.fromkeys(FORCED)
-    for name, neutral in refused.items():
+    unsupported: dict[str, Any] = dict(UNSUPPORTED)
+    unsupported |= UNSUPPORTED_SAMPLING if sampling else {}
+    unsupported |= {} if forced else dict.fromkeys(FORCED)
+    for name, neutral in unsupported.items():
         value = generation.get(name)
         if value is not None and value != [] and value != neutral:
             raise UserError(f"field {name!r} is {value!r}; it is not supported")
     decoding: dict[str, Any] = {"num_beams": 1, "early_stopping": False}
     decoding |= {name: generation[name] for name in SAME if name in generation}
     if sampling:
-        decoding |= {name: generation.get(name, usual) for name, usual in SAMPLING.items()}
+        decoding |= {name: generation.get(name, default) for name, default in SAMPLING.items()}
         if type(decoding["top_k"]) is int:
             decoding["top_k"] = min(decoding["top_k"], vocab_size)
     longest = _length(generation, "max", 20)
-    # Beyond its positions a GPT-2 cannot go, whatever its config allows.
+    # The config of a GPT-2 may allow more tokens than it has positions.
     decoding["max_new_tokens"] = min(longest, positions - 1)
     decoding["min_new_tokens"] = _length(generation, "min", 0)
     DecodeOptions(**decoding)
     return decoding
 
 
-def _length(generation: Mapping[str, Any], which: str, usual: int) -> int:
-    """Of tokens that are generated; `max_length` and `min_length` count the begin token too."""
+def _length(generation: Mapping[str, Any], which: str, default: int) -> int:
+    """The max or min number of generated tokens; `max_length` and `min_length` include the begin
+    token."""
     for name, begin in ((f"{which}_new_tokens", 0), (f"{which}_length", 1)):
         if name in generation:
             if type(generation[name]) is not int:
                 raise UserError(f"field {name!r} is {generation[name]!r}; give an integer")
             return max(0, generation[name] - begin)
-    return usual
+    return default

@@ -18,7 +18,7 @@ NAMES: Names = (
     *bert_names("git"),
     ("output.{p}", "decoder.head.{p}"),
 )
-# Where config.json is silent.
+# Defaults for fields that config.json does not have.
 IDS = {"bos_token_id": 101, "eos_token_id": 102, "pad_token_id": 0}
 
 
@@ -27,10 +27,10 @@ def _configs(config: Config) -> tuple[EncoderConfig, DecoderConfig]:
     if config.get("num_image_with_embedding") is not None:
         raise UserError(
             f"field 'num_image_with_embedding' is {config['num_image_with_embedding']!r}: a GIT "
-            "of videos cannot be imported"
+            "for videos cannot be imported"
         )
     width = text.value("hidden_size", 768)
-    # All tokens pass `post_layernorm`, other than in CLIP.
+    # Unlike in CLIP, `post_layernorm` is applied to all tokens.
     encoder = clip_config(vision, patch_size=16, final_norm=True, projection_width=width)
     decoder = bert_shape(
         text,
@@ -52,7 +52,7 @@ def _arrange(
 
 def _generation(config: Config, stored: Config | None) -> Config:
     generation = dict(stored_or_legacy(stored, IDS, config))
-    generation.pop("decoder_start_token_id", None)  # of models with an encoder for text
+    generation.pop("decoder_start_token_id", None)  # only used by models with a text encoder
     return generation
 
 

@@ -1,5 +1,5 @@
-"""A Hugging Face captioner -> a checkpoint of ours: configuration, weights, tokenizer, image
-processor and generation config. The classes are those of `training.weights.families`."""
+"""Converts a Hugging Face captioner to a checkpoint: config, weights, tokenizer, image processor
+and generation config. `training.weights.families` lists the supported classes."""
 
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from training.weights.tokenizer import import_tasks, import_tokenizer
 
 
 def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
-    """Writes the model as the checkpoint `out`, where an earlier import may be, but no run that was
-    trained. Raises UserError naming the file and the field or parameter that does not fit, and then
-    writes nothing."""
+    """Writes the model to the checkpoint `out`. It replaces an earlier import, but not a trained
+    run. Raises UserError naming the file and the field or parameter that is not supported; nothing
+    is written then."""
     check_untrained(out)  # before anything is downloaded
     folder = fetch(name_or_folder)
     check_replaceable(out, IMPORTED, [folder])
@@ -57,8 +57,8 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
         if (folder / name).exists():
-            found = read_json(folder / name)
-            settings |= {"added_tokens": found} if name == ADDED else found
+            content = read_json(folder / name)
+            settings |= {"added_tokens": content} if name == ADDED else content
     try:
         tokenizer = import_tokenizer(folder, settings, decoder.vocab_size)
         tasks = import_tasks(folder, tokenizer, settings, family.tasks) if family.tasks else {}
@@ -85,13 +85,12 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
 
 
 def check_untrained(out: Path) -> None:
-    """Refuses a run that was trained here, logged or not. Raises UserError."""
+    """Raises UserError if `out` is a trained run, with or without its log."""
     trained = (out / LOG_FILE).exists() or (out / STATE_FILE).exists()
     if not trained and (out / CONFIG).exists() and (out / WEIGHTS_FILE).exists():
         training = read_json(out / CONFIG).get("training")
         trained = isinstance(training, dict) and "imported_from" not in training
     if trained:
         raise UserError(
-            f"{out}: a run that was trained is there; choose another folder with --out (make: "
-            "RUN=NAME)"
+            f"{out}: this is a trained run; choose another folder with --out (make: RUN=NAME)"
         )

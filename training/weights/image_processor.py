@@ -1,7 +1,7 @@
-"""Hugging Face's image processors as our preprocessing.
+"""Converts Hugging Face's image processors to our preprocessing.
 
-What cannot be represented is refused by the name of its field; a field that is absent has the value
-that transformers 5 gives it.
+A setting that is not supported is an error that names the field. An absent field has the default of
+transformers 5.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Any
 from handler.errors import UserError
 from handler.image_preprocess import PreprocessConfig
 
-# The only filters that ours has, by Pillow's numbers.
+# The supported filters by Pillow's numbers.
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
 CLIP_MEAN_STD = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
-# What transformers assumes where the file is silent: size, its filter, the cut, mean and std.
+# Defaults of transformers: size, filter, crop size, (mean, std).
 DEFAULTS: dict[str, tuple[Any, int, Any, tuple[list[float], list[float]]]] = {
     "ViT": (224, 2, None, HALF),
     "DeiT": (256, 3, 224, HALF),
@@ -29,50 +29,50 @@ PROCESSORS = {f"{name}{ending}": name for name in DEFAULTS for ending in ENDINGS
 def import_preprocessing(
     processor: Mapping[str, Any], image_size: int | None = None
 ) -> PreprocessConfig:
-    """Our preprocessing from a `preprocessor_config.json` whose nulls are left out, for an encoder
-    of `image_size` pixels (None: of any). Raises UserError naming the field that cannot be
-    represented."""
-    given = _with_defaults(processor)
-    if not given.get("do_resize", True):
-        raise UserError("field 'do_resize' is false; photos of any size have to be resized")
-    if given.get("do_pad"):
+    """Our preprocessing from a `preprocessor_config.json` without null values, for an encoder of
+    `image_size` pixels (None: of any size). Raises UserError naming a field that is not supported.
+    """
+    fields = _with_defaults(processor)
+    if not fields.get("do_resize", True):
+        raise UserError("field 'do_resize' is false; it must be true")
+    if fields.get("do_pad"):
         raise UserError("field 'do_pad' is true; it is not supported")
-    if type(given["resample"]) is not int or given["resample"] not in RESAMPLING:
+    if type(fields["resample"]) is not int or fields["resample"] not in RESAMPLING:
         raise UserError(
-            f"field 'resample' is {given['resample']!r}; only 2 (bilinear) and 3 (bicubic) "
-            "can be represented"
+            f"field 'resample' is {fields['resample']!r}; only 2 (bilinear) and 3 (bicubic) "
+            "are supported"
         )
-    resized, fit = _size(given["size"], "size")
-    cut = resized
-    if given["do_center_crop"]:
-        cut, square = _size(given["crop_size"], "crop_size")
-        if square != "squash" or cut > resized:
+    resized, fit = _size(fields["size"], "size")
+    cropped = resized
+    if fields["do_center_crop"]:
+        cropped, crop_fit = _size(fields["crop_size"], "crop_size")
+        if crop_fit != "squash" or cropped > resized:
             raise UserError(
-                f"field 'crop_size' is {given['crop_size']!r}; only a square within 'size' "
-                "can be represented"
+                f"field 'crop_size' is {fields['crop_size']!r}; only a square within 'size' "
+                "is supported"
             )
     elif fit == "crop":
-        raise UserError(f"field 'size' is {given['size']!r}, but 'do_center_crop' is not true")
-    if image_size is not None and cut != image_size:
+        raise UserError(f"field 'size' is {fields['size']!r}, but 'do_center_crop' is not true")
+    if image_size is not None and cropped != image_size:
         raise UserError(
-            f"field '{'crop_size' if given['do_center_crop'] else 'size'}' gives photos of {cut} "
-            f"pixels, but config.json's field 'encoder.image_size' is {image_size}"
+            f"field '{'crop_size' if fields['do_center_crop'] else 'size'}' gives photos of "
+            f"{cropped} pixels, but config.json's field 'encoder.image_size' is {image_size}"
         )
     mean, std = [0.0] * 3, [1.0] * 3
-    if given.get("do_normalize", True):
-        mean, std = (_three(given, name) for name in ("image_mean", "image_std"))
-    # Ours rescales by 1 / 255; any other factor is made good by the normalisation.
-    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1.0
+    if fields.get("do_normalize", True):
+        mean, std = (_three(fields, name) for name in ("image_mean", "image_std"))
+    # Ours always rescales by 1 / 255; mean and std compensate for any other factor.
+    factor = fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0
     if type(factor) not in (int, float) or factor <= 0:
         raise UserError(f"field 'rescale_factor' is {factor!r}; give a number above 0")
     scale = 255 * factor
     return PreprocessConfig(
-        image_size=cut,
+        image_size=cropped,
         mean=tuple(value / scale for value in mean),  # type: ignore[arg-type]
         std=tuple(value / scale for value in std),  # type: ignore[arg-type]
         resize=fit,  # type: ignore[arg-type]
-        resize_to=resized if resized != cut else None,
-        interpolation=RESAMPLING[given["resample"]],  # type: ignore[arg-type]
+        resize_to=resized if resized != cropped else None,
+        interpolation=RESAMPLING[fields["resample"]],  # type: ignore[arg-type]
     )
 
 
@@ -81,18 +81,18 @@ def _with_defaults(processor: Mapping[str, Any]) -> dict[str, Any]:
     if str(kind) not in PROCESSORS:
         raise UserError(
             f"field 'image_processor_type' is {kind!r}; only those of {', '.join(DEFAULTS)} are "
-            "known"
+            "supported"
         )
-    size, resample, cut, (mean, std) = DEFAULTS[PROCESSORS[str(kind)]]
+    size, resample, crop, (mean, std) = DEFAULTS[PROCESSORS[str(kind)]]
     defaults = {"size": size, "resample": resample, "image_mean": mean, "image_std": std}
-    given = {**defaults, "do_center_crop": cut is not None, "crop_size": cut, **processor}
-    if isinstance(size, dict) and type(given["size"]) is int:
-        given["size"] = {"shortest_edge": given["size"]}  # as old files have it
-    return given
+    fields = {**defaults, "do_center_crop": crop is not None, "crop_size": crop, **processor}
+    if isinstance(size, dict) and type(fields["size"]) is int:
+        fields["size"] = {"shortest_edge": fields["size"]}  # the form in old files
+    return fields
 
 
 def _size(value: Any, name: str) -> tuple[int, str]:
-    """A side in pixels, and how a photo is fitted to it: `squash`, or `crop` for a short side."""
+    """A size in pixels, and `squash` for a square or `crop` for the short side of a photo."""
     sides, fit = value, "squash"
     if isinstance(value, dict):
         if set(value) == {"shortest_edge"}:
@@ -103,7 +103,7 @@ def _size(value: Any, name: str) -> tuple[int, str]:
         sides = sides[0]
     if type(sides) is not int or sides < 1:
         raise UserError(
-            f"field {name!r} is {value!r}; only a square or a shortest_edge can be represented"
+            f"field {name!r} is {value!r}; only a square or a shortest_edge is supported"
         )
     return sides, fit
 

@@ -1,8 +1,8 @@
-"""Another library's parameters under our names, strictly: one too many or too few is an error that
-names it as the other library does.
+"""Renames the parameters of another library to ours. An unknown or a missing parameter is an error
+that gives its name in the other library.
 
-A table of names is a sequence of (theirs, ours), in which `{i}` stands for a layer's number and
-`{p}` for weight or bias; what has no name of ours is left out.
+A table of names is a sequence of (theirs, ours). `{i}` stands for the number of a layer and `{p}`
+for weight or bias. A parameter whose name of ours is empty is left out.
 """
 
 import re
@@ -17,8 +17,8 @@ Names = Sequence[tuple[str, str]]
 
 
 def rename(where: str, state: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """The tensors of `state` under our names. Raises UserError, which begins with `where`, for
-    names that the table does not know, and for two tensors of one name that differ."""
+    """The tensors of `state` under our names. Raises UserError, whose message begins with `where`,
+    for names that are not in the table, and for different tensors with the same name of ours."""
     patterns = [(_pattern(theirs), ours) for theirs, ours in names]
     renamed: dict[str, Tensor] = {}
     unknown = []
@@ -27,26 +27,26 @@ def rename(where: str, state: Mapping[str, Tensor], names: Names) -> dict[str, T
             if match := pattern.fullmatch(key):
                 name = ours.format(**match.groupdict())
                 if name in renamed and not torch.equal(renamed[name], tensor):
-                    raise UserError(f"{where}: {key} stands there twice, with other numbers")
+                    raise UserError(f"{where}: {key} occurs twice, with different values")
                 if name:
                     renamed[name] = tensor
                 break
         else:
             unknown.append(key)
     if unknown:
-        raise UserError(f"{where}: parameters that our model has no place for: {few(unknown)}")
+        raise UserError(f"{where}: parameters that our model does not have: {few(unknown)}")
     return renamed
 
 
 def fill(where: str, module: nn.Module, state: dict[str, Tensor], names: Names) -> None:
-    """Loads `state`, under our names, into `module`, every parameter of it. Raises UserError, which
-    begins with `where`, for one too many, too few, or of another shape."""
+    """Loads all parameters of `module` from `state`, which has our names. Raises UserError, whose
+    message begins with `where`, for an unknown or missing parameter or one of another shape."""
     expected = set(module.state_dict())
     if missing := sorted(expected - set(state)):
         raise UserError(f"{where}: parameters missing: {few(their_names(missing, names))}")
     if extra := sorted(set(state) - expected):
         extra = their_names(extra, names)
-        raise UserError(f"{where}: parameters that our model has no place for: {few(extra)}")
+        raise UserError(f"{where}: parameters that our model does not have: {few(extra)}")
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -54,16 +54,16 @@ def fill(where: str, module: nn.Module, state: dict[str, Tensor], names: Names) 
 
 
 def their_names(ours: Sequence[str], names: Names) -> list[str]:
-    """What the other library calls our parameters (the first of the table that fits)."""
-    found = []
+    """The other library's names of our parameters, by the first entry of the table that matches."""
+    theirs_of_ours = []
     for name in ours:
         matches = (
             theirs.format(**match.groupdict())
             for theirs, template in names
             if template and (match := _pattern(template).fullmatch(name))
         )
-        found.append(next(matches, name))
-    return found
+        theirs_of_ours.append(next(matches, name))
+    return theirs_of_ours
 
 
 def few(names: Sequence[str]) -> str:

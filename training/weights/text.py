@@ -1,5 +1,5 @@
-"""Hugging Face's text decoders as ours: GPT-2, BERT and RoBERTa, and what BLIP's and GIT's have of
-BERT."""
+"""Converts Hugging Face's text decoders: GPT-2, BERT and RoBERTa, and the parts of BERT that BLIP
+and GIT contain."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ from training.weights.rename import Names
 
 @dataclass(frozen=True)
 class Text:
-    """One kind of decoder under a VisionEncoderDecoderModel: its shape from a section of the config
-    and the memory's width, its names, and what is not mere renaming."""
+    """One kind of decoder of a VisionEncoderDecoderModel: a function from a section of the config
+    and the memory's width to our config, the table of names, and a function that converts the
+    renamed tensors."""
 
     config: Callable[[Section, int], DecoderConfig]
     names: Names
@@ -38,7 +39,7 @@ GPT2_NAMES: Names = (
     (f"{BLOCK}.ln_2.{{p}}", "decoder.blocks.{i}.norm3.{p}"),
     (f"{BLOCK}.mlp.c_fc.{{p}}", "decoder.blocks.{i}.mlp.up.{p}"),
     (f"{BLOCK}.mlp.c_proj.{{p}}", "decoder.blocks.{i}.mlp.down.{p}"),
-    # Causal masks, which old checkpoints hold as buffers.
+    # Causal masks, which are buffers in old checkpoints.
     (f"{BLOCK}.attn.bias", ""),
     (f"{BLOCK}.attn.masked_bias", ""),
     (f"{BLOCK}.crossattention.bias", ""),
@@ -52,7 +53,7 @@ def _gpt2_config(section: Section, memory_width: int) -> DecoderConfig:
     width = section.value("n_embd", 768)
     section.demand("scale_attn_weights", True)
     section.demand("scale_attn_by_inverse_layer_idx", False)
-    # reorder_and_upcast_attn says how to stay precise in 16 bits; in fp32 it changes nothing.
+    # reorder_and_upcast_attn is ignored: it only changes results in 16 bits.
     _demand_cross_attention(section)
     return DecoderConfig(
         vocab_size=section.value("vocab_size", 50257),
@@ -72,19 +73,20 @@ def _gpt2_config(section: Section, memory_width: int) -> DecoderConfig:
 def _demand_cross_attention(section: Section) -> None:
     if not section.value("add_cross_attention", False):
         raise UserError(
-            f"field '{section.prefix}add_cross_attention' is not true: it never sees the photo"
+            f"field '{section.prefix}add_cross_attention' is not true: this decoder does not use "
+            "the photo"
         )
 
 
 def _arrange_gpt2(section: Section, weights: Weights) -> None:
     for name, tensor in weights.ours.items():
         if name.startswith("decoder.blocks.") and tensor.ndim == 2:
-            weights.ours[name] = tensor.T  # GPT-2's Conv1D keeps (in, out)
+            weights.ours[name] = tensor.T  # GPT-2's Conv1D stores (in, out)
     tie_head(section, weights, True)
 
 
 def bert_shape(section: Section, **settings: Any) -> DecoderConfig:
-    """The fields that all of BERT's kin have; `settings` are what sets one apart."""
+    """The config from the fields that all variants of BERT share; `settings` override them."""
     section.demand("position_embedding_type", "absolute")
     shape = {
         "vocab_size": section.value("vocab_size", 30522),
@@ -112,7 +114,7 @@ def _bert_config(section: Section, memory_width: int) -> DecoderConfig:
 
 def _roberta_config(section: Section, memory_width: int) -> DecoderConfig:
     if section.activation("hidden_act", "gelu") != "gelu":
-        section.demand("hidden_act", "gelu")  # which its head always has
+        section.demand("hidden_act", "gelu")  # its head always uses gelu
     section.demand("is_decoder", True)
     _demand_cross_attention(section)
     positions = section.value("max_position_embeddings", 512) - _first_position(section)
@@ -130,14 +132,14 @@ def _first_position(section: Section) -> int:
 
 
 def bert_names(model: str) -> Names:
-    """Embeddings and layers of BERT, whose names begin with `model`."""
+    """The names of BERT's embeddings and layers; theirs begin with `model`."""
     layer, block = f"{model}.encoder.layer.{{i}}", "decoder.blocks.{i}"
     names = [
         (f"{model}.embeddings.word_embeddings.weight", "decoder.token_embedding.weight"),
         (f"{model}.embeddings.position_embeddings.weight", "decoder.position_embedding.weight"),
         (f"{model}.embeddings.token_type_embeddings.weight", "decoder.token_types"),
         (f"{model}.embeddings.LayerNorm.{{p}}", "decoder.embedding_norm.{p}"),
-        (f"{model}.embeddings.position_ids", ""),  # a buffer in old files
+        (f"{model}.embeddings.position_ids", ""),  # a buffer in old checkpoints
         (f"{model}.embeddings.token_type_ids", ""),
         (f"{layer}.attention.output.dense.{{p}}", f"{block}.self_attention.out.{{p}}"),
         (f"{layer}.attention.output.LayerNorm.{{p}}", f"{block}.post_norm1.{{p}}"),
@@ -159,7 +161,7 @@ def bert_names(model: str) -> Names:
 
 
 def bert_head_names(head: str) -> Names:
-    """BERT's output head, whose names begin with `head`; its bias stands twice."""
+    """The names of BERT's output head; theirs begin with `head`. Its bias occurs twice."""
     return (
         (f"{head}.transform.dense.{{p}}", "decoder.head_transform.dense.{p}"),
         (f"{head}.transform.LayerNorm.{{p}}", "decoder.head_transform.norm.{p}"),
@@ -177,22 +179,22 @@ ROBERTA_HEAD_NAMES: Names = (
 
 
 def _arrange_bert(section: Section, weights: Weights) -> None:
-    """Every token is of type 0: its embedding is part of the positions."""
+    """Adds the embedding of token type 0, which every token has, to the position embeddings."""
     types, positions = weights.take("decoder.token_types", "decoder.position_embedding.weight")
     weights.ours["decoder.position_embedding.weight"] = positions + types[0]
     tie_head(section, weights, True)
 
 
 def _arrange_roberta(section: Section, weights: Weights) -> None:
-    """The positions of a text begin behind that of padding."""
+    """Removes the position embeddings up to that of padding, after which a text begins."""
     _arrange_bert(section, weights)
     (positions,) = weights.take("decoder.position_embedding.weight")
     weights.ours["decoder.position_embedding.weight"] = positions[_first_position(section) :]
 
 
 def tie_head(section: Section, weights: Weights, default: bool) -> None:
-    """The output head is the token embedding, said or stored, where the config ties them; a head of
-    its own is stored."""
+    """Sets the output head to the token embedding if the config ties them. A stored head must then
+    be equal to it; a head that is not tied must be stored. Raises UserError otherwise."""
     embedding = weights.ours.get("decoder.token_embedding.weight", torch.empty(0))
     stored = weights.ours.get("decoder.head.weight")
     tied = section.value("tie_word_embeddings", default)
@@ -210,7 +212,7 @@ def tie_head(section: Section, weights: Weights, default: bool) -> None:
         )
 
 
-# By the config's `model_type`.
+# Keys are the config's `model_type`.
 DECODERS = {
     "gpt2": Text(_gpt2_config, GPT2_NAMES, _arrange_gpt2),
     "bert": Text(

@@ -1,8 +1,7 @@
-"""Hugging Face's tokenizers as ours: WordPiece as BERT has it, and byte-level pairs as GPT-2 and
-RoBERTa have them.
+"""Converts Hugging Face's tokenizers: WordPiece (BERT) and byte-level BPE (GPT-2, RoBERTa).
 
-What cannot be represented is refused by the name of its field; a field that is absent has the value
-that transformers 5 gives it.
+A setting that is not supported is an error that names the field. An absent field has the default of
+transformers 5.
 """
 
 import json
@@ -23,7 +22,7 @@ ROBERTA_SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<mask>")
 SPECIAL_FIELDS = (
     "bos_token", "eos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token",
 )  # fmt: skip
-# What transformers does to a decoded text where `clean_up_tokenization_spaces` is true.
+# Replacements in a decoded text if `clean_up_tokenization_spaces` is true, as in transformers.
 CLEANED = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
     (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
@@ -32,15 +31,17 @@ CLEAN_UP = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_out
 
 
 def import_tokenizer(folder: Path, settings: Mapping[str, Any], vocab_size: int) -> Tokenizer:
-    """A tokenizer from `tokenizer.json`, or from `vocab.txt` (WordPiece), or from `vocab.json` and
-    `merges.txt` (byte-level pairs).
+    """Reads a tokenizer from `tokenizer.json`, from `vocab.txt` (WordPiece), or from `vocab.json`
+    and `merges.txt` (byte-level BPE).
 
-    `settings` holds what `tokenizer_config.json` and `special_tokens_map.json` say, and as
-    `added_tokens` what `added_tokens.json` does. Raises UserError naming the file that is missing
-    or is another kind of tokenizer.
+    `settings` contains the fields of `tokenizer_config.json` and `special_tokens_map.json`, and the
+    content of `added_tokens.json` as `added_tokens`. Raises UserError naming the file that is
+    missing or has another kind of tokenizer.
     """
     if settings.get(CLEAN_UP):
-        raise UserError(f"{folder}: the tokenizer's field {CLEAN_UP!r} is true; not supported")
+        raise UserError(
+            f"{folder}: the tokenizer's field {CLEAN_UP!r} is true, which is not supported"
+        )
     if (folder / FAST).exists():
         tokenizer = _read_fast(folder / FAST)
     elif (folder / WORD_PIECES).exists():
@@ -50,19 +51,19 @@ def import_tokenizer(folder: Path, settings: Mapping[str, Any], vocab_size: int)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     word_pieces = isinstance(tokenizer.model, models.WordPiece)
-    # Byte pairs are never cleaned up, whatever the field says.
+    # transformers ignores the field for byte-level BPE.
     if word_pieces and settings.get("clean_up_tokenization_spaces", False):
         cleaned = [decoders.Replace(*pair) for pair in CLEANED]
         tokenizer.decoder = decoders.Sequence([tokenizer.decoder, decoders.Fuse(), *cleaned])
-    usual = BERT_SPECIAL if word_pieces else GPT2_SPECIAL
+    defaults = BERT_SPECIAL if word_pieces else GPT2_SPECIAL
     kind = str(settings.get("tokenizer_class")).lower()
     if "roberta" in kind or "bart" in kind:
-        usual = ROBERTA_SPECIAL
-    named = [*usual, *(settings.get(field) for field in SPECIAL_FIELDS)]
+        defaults = ROBERTA_SPECIAL
+    special = [*defaults, *(settings.get(field) for field in SPECIAL_FIELDS)]
     for field in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(field, [])
-        named += more.values() if isinstance(more, dict) else more
-    texts = {token.get("content") if isinstance(token, dict) else token for token in named}
+        special += more.values() if isinstance(more, dict) else more
+    texts = {token.get("content") if isinstance(token, dict) else token for token in special}
     known = [t for t in texts if isinstance(t, str) and tokenizer.token_to_id(t) is not None]
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in sorted(known)])
     if tokenizer.get_vocab_size() > vocab_size:
@@ -78,14 +79,14 @@ def import_tokenizer(folder: Path, settings: Mapping[str, Any], vocab_size: int)
 def import_tasks(
     folder: Path, tokenizer: Tokenizer, settings: Mapping[str, Any], tasks: Mapping[str, str]
 ) -> dict[str, Task]:
-    """The words of each task with their ids, as its processor makes them: between the tokenizer's
-    begin and end token. Raises UserError where it has none, unless there are no tasks."""
+    """The words of each task and their ids, between the tokenizer's begin and end token as in the
+    model's processor. Raises UserError if there are tasks and the tokenizer has no such token."""
     if not tasks:
         return {}
     begin, end = _text(settings.get("bos_token", "<s>")), _text(settings.get("eos_token", "</s>"))
     for token in (begin, end):
         if tokenizer.token_to_id(token) is None:
-            raise UserError(f"{folder}: the tokenizer has no token {token!r}, as a prompt needs it")
+            raise UserError(f"{folder}: the tokenizer has no token {token!r}, which prompts need")
     return {
         name: {"words": words, "ids": tokenizer.encode(begin + words + end, None, False, False).ids}
         for name, words in tasks.items()
@@ -96,7 +97,7 @@ def _read_fast(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{path}: no readable tokenizer ({error})") from error
+        raise UserError(f"{path}: cannot be read as a tokenizer ({error})") from error
     known = ((models.BPE, decoders.ByteLevel), (models.WordPiece, decoders.WordPiece))
     if not any(
         isinstance(tokenizer.model, model) and isinstance(tokenizer.decoder, decoder)
@@ -104,8 +105,8 @@ def _read_fast(path: Path) -> Tokenizer:
     ):
         kind, decoder = type(tokenizer.model).__name__, type(tokenizer.decoder).__name__
         raise UserError(
-            f"{path}: model {kind} with decoder {decoder}; only byte-level BPE, as GPT-2's, and "
-            "WordPiece, as BERT's, are imported"
+            f"{path}: model {kind} with decoder {decoder}; only byte-level BPE (GPT-2) and "
+            "WordPiece (BERT) can be imported"
         )
     return tokenizer
 
@@ -113,7 +114,7 @@ def _read_fast(path: Path) -> Tokenizer:
 def _read_word_pieces(path: Path, settings: Mapping[str, Any]) -> Tokenizer:
     unknown = _text(settings.get("unk_token", "[UNK]"))
     try:
-        # Not WordPiece.from_file: it knows only [UNK].
+        # WordPiece.from_file has no parameter for another unknown token than [UNK].
         lines = path.read_text(encoding="utf-8").split("\n")
         vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines) if line}
         tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
@@ -152,7 +153,7 @@ def _read_pairs(folder: Path, settings: Mapping[str, Any]) -> Tokenizer:
 
 
 def _with_added_tokens(tokenizer: Tokenizer, path: Path, settings: Mapping[str, Any]) -> Tokenizer:
-    """With the tokens that were added to the vocabulary of `path`, at their own ids."""
+    """Adds the tokens in `settings`, which must get the ids that are stored there."""
     added = {token: {"id": i} for token, i in settings.get("added_tokens", {}).items()}
     for i, token in settings.get("added_tokens_decoder", {}).items():
         added[token["content"]] = {**token, "id": int(i)}
@@ -161,15 +162,15 @@ def _with_added_tokens(tokenizer: Tokenizer, path: Path, settings: Mapping[str, 
         add([AddedToken(text, normalized=False)])
         if tokenizer.token_to_id(text) != token["id"]:
             raise UserError(
-                f"{path}: the added token {text!r} should be {token['id']} and would be "
+                f"{path}: the added token {text!r} has the id {token['id']}, but would get "
                 f"{tokenizer.token_to_id(text)}; give a tokenizer.json instead"
             )
     return tokenizer
 
 
 def _without_unseen(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """Without what was added to the tokenizer but not to the model, such as a token for padding: it
-    can never be generated."""
+    """Removes tokens that were added to the tokenizer but not to the model, such as a padding
+    token. The model can never generate them."""
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < vocab_size]
     return Tokenizer.from_str(json.dumps(content))

@@ -1,5 +1,5 @@
-"""Hugging Face's Vision Transformers as ours: ViT, DeiT, CLIP, DINOv2 with and without registers,
-and ViT-MAE where it masks nothing."""
+"""Converts Hugging Face's Vision Transformers: ViT, DeiT, CLIP, DINOv2 with and without registers,
+and ViT-MAE if it does not mask patches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,9 +14,10 @@ from training.weights.rename import Names
 
 @dataclass(frozen=True)
 class Vision:
-    """One kind of encoder: its shape from a section of the config, its names behind a prefix, and
-    what is not mere renaming. With `free_size` it takes photos of any size, those that the image
-    processor makes: its table of positions is resampled when it runs."""
+    """One kind of encoder: a function from a section of the config to our config, a function from a
+    prefix to the table of names, and a function that converts the renamed tensors. With `free_size`
+    the image processor determines the size of photos, and the position embeddings are interpolated
+    to it."""
 
     config: Callable[[Section], EncoderConfig]
     names: Callable[[str], Names]
@@ -45,7 +46,7 @@ def _vit_config(section: Section) -> EncoderConfig:
 
 
 def _mae_config(section: Section) -> EncoderConfig:
-    # Not by `demand`: 0.75 is what an absent field means.
+    # Not `demand`, because an absent field means 0.75.
     if section.value("mask_ratio", 0.75) != 0:
         raise UserError(
             f"field '{section.prefix}mask_ratio' is not 0: a ViTMAEModel drops patches at random"
@@ -54,7 +55,7 @@ def _mae_config(section: Section) -> EncoderConfig:
 
 
 def _vit_names(prefix: str) -> Names:
-    # The layers as files have them, and as transformers 5 has them in memory.
+    # The names of layers in files, and those in a model of transformers 5.
     layer, new_layer = f"{prefix}encoder.layer.{{i}}", f"{prefix}layers.{{i}}"
     block = "encoder.blocks.{i}"
     return (
@@ -80,7 +81,7 @@ def _vit_names(prefix: str) -> Names:
         (f"{new_layer}.mlp.fc1.{{p}}", f"{block}.mlp.up.{{p}}"),
         (f"{new_layer}.mlp.fc2.{{p}}", f"{block}.mlp.down.{{p}}"),
         (f"{prefix}layernorm.{{p}}", "encoder.norm.{p}"),
-        (f"{prefix}pooler.dense.{{p}}", ""),  # for classification; captioning reads all patches
+        (f"{prefix}pooler.dense.{{p}}", ""),  # only for classification
     )
 
 
@@ -89,7 +90,8 @@ def _arrange_vit(weights: Weights, encoder: EncoderConfig) -> None:
 
 
 def clip_config(section: Section, patch_size: int = 32, **settings: Any) -> EncoderConfig:
-    """CLIP's, or with other `settings` one of its kin; `patch_size` where the field is absent."""
+    """The config of a CLIP encoder. `patch_size` is the default of its field; `settings` override
+    ours, for variants of CLIP."""
     section.demand("num_channels", 3)
     shape = EncoderConfig(
         width=section.value("hidden_size", 768),
@@ -99,7 +101,7 @@ def clip_config(section: Section, patch_size: int = 32, **settings: Any) -> Enco
         image_size=section.side("image_size", 224),
         patch_size=section.side("patch_size", patch_size),
         pre_norm=True,
-        final_norm=False,  # `last_hidden_state` is before `post_layernorm`
+        final_norm=False,  # `post_layernorm` is not applied to `last_hidden_state`
         activation=section.activation("hidden_act", "quick_gelu"),
         layer_norm_eps=section.value("layer_norm_eps", 1e-5),
     )
@@ -112,7 +114,7 @@ def clip_names(prefix: str, final_norm: str = "") -> Names:
         (f"{prefix}embeddings.class_embedding", "encoder.cls"),
         (f"{prefix}embeddings.patch_embedding.weight", "encoder.patch_embed.weight"),
         (f"{prefix}embeddings.position_embedding.weight", "encoder.positions"),
-        (f"{prefix}embeddings.position_ids", ""),  # a buffer in old files
+        (f"{prefix}embeddings.position_ids", ""),  # a buffer in old checkpoints
         (f"{prefix}pre_layrnorm.{{p}}", "encoder.norm_pre.{p}"),
         (f"{layer}.layer_norm1.{{p}}", f"{block}.norm1.{{p}}"),
         (f"{layer}.self_attn.q_proj.{{p}}", f"{block}.attention.q.{{p}}"),
@@ -161,7 +163,7 @@ def _dino_names(prefix: str) -> Names:
     layer, block = f"{prefix}encoder.layer.{{i}}", "encoder.blocks.{i}"
     return (
         (f"{prefix}embeddings.cls_token", "encoder.cls"),
-        (f"{prefix}embeddings.mask_token", ""),  # of its training
+        (f"{prefix}embeddings.mask_token", ""),  # only used in its training
         (f"{prefix}embeddings.register_tokens", "encoder.registers"),
         (f"{prefix}embeddings.position_embeddings", "encoder.positions"),
         (f"{prefix}embeddings.patch_embeddings.projection.{{p}}", "encoder.patch_embed.{p}"),
@@ -170,7 +172,7 @@ def _dino_names(prefix: str) -> Names:
         (f"{layer}.attention.attention.key.{{p}}", f"{block}.attention.k.{{p}}"),
         (f"{layer}.attention.attention.value.{{p}}", f"{block}.attention.v.{{p}}"),
         (f"{layer}.attention.output.dense.{{p}}", f"{block}.attention.out.{{p}}"),
-        # As transformers 5 has them in memory.
+        # The names in a model of transformers 5.
         (f"{layer}.attention.q_proj.{{p}}", f"{block}.attention.q.{{p}}"),
         (f"{layer}.attention.k_proj.{{p}}", f"{block}.attention.k.{{p}}"),
         (f"{layer}.attention.v_proj.{{p}}", f"{block}.attention.v.{{p}}"),
@@ -185,8 +187,8 @@ def _dino_names(prefix: str) -> Names:
 
 
 def _arrange_dino(weights: Weights, encoder: EncoderConfig) -> None:
-    """The class token has a position, the registers have none: it is added to the token. The other
-    positions are resampled as the model does it in every run."""
+    """Adds the position embedding of the class token to that token; registers have none. The other
+    position embeddings are interpolated once, here; the original does so in each forward pass."""
     tokens, positions_1PD = weights.take("encoder.cls", "encoder.positions")
     weights.ours["encoder.cls"] = tokens + positions_1PD[:, :1]
     registers = encoder.prefix_tokens > 1
@@ -199,7 +201,7 @@ def _arrange_dino(weights: Weights, encoder: EncoderConfig) -> None:
 VIT = Vision(_vit_config, _vit_names, _arrange_vit)
 DINO = Vision(_dino_config, _dino_names, _arrange_dino, free_size=True)
 CLIP = Vision(clip_config, clip_names, arrange_clip)
-# By the config's `model_type`.
+# Keys are the config's `model_type`.
 ENCODERS = {
     "vit": VIT,
     "deit": VIT,

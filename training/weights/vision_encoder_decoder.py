@@ -1,8 +1,8 @@
 """`VisionEncoderDecoderModel`: any encoder of `training.weights.vision` with any decoder of
 `training.weights.text`, such as `nlpconnect/vit-gpt2-image-captioning`.
 
-Memory of another width than the decoder's passes a projection, which is folded into the keys and
-values of cross-attention.
+If the width of the memory differs from the decoder's, the model projects it. The projection is
+folded into the key and value layers of cross-attention.
 """
 
 from training.model import DecoderConfig, EncoderConfig
@@ -27,7 +27,7 @@ def _configs(config: Config) -> tuple[EncoderConfig, DecoderConfig]:
 
 def _names(config: Config) -> Names:
     vision, text = _kinds(config)
-    # Older files of CLIP have its names behind one more.
+    # In older files, CLIP's names have one more prefix.
     older = vision.names("encoder.vision_model.") if vision is CLIP else ()
     projection = (("enc_to_dec_proj.{p}", "projection.{p}"),)
     return (*vision.names("encoder."), *older, *projection, *text.names)
@@ -44,8 +44,8 @@ def _arrange(
 
 
 def _fold_projection(weights: Weights, layers: int) -> None:
-    """The decoder reads the memory through the keys and values alone, so that their product with
-    the projection before them is exact: K (W x + b) + c = (K W) x + (K b + c)."""
+    """Folds the projection into the key and value layers, which alone read the memory. This is
+    exact: K (W x + b) + c = (K W) x + (K b + c)."""
     weight_DM, bias_D = weights.take("projection.weight", "projection.bias")
     for i in range(layers):
         name = f"decoder.blocks.{i}.cross_attention.kv"
