@@ -220,7 +220,7 @@ def test_words_are_added_to_the_vocabulary_when_asked(start, tmp_path, tiny_data
     [
         (["--add-words", "2"], "--add-words needs --from DIR"),
         (["--add-words", "-1", "--from", "START"], "tokenizer.add_words must be 0 (none) or more"),
-        (["--add-words", "2", "--from", "PIECES"], "tokenizer.json: pieces of words spell every"),
+        (["--add-words", "2", "--from", "PIECES"], "tokenizer.json: only a vocabulary of words"),
     ],
 )
 def test_words_that_cannot_be_added(

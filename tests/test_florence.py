@@ -360,7 +360,7 @@ def test_several_prompts_of_a_photo_encode_it_once(eager, monkeypatch):
 def test_prompts_are_a_list_of_prompts(eager, prompts):
     with pytest.raises(InvalidParameter, match="prompt"):
         eager.caption(PHOTOS, prompts=prompts)
-    with pytest.raises(InvalidParameter, match="exclude"):
+    with pytest.raises(InvalidParameter, match="cannot both be set"):
         eager.caption(PHOTOS, prompts=["<CAPTION>"], prompt="<CAPTION>")
 
 
