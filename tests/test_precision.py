@@ -90,11 +90,13 @@ def test_every_linear_layer_is_replaced(tiny_run):
     assert [m for m in model.modules() if isinstance(m, nn.Linear)]  # the original stays
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("words", [10, 300, 40_000])
 @pytest.mark.parametrize("rough", [Int8Linear, partial(PackedLinear, dtype=torch.bfloat16)])
-def test_a_head_looks_twice_at_the_best_words(words, rough):
+def test_a_head_looks_twice_at_the_best_words(words, rough, bias):
+    """Its bias was forgotten in the words that it looks at twice."""
     torch.manual_seed(0)
-    linear = nn.Linear(64, words, bias=False).requires_grad_(False)
+    linear = nn.Linear(64, words, bias=bias).requires_grad_(False)
     head = torch.jit.script(RescoredHead(linear, torch.jit.script(rough(linear).eval())).eval())
     x = torch.randn(2, 3, 64)
     expected = linear(x)
