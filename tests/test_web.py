@@ -137,7 +137,9 @@ def test_without_the_key_nothing_is_answered(page, client, photo_file, method, p
 def test_the_key_is_in_the_address_that_is_printed(client, monkeypatch, capsys):
     monkeypatch.setattr(WebServer, "serve_forever", lambda self: None)
     serve_page(client, 0)
-    [key] = re.findall(r"http://127\.0\.0\.1:\d+/\?key=([\w-]{32})(?![\w-])", capsys.readouterr().out)
+    [key] = re.findall(
+        r"http://127\.0\.0\.1:\d+/\?key=([\w-]{32})(?![\w-])", capsys.readouterr().out
+    )
     with WebServer(client, port=0) as other:
         assert other.key != key
 
