@@ -178,6 +178,12 @@ def test_a_reader_types_what_the_documents_show(clone):
             command = command.replace("NAME", "flickr8k").replace("--run RUN", "--run several")
             here = "--standalone --nproc-per-node 2"
             succeeds(clone, command.replace("--nnodes 2 --nproc-per-node 4", here))
+        run_all(r"^python -m training\.describe_config$")
+        for command in take(r"^python -m handler\.batch\b.*SLURM"):
+            command = command.replace("--export export", "--export build/export/flickr8k")
+            command = command.replace("--out captions", "--out array")
+            succeeds(clone, f"export SLURM_ARRAY_TASK_ID=0; {command}")
+        take(r"^python -m$")  # the beginning of a command, in a sentence
         ask_the_server(clone, take)
     finally:
         run(clone, "make stop")
