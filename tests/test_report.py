@@ -1,4 +1,4 @@
-"""`make report`: what stands in it, that it stands alone, and that its maps show in a browser."""
+"""`make report`: what it contains, that it is one file, and that its maps show in a browser."""
 
 import json
 import re

@@ -25,7 +25,7 @@ def photo(colour: str = "red") -> bytes:
 
 
 def header(name: str, size: int | bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header block; a `size` in bytes is what stands in the field."""
+    """A header block; a `size` in bytes is written to the field as it is."""
     info = tarfile.TarInfo(name)
     info.type = kind
     info.size = size if isinstance(size, int) else 0

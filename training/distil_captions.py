@@ -3,7 +3,7 @@ Rush 2016, arXiv:1606.07947, section 3.2). Teachers caption the training photos,
 becomes the dataset on which a student then trains as on any other.
 
 Each training photo gets the best captions of the teachers' beam search, as many as there are beams
-unless `--num-return-sequences` says otherwise, after those that people wrote (`--replace`: instead
+unless `--num-return-sequences` overrides it, after those that people wrote (`--replace`: instead
 of them, as the paper does it for translation; a photo of captions by several people would lose what
 they do not agree in). Several teachers are searched as one ensemble. Validation and test stay as
 they are.

@@ -71,7 +71,7 @@ def centre(map_gg: Tensor) -> tuple[float, float]:
     """The centre of gravity, (x, y), of the weight inside the map's box."""
     height, width = map_gg.shape
     x0, y0, x1, y1 = box(map_gg)
-    # Each cell is weighted by the part of it that lies in the box.
+    # Each cell is weighted by the part of it that is in the box.
     inside_gg = map_gg * _covered(y0, y1, height)[:, None] * _covered(x0, x1, width)[None, :]
     x, y = _gravity(inside_gg)
     return x / width, y / height

@@ -87,7 +87,7 @@ def make_data(folder: Path) -> Path:
 
 def run_ours(manifest: Manifest, frozen: bool) -> dict[str, float]:
     """One epoch of `train` in the current folder. The figures are those of its log; the making of
-    the frozen encoder's features, which stands in none, is timed."""
+    the frozen encoder's features, which is part of none, is timed."""
     # Imported here, so that theirs need not hold it in memory.
     from training.loop import stage as stage_loop
     from training.loop.allocator import keep_freed_memory
