@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from handler.image_decode import Box
+from handler.image_resize import Box
 from handler.words import Word
 
 # The longer side of a panel in pixels, and other lengths of the picture.

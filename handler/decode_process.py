@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from handler.errors import ImageTooComplex, ImageTooLarge, InvalidImage
-from handler.image_decode import Resizing
+from handler.image_resize import Resizing
 from handler.image_walk import Effort
 
 # Processor seconds and bytes of memory that a photo may take. The documented limit is 2 s, and 1 s

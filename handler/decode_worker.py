@@ -23,7 +23,8 @@ from handler.decode_process import (
     seconds_for,
 )
 from handler.errors import ImageTooComplex, InvalidImage
-from handler.image_decode import Resizing, decode_photo, open_photo
+from handler.image_decode import decode_photo, open_photo
+from handler.image_resize import Resizing
 
 # Threads that decode one AVIF or HEIC photo. Address space that is mapped but not used, and not
 # counted as the photo's: stacks of 8 MiB and arenas of the allocator.

@@ -9,7 +9,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +45,6 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Left, top, right, bottom.
-Box = tuple[float, float, float, float]
 EXIF_ORIENTATION = 0x0112
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1
@@ -55,32 +53,6 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1
 # Big-endian 32-bit unsigned integers, which Pillow supports only in little-endian order. They are
 # read as signed ones, which have the same bits.
 TiffImagePlugin.OPEN_INFO[TiffImagePlugin.MM, 1, (1,), 1, (32,), ()] = ("I", "I;32BS")
-
-
-class Resizing(NamedTuple):
-    """How a photo is resized: to a square of `side`, or with `crop` by its short side, and cropped
-    to its middle of `image_size`. The geometry is that of Hugging Face, which resizes first."""
-
-    image_size: int
-    side: int
-    crop: bool
-    bicubic: bool
-
-    def box(self, size: tuple[int, int]) -> Box:
-        """The region of a photo of this size that is kept, in pixels of the photo."""
-        sides = []
-        for length in size:
-            resized = self.side * length // min(size) if self.crop else self.side
-            start = (resized - self.image_size) // 2
-            end = start + self.image_size
-            sides.append((start * length / resized, end * length / resized))
-        (left, right), (top, bottom) = sides
-        return left, top, right, bottom
-
-    def apply(self, image: Image.Image) -> Image.Image:
-        # Cropped before the resize, since a strip of 1 x 60,000 would grow to S x 60,000 S.
-        filter = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
-        return image.resize((self.image_size,) * 2, filter, box=self.box(image.size))
 
 
 def open_photo(data: bytes, kind: str) -> Image.Image:

@@ -25,13 +25,12 @@ from handler.image_decode import (
     FORMATS,
     MAX_BYTES,
     PHOTO_SUFFIXES,
-    Box,
-    Resizing,
     check_size,
     decode_photo,
     open_photo,
     sniff,
 )
+from handler.image_resize import Box, Resizing
 from handler.image_walk import CHEAP_PIXELS, Effort, walk
 
 __all__ = [

@@ -18,8 +18,9 @@ from training.data.manifest import Row, read_manifest, write_manifest
 from training.data.scene_language import referents
 from training.loop.train import train
 from training.model import Encoder, EncoderConfig
-from training.scores import captions, grounding
-from training.scores.grounding import best_layers, judge, measure, overlap, rollout, ways
+from training.scores import captions, grounding, pointing
+from training.scores.grounding import measure, rollout, ways
+from training.scores.pointing import LayerChoice, judge, overlap
 
 CIRCLE = {"shape": "circle", "colour": "red", "size": "large", "texture": "plain",
           "box": [0, 0, 48, 48]}  # fmt: skip
@@ -68,7 +69,7 @@ def test_a_map_of_the_middle_is_judged_in_the_picture():
 def test_measure_knows_what_the_model_saw(monkeypatch):
     """A model that sees the middle of a picture, in which the object is at the edge."""
     judged = []
-    monkeypatch.setattr(grounding, "judge", lambda *given: judged.append(given) or (True, 1.0))
+    monkeypatch.setattr(pointing, "judge", lambda *given: judged.append(given) or (True, 1.0))
     monkeypatch.setattr(captions, "read_photo", lambda *_: None)
     monkeypatch.setattr(
         grounding, "all_maps", lambda *_: iter([("way", torch.full((2, 2, 2), 0.25))])
@@ -82,12 +83,10 @@ def test_measure_knows_what_the_model_saw(monkeypatch):
     assert [given[3] for given in judged] == [(0.125, 0.125, 0.875, 0.875)]
 
 
-def test_the_layer_that_points_best_is_chosen(monkeypatch):
+def test_the_layer_that_points_best_is_chosen():
     """Of three layers the second looks at the circle; the mean of all looks elsewhere."""
-    monkeypatch.setattr(captions, "read_photo", lambda *_: None)
     captioner = MagicMock(preprocessing=PreprocessConfig(96), map_layers=[2])
     captioner.config = {"model": {"decoder": {"layers": 3}}}
-    captioner.preprocess.return_value = torch.zeros(3, 96, 96)
     captioner.tokenizer.encode.side_effect = str.split
     captioner.tokenizer.pieces.side_effect = lambda ids: ids
 
@@ -98,11 +97,17 @@ def test_the_layer_that_points_best_is_chosen(monkeypatch):
         return [map_gg.expand(len(caption), 4, 4) for caption in ids]
 
     captioner.attention_memory.side_effect = maps
+
+    def chosen(rows):
+        choice = LayerChoice(captioner)
+        choice.add(rows, torch.zeros(1, 17, 8))
+        return choice.best()
+
     rows = [Row("1", "1.png", ("a red circle",), "val", scene=SCENE)]
-    assert best_layers(captioner, MagicMock(), rows) == ([1], 1.0)
+    assert chosen(rows) == ([1], 1.0)
     assert captioner.map_layers == [2]
     rows = [Row("1", "1.png", ("a red star",), "val", scene=SCENE)]
-    assert best_layers(captioner, MagicMock(), rows) == ([0, 1, 2], 1.0)  # all, if none is better
+    assert chosen(rows) == ([0, 1, 2], 1.0)  # all, if none is better
 
 
 def test_a_run_on_scenes_chooses_its_maps(tiny_data, tmp_path, monkeypatch):

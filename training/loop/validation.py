@@ -16,9 +16,9 @@ from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.scores.captions import preprocessed
 from training.scores.claims import score_claims
-from training.scores.grounding import best_layers
 from training.scores.habits import distinct, little_learnt
 from training.scores.metrics import choose_tokenizer, score
+from training.scores.pointing import LayerChoice
 
 # CIDEr weights a word by log(photos / photos with the word). With one photo, all weights are 0;
 # with a few, nearly all words have one of two or three weights.
@@ -29,15 +29,17 @@ def validate(run: Run) -> None:
     """Scores the averaged weights. If they are not worse than the best so far, they become the
     checkpoint. The figure is CIDEr, or the loss if there are too few photos for CIDEr."""
     captioner, rows = run.captioner(), run.val_rows
-    predictions, loss = caption_and_loss(run, captioner, rows)
+    is_drawn = all(row.scene is not None for row in rows)
+    choice = LayerChoice(captioner) if is_drawn else None
+    predictions, loss = caption_and_loss(run, captioner, rows, choice)
     references = {row.id: row.captions for row in rows}
     scores = score(predictions, references, ("bleu", "cider"), run.metric_tokenizer)
     result: dict[str, Any] = {name: float(scores[name]) for name in ("BLEU-4", "CIDEr")}
     result |= {"loss": loss, "distinct_captions": distinct(list(predictions.values()))}
-    if all(row.scene is not None for row in rows):
+    if choice is not None:
         claims = score_claims(predictions, rows)
         result |= {name: claims[name] for name in ("claims_true", "captions_true")}
-        layers, pointing = best_layers(captioner, run.manifest, rows)
+        layers, pointing = choice.best()
         run.word_maps = {"layers": layers, "pointing": round(pointing, 4)}
     run.write({"step": run.step, "seconds": run.seconds, "val": result})
     figures = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
@@ -115,10 +117,10 @@ def tell_gain(run: Run) -> None:
 
 @torch.inference_mode()
 def caption_and_loss(
-    run: Run, captioner: Captioner, rows: list[Row]
+    run: Run, captioner: Captioner, rows: list[Row], choice: LayerChoice | None
 ) -> tuple[dict[str, str], float]:
     """One caption for each row by its id, and the mean cross-entropy of the references in nats per
-    token."""
+    token. The `choice` of layers for word maps hears of every batch."""
     # Samples would choose a checkpoint by luck.
     options = captioner.options(
         num_beams=run.config.validation.num_beams, num_return_sequences=1, do_sample=False
@@ -135,5 +137,7 @@ def caption_and_loss(
         predictions |= {row.id: best[0].text for row, best in zip(part, results, strict=True)}
         batch = captions.batch(memory_BPD, indices, [False] * len(part)).to(run.device)
         total, tokens, _ = cross_entropy(captioner.decoder, memory_BPD, batch, 0)
+        if choice is not None:
+            choice.add(part, memory_BPD)
         totals += torch.stack([total, tokens]).double().cpu()
     return predictions, float(totals[0] / totals[1])

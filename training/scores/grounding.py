@@ -24,13 +24,11 @@ from torch import Tensor
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.image_preprocess import seen_region
-from handler.web.word_maps import WHOLE, box, on_photo, peak
-from handler.words import words_of
 from training.data.manifest import Manifest, Row
-from training.data.scene_language import Scene, SceneObject, caption_words, referents
+from training.data.scene_language import caption_words, referents
 from training.model import Encoder, split_heads
 from training.scores.captions import preprocessed
+from training.scores.pointing import judge_words, named_words
 
 
 def rollout(encoder: Encoder, images_B3SS: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,85 +64,6 @@ def ways(weights_LHQP: Tensor, mixed_PP: Tensor) -> Iterator[tuple[str, Tensor]]
     for name, weights_QP in chosen.items():
         yield name, weights_QP
         yield f"{name}, rolled out", weights_QP @ mixed_PP
-
-
-def overlap(first: Sequence[float], second: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x0, y0, x1, y1)."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    both = max(0.0, width) * max(0.0, height)
-    areas = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (first, second))
-    return both / (areas - both)
-
-
-def judge(
-    map_gg: Tensor,
-    objects: Sequence[SceneObject],
-    size: Sequence[int],
-    seen: Sequence[float] = WHOLE,
-) -> tuple[bool, float]:
-    """Whether the peak of a map is inside one of the objects, and the best overlap of its box.
-    `size` is that of the picture, `seen` the region of it that the map covers."""
-    x, y = on_photo(peak(map_gg), seen)
-    width, height = size
-    boxes = [(x0 / width, y0 / height, x1 / width, y1 / height)
-             for x0, y0, x1, y1 in (item["box"] for item in objects)]  # fmt: skip
-    inside = any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in boxes)
-    return inside, max(overlap(on_photo(box(map_gg), seen), truth) for truth in boxes)
-
-
-@torch.inference_mode()
-def best_layers(
-    captioner: Captioner, manifest: Manifest, rows: Sequence[Row]
-) -> tuple[list[int], float]:
-    """The decoder layers whose mean attention points best, one of them or all, and their pointing
-    accuracy (0 if no word names a shape). The words are those of one reference of each row, so that
-    the choice does not depend on what the model says."""
-    count = captioner.config["model"]["decoder"]["layers"]
-    candidates = [[*range(count)], *([layer] for layer in range(count) if count > 1)]
-    before, inside = captioner.map_layers, [0] * len(candidates)
-    total = 0
-    for part, images_B3SS in preprocessed(captioner, manifest, rows, disable=True):
-        memory_BPD = captioner.encode(images_B3SS)
-        named = [_named(row.captions[0], row.scene or {}) for row in part]
-        ids = [captioner.tokenizer.encode(row.captions[0]) for row in part]
-        total += sum(map(len, named))
-        for number, captioner.map_layers in enumerate(candidates):
-            for row, words, maps_Tgg, tokens in zip(
-                part, named, captioner.attention_memory(memory_BPD, ids), ids, strict=True
-            ):
-                pieces = captioner.tokenizer.pieces(tokens)
-                judged = _judge_words(words, pieces, maps_Tgg, row.scene or {}, captioner)
-                inside[number] += sum(is_inside for is_inside, _ in judged)
-    captioner.map_layers = before
-    best = max(range(len(candidates)), key=inside.__getitem__)
-    return candidates[best], inside[best] / max(1, total)
-
-
-NamedWord = tuple[int, list[SceneObject]]
-
-
-def _named(caption: str, scene: Scene) -> list[NamedWord]:
-    """The words of a caption that name a shape in the picture."""
-    return [(index, objects) for index, objects in referents(caption, scene) if objects]
-
-
-def _judge_words(
-    named: Sequence[NamedWord],
-    tokens: Sequence[str],
-    maps_Tgg: Tensor,
-    scene: Scene,
-    captioner: Captioner,
-) -> list[tuple[bool, float]]:
-    """`judge` for each word that names a shape, by its index among the words of `tokens`."""
-    words = words_of(tokens, [0.0] * len(tokens), maps_Tgg)
-    owner = [word for word in words for _ in caption_words(word.text)]
-    seen = seen_region(scene["size"], captioner.preprocessing)
-    return [
-        judge(owner[index].map_gg, objects, scene["size"], seen)
-        for index, objects in named
-        if index < len(owner)  # the caption is cut at the model's positions
-    ]
 
 
 @torch.inference_mode()
@@ -187,13 +106,13 @@ def measure(
             absent += sum(not objects for _, objects in referents(caption.text, scene))
             # A prompt's words were given: they have no maps.
             given = len(caption_words(captioner.tokenizer.decode(caption.prompt_ids)))
-            named = [(i - given, objects) for i, objects in _named(caption.text, scene)]
+            named = [(i - given, objects) for i, objects in named_words(caption.text, scene)]
             named = [(index, objects) for index, objects in named if index >= 0]
             counted += len(named)
             if not named:
                 continue
             for way, maps_Tgg in all_maps(captioner, image_3SS, caption):
-                results[way] += _judge_words(named, caption.tokens, maps_Tgg, scene, captioner)
+                results[way] += judge_words(named, caption.tokens, maps_Tgg, scene, captioner)
     if not counted:
         raise UserError("no caption names a shape that is in its picture; train the model further")
     table = {
