@@ -1,6 +1,7 @@
 """The layout: imports go one way between rooms, and commands are not imported."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,11 @@ def test_what_ships_in_the_archive_imports_no_folder_of_the_handler():
         for imported in imports(name):
             assert imported.count(".") == 1, f"{name} imports {imported}"
             assert Path(REPOSITORY, *imported.split(".")).with_suffix(".py").is_file()
+
+
+def test_no_chain_of_imports_is_longer_than_nine_modules():
+    """Nor is there a circle, which has no order. A chain of 11 went unseen."""
+    lengths: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter({n: imports(n) for n in MODULES}).static_order():
+        lengths[name] = 1 + max((lengths[imported] for imported in imports(name)), default=0)
+    assert max(lengths.values()) <= 9, max(lengths, key=lengths.__getitem__)
