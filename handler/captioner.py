@@ -27,6 +27,7 @@ from handler.cuda_graphs import GraphedDecoder, GraphedEncoder
 from handler.errors import UserError
 from handler.files import FORMAT, read_object
 from handler.image_preprocess import PreprocessConfig, preprocess
+from handler.native_blocks import native_decoder, native_encoder, pack_layers
 
 Photo = bytes | bytearray | memoryview | Image.Image
 # Batch size for a list of photos.
@@ -117,11 +118,9 @@ class Captioner:
             for name in ("encoder.pt", "decoder.pt")
         ]
         _check_scripts(directory, config, *scripts)
-        encoder: Any
-        decoder: Any
-        encoder, decoder = (prepare_script(script, device) for script in scripts)
-        if torch.device(device).type == "cuda":
-            encoder, decoder = GraphedEncoder(encoder), GraphedDecoder(decoder)
+        shapes = config["model"]
+        encoder = prepare_encoder(scripts[0], shapes["encoder"], device)
+        decoder = prepare_decoder(scripts[1], shapes["decoder"], device)
         return cls(encoder, decoder, tokenizer, config, device)
 
     def options(self, **given: Any) -> DecodeOptions:
@@ -566,13 +565,25 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
         raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error
 
 
+def prepare_encoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
+    """The fastest form of an encoder that was just read; `shape` is its section of the config."""
+    if torch.device(device).type == "cuda":
+        return GraphedEncoder(prepare_script(script, device))
+    return native_encoder(script, shape) or prepare_script(script, device)
+
+
+def prepare_decoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
+    """Likewise a decoder."""
+    if torch.device(device).type == "cuda":
+        return GraphedDecoder(prepare_script(script, device))
+    return native_decoder(script, shape) or prepare_script(script, device)
+
+
 def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.ScriptModule:
     """Prepares a script for inference: packs the linear layers for this processor (see
     `export.layers`) and freezes the script."""
-    if torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available():
-        for module in script.modules():
-            if hasattr(module, "prepack"):
-                module.prepack()
+    if torch.device(device).type == "cpu":
+        pack_layers(script)
     return torch.jit.freeze(script, [name for name in DECODER_METHODS if hasattr(script, name)])
 
 

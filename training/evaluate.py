@@ -78,9 +78,10 @@ def model_size(captioner: Captioner, folder: Path) -> dict[str, float]:
     export's are constants of its code, which cannot be counted."""
     files = (folder / name for name in (WEIGHTS_FILE, "encoder.pt", "decoder.pt"))
     size = {"megabytes": sum(file.stat().st_size for file in files if file.exists()) / 1e6}
+    if "precision" in captioner.config:
+        return size
     parts = (captioner.encoder, captioner.decoder)
-    count = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    return size | ({"parameters": count} if count else {})
+    return size | {"parameters": sum(p.numel() for part in parts for p in part.parameters())}
 
 
 def evaluate_model(arguments: argparse.Namespace, metrics: Sequence[str]) -> None:

@@ -1,126 +1,139 @@
-"""Where the time of one photo goes, from its bytes to its caption:
+"""Where the time of an encoder and of a decoding step goes, beside the floor of a step, which is
+the reading of its weights:
 
-    python -m tests.benchmarks.account build/export/flickr8k-bf16 [--photos 20]
+    python -m tests.benchmarks.account build/bench/yardstick-int8 [--rounds 5]
 
-The photos are the first of the dataset's validation split, one at a time, by default options. Parts
-are timed as they run; matrix products and attention are what torch's profiler counts inside their
-kernels, in a run of its own, since it slows all between them. What is left of the encoder, the
-decoder and the search are norms, sums, copies and calls.
+Searches of exactly 20 tokens with 5 beams, of one photo and of eight, on a processor for which
+`handler/native_blocks.c` is compiled, here with a clock of its own. Parts of the blocks are what
+the first thread sees, waiting for the others included; the rest is timed around the calls. "not
+accounted for" is what no part holds.
 """
 
 import argparse
-import statistics
+import ctypes
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+import torch
+from torch import Tensor
 
+from handler import native_library
 from handler.captioner import Captioner
+from handler.native_blocks import NativeDecoder, NativeEncoder
+from tests.benchmarks.contenders import images_of
 from tests.benchmarks.timing import machine, report, table
-from training.data.manifest import data_folder, read_manifest
-from training.data.photos import read_bytes
 
-# Parts of the names of kernels that multiply matrices.
-PRODUCTS = ("linear_pointwise", "linear_dynamic_fp16", "convolution", "addmm", "::mm", "::bmm")
-ATTENTION = ("scaled_dot_product",)
+PARTS = ("norms and rounding", "matrix products", "attention")
+MISSING = "not accounted for"
 
 
 class Clock:
-    """Seconds by part."""
+    """Seconds by part. `native` is the one inside `run_blocks`."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.native = (ctypes.c_double * len(PARTS)).in_dll(library, "account")
         self.seconds: Counter[str] = Counter()
 
-    def __call__(self, part: str, run: Callable[[], Any]) -> Any:
+    def around(self, owner: Any, method: str) -> None:
+        """Counts the calls of a method as a part of its name."""
+        run: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*given: Any, **more: Any) -> Any:
+            started = time.perf_counter()
+            found = run(*given, **more)
+            self.seconds[method] += time.perf_counter() - started
+            return found
+
+        setattr(owner, method, timed)
+
+    def start(self) -> float:
+        self.seconds.clear()
+        for part in range(len(PARTS)):
+            self.native[part] = 0
+        return time.perf_counter()
+
+
+def of_encoder(captioner: Captioner, images: Tensor, rounds: int) -> dict[str, float]:
+    """Seconds of a batch by part."""
+    clock = Clock(captioner.encoder._stack._library)
+    clock.around(captioner.encoder._stack, "run")
+    captioner.encode(images)
+    started = clock.start()
+    for _ in range(rounds):
+        captioner.encode(images)
+    whole = time.perf_counter() - started
+    parts = dict(zip(PARTS, clock.native, strict=True))
+    parts["patches, last norm"] = whole - clock.seconds["run"]
+    parts[MISSING] = clock.seconds["run"] - sum(clock.native)
+    return {part: seconds / rounds for part, seconds in parts.items()}
+
+
+def of_step(captioner: Captioner, images: Tensor, rounds: int, tokens: int) -> dict[str, float]:
+    """Seconds of a step by part: what all steps of a search take, divided by their number."""
+    decoder, memory = captioner.decoder, captioner.encode(images)
+    options = [captioner.options(num_beams=5, min_new_tokens=tokens, max_new_tokens=tokens)]
+    options *= len(images)
+    clock = Clock(decoder._weights.library)
+    for owner, method in ((decoder, "step"), (decoder, "_logits"), (decoder._stack, "run")):
+        clock.around(owner, method)
+    run, decoder.begin = decoder.begin, lambda *_: begun
+    spent, search = Counter[str](), 0.0
+    for number in range(rounds + 1):
+        begun = run(memory)
+        started = clock.start()
+        captioner.caption_memory(memory, options)
+        whole = time.perf_counter() - started
+        if number:  # the first warms up
+            spent.update(dict(zip(PARTS, clock.native, strict=True)))
+            spent[MISSING] += clock.seconds["run"] - sum(clock.native)
+            spent["output head"] += clock.seconds["_logits"]
+            inside = clock.seconds["run"] + clock.seconds["_logits"]
+            spent["embedding, calls"] += clock.seconds["step"] - inside
+            search += whole - clock.seconds["step"]
+    spent["search"] = search
+    return {part: seconds / (rounds * tokens) for part, seconds in spent.items()}
+
+
+def floor(decoder: NativeDecoder) -> float:
+    """Seconds in which the weights of a step are read from memory."""
+    size, begun = decoder._weights.library.packed_bytes, decoder._kv
+    read = decoder._weights._arena.numel() - sum(size(w.kind, w.inputs, w.outputs) for w in begun)
+    memory, best = torch.ones(2**27), 0.0
+    for _ in range(5):
         started = time.perf_counter()
-        found = run()
-        self.seconds[part] += time.perf_counter() - started
-        return found
-
-
-class TimedDecoder:
-    """A decoder whose methods count as the part "decoder"."""
-
-    def __init__(self, decoder: Any, clock: Clock) -> None:
-        self.decoder, self.clock = decoder, clock
-        self.vocab_size, self.max_positions = decoder.vocab_size, decoder.max_positions
-
-    def begin(self, *arguments: Any) -> Any:
-        return self.clock("decoder", lambda: self.decoder.begin(*arguments))
-
-    def new_cache(self, *arguments: Any) -> Any:
-        return self.clock("decoder", lambda: self.decoder.new_cache(*arguments))
-
-    def step(self, *arguments: Any) -> Any:
-        self.clock.seconds["steps"] += 1
-        return self.clock("decoder", lambda: self.decoder.step(*arguments))
-
-
-def timed_parts(captioner: Captioner, photos: list[bytes]) -> tuple[Clock, float]:
-    """Seconds by part over all photos, "search" without the decoder, and the median photo's."""
-    clock, totals, decoder = Clock(), [], captioner.decoder
-    captioner.decoder = TimedDecoder(decoder, clock)
-    for photo in photos:
-        started = time.perf_counter()
-        image_3SS = clock("image", lambda p=photo: captioner.preprocess(p))
-        memory_1PD = clock("encoder", lambda i=image_3SS: captioner.encode(i.unsqueeze(0)))
-        options = [captioner.options()]
-        clock("search", lambda m=memory_1PD, o=options: captioner.caption_memory(m, o))
-        totals.append(time.perf_counter() - started)
-    captioner.decoder = decoder
-    clock.seconds["search"] -= clock.seconds["decoder"]
-    return clock, statistics.median(totals)
-
-
-def kernels(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds inside matrix products and inside attention."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        run()
-    products = attention = 0.0
-    for kernel in profiled.key_averages():
-        products += kernel.self_cpu_time_total if any(n in kernel.key for n in PRODUCTS) else 0
-        attention += kernel.self_cpu_time_total if any(n in kernel.key for n in ATTENTION) else 0
-    return products / 1e6, attention / 1e6
+        memory.sum()
+        best = max(best, 4 * memory.numel() / (time.perf_counter() - started))
+    return read / best
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("export", type=Path, help="folder of an export")
-    parser.add_argument("--photos", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=20)
     arguments = parser.parse_args()
-    captioner = Captioner.load(arguments.export)
-    manifest = read_manifest(data_folder(captioner.config["training"]["config"]["data"]))
-    rows = manifest.split("val")[: arguments.photos]
-    photos = [read_bytes(manifest, row) for row in rows]
-    count = len(photos)
-    images = [captioner.preprocess(photo).unsqueeze(0) for photo in photos]
-    memories = [captioner.encode(image) for image in images]  # and warms up
-    captioner.caption_memory(memories[0], [captioner.options()])
-
-    clock, median = timed_parts(captioner, photos)
-    inside = {
-        "encoder": kernels(lambda: [captioner.encode(image) for image in images]),
-        "decoder": kernels(
-            lambda: [captioner.caption_memory(m, [captioner.options()]) for m in memories]
-        ),
-    }
-    parts = {"image decoding": clock.seconds["image"]}
-    for part, (products, attention) in inside.items():
-        parts[f"{part}: matrix products"] = products
-        parts[f"{part}: attention"] = attention
-        parts[f"{part}: the rest"] = clock.seconds[part] - products - attention
-    parts["search"] = clock.seconds["search"]
-    whole = sum(parts.values())
-    lines = [[k, f"{1000 * v / count:.1f}", f"{v / whole:.1%}"] for k, v in parts.items()]
-    title = (
-        f"{arguments.export.name}, {count} photos one by one, p50 {1000 * median:.1f} ms, "
-        f"{clock.seconds['steps'] / count:.1f} steps a photo. {machine()}"
-    )
-    text = f"{title}\n\n{table(('part', 'ms a photo', 'share'), lines)}\n"
-    report(f"account-{arguments.export.name}", text, {"p50": median, "photos": count, **parts})
+    native_library.FLAGS = (*native_library.FLAGS, "-DACCOUNT")
+    rows = []
+    for photos in (1, 8):
+        captioner = Captioner.load(arguments.export)
+        images = images_of(photos, captioner.preprocessing.image_size)
+        accounts = {}
+        if isinstance(captioner.decoder, NativeDecoder):
+            accounts["a step"] = of_step(captioner, images, arguments.rounds, arguments.tokens)
+            accounts["floor of a step"] = {"reading the weights": floor(captioner.decoder)}
+        if isinstance(captioner.encoder, NativeEncoder):
+            accounts["encoder"] = of_encoder(captioner, images, arguments.rounds)
+        for what, parts in accounts.items():
+            whole = sum(parts.values())
+            parts = {**parts, "together": whole} if len(parts) > 1 else parts
+            for part, seconds in parts.items():
+                rows.append([photos, what, part, f"{1000 * seconds:.2f}", f"{seconds / whole:.0%}"])
+    title = f"{arguments.export}, 5 beams, {arguments.tokens} tokens. {machine()}"
+    header = ("photos", "", "part", "ms", "share")
+    report(f"account-{arguments.export.name}", f"{title}\n\n{table(header, rows)}\n", rows)
 
 
 if __name__ == "__main__":

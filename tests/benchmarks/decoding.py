@@ -17,6 +17,7 @@ With --device cuda everything runs on a GPU; int8, which is for processors, is l
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,7 @@ import torch
 from export.export import described, export_checkpoint
 from export.precision import in_precision
 from export.torchscript import trace_encoder
-from handler.captioner import Captioner, prepare_script
-from handler.cuda_graphs import GraphedEncoder
+from handler.captioner import Captioner, prepare_encoder
 from tests.benchmarks.contenders import generate, images_of, load_theirs, ours
 from tests.benchmarks.timing import machine, medians, peak_megabytes, report, table
 from training.checkpoint import load_captioner, load_model
@@ -156,8 +156,7 @@ def encoder_in(
     traced = trace_encoder(
         in_precision(model, precision, "fp32").encoder, model.encoder_config.image_size
     )
-    script = prepare_script(traced.to(device), device)
-    return script if device == "cpu" else GraphedEncoder(script)
+    return prepare_encoder(traced.to(device), asdict(model.encoder_config), device)
 
 
 def main() -> None:

@@ -1,0 +1,147 @@
+"""Compiles `native_blocks.c`, and has its structures.
+
+It is compiled with the system's C compiler (`CC`, by default `cc`) when it is first needed, which
+takes three seconds, and kept in `__pycache__` beside this file, as Python keeps its own compiled
+files. It is for x86 processors with AVX-512 and its VNNI instructions.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("native_blocks.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
+
+NUMBER, ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+class Linear(ctypes.Structure):
+    """y = activation(x W' * scale + bias)."""
+
+    _fields_ = (
+        *((name, ADDRESS) for name in ("weight", "scale", "offset", "bias")),
+        *((name, NUMBER) for name in ("kind", "inputs", "outputs", "activation")),
+    )
+
+
+class Norm(ctypes.Structure):
+    """A layer norm; nothing if its addresses are 0."""
+
+    _fields_ = (("weight", ADDRESS), ("bias", ADDRESS), ("eps", ctypes.c_double))
+
+
+class Block(ctypes.Structure):
+    """Self-attention, cross-attention, MLP, each with a norm before and one after."""
+
+    _fields_ = (
+        *((name, Norm * 3) for name in ("before", "after")),
+        *((name, Linear) for name in ("qkv", "out", "cross_q", "cross_out", "up", "down")),
+    )
+
+
+class Run(ctypes.Structure):
+    """The arguments of `run_blocks`."""
+
+    _fields_ = (
+        ("blocks", ADDRESS),
+        *(
+            (name, NUMBER)
+            for name in (
+                *("layers", "photos", "queries", "width", "heads", "hidden", "threads"),
+                *("tokens", "places", "half", "prefix", "image", "used", "slots"),
+            )
+        ),
+        ("mask", ADDRESS),
+        *((name, NUMBER) for name in ("mask_photo", "mask_query")),
+        *(
+            (name, ADDRESS)
+            for name in (
+                *("photo_keys", "photo_values", "cache_keys", "cache_values"),
+                *("weights", "x", "scratch"),
+            )
+        ),
+    )
+
+
+# The arguments and the result of each function.
+FUNCTIONS = {
+    "use_large_pages": ([ADDRESS, NUMBER], None),
+    "packed_bytes": ([NUMBER, NUMBER, NUMBER], NUMBER),
+    "pack": ([NUMBER, NUMBER, NUMBER, ADDRESS, ADDRESS], None),
+    "scratch_bytes": ([ADDRESS], NUMBER),
+    "run_blocks": ([ADDRESS], None),
+    "run_linear": ([ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER], None),
+    "rescore": (
+        [ADDRESS, NUMBER, NUMBER, NUMBER, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER],
+        None,
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def native_library() -> ctypes.CDLL | None:
+    """The compiled functions; None on other processors and without a compiler."""
+    capabilities = torch.cpu.get_capabilities()
+    if not all(capabilities.get(name) for name in NEEDED):
+        return None
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS]
+    features = sorted(name for name, has in capabilities.items() if has is True)
+    key = "\n".join([SOURCE.read_text(), *command, *features])
+    name = f"{SOURCE.stem}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    kept = SOURCE.parent / "__pycache__" / name
+    if kept.exists():
+        with suppress(OSError):  # a damaged one is made again
+            return _declared(kept)
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / name
+        try:
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(built)],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            library = _declared(built)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", "").strip() or str(error)
+            log.warning(
+                "captions take up to twice as long without a C compiler: %s failed (%s); install "
+                "gcc, or name a compiler with CC",
+                command[0],
+                reason.splitlines()[0],
+            )
+            return None
+        _keep(built, kept)
+    return library
+
+
+def _keep(built: Path, kept: Path) -> None:
+    """For the next process, unless the folder is read-only."""
+    partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        partial.write_bytes(built.read_bytes())
+        partial.replace(kept)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _declared(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name, (arguments, result) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
