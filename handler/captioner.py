@@ -6,6 +6,7 @@ are either the eager ones of a checkpoint or the TorchScript ones of an export.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -28,6 +29,7 @@ from handler.errors import UserError
 from handler.files import FORMAT, read_object
 from handler.image_preprocess import PreprocessConfig, preprocess
 from handler.native_blocks import native_decoder, native_encoder, pack_layers
+from handler.native_library import native_library
 
 Photo = bytes | bytearray | memoryview | Image.Image
 # Batch size for a list of photos.
@@ -113,10 +115,13 @@ class Captioner:
         # straight onto a GPU, end the process. The others are read there: moved tensor by tensor,
         # an embedding would part from the head that shares it.
         packed = "fp16" in config.get("parts", {}).values()
-        scripts = [
-            read_script(directory / name, "cpu" if packed else device).to(device)
-            for name in ("encoder.pt", "decoder.pt")
-        ]
+        with ThreadPoolExecutor(1) as pool:
+            if torch.device(device).type == "cpu":
+                pool.submit(native_library)  # compiled, where needed, while the files are read
+            scripts = [
+                read_script(directory / name, "cpu" if packed else device).to(device)
+                for name in ("encoder.pt", "decoder.pt")
+            ]
         _check_scripts(directory, config, *scripts)
         shapes = config["model"]
         encoder = prepare_encoder(scripts[0], shapes["encoder"], device)

@@ -131,7 +131,7 @@ def settings_of(captioner: Captioner, tokens: int) -> list[Setting]:
 
 def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, dict[str, Path]]:
     """(Hugging Face's folder and the checkpoint, made where missing; its exports by precision, made
-    anew, since they hold code as well)."""
+    anew where the code that they hold is newer)."""
     theirs = None
     checkpoint = Path(name)
     if name in YARDSTICKS:
@@ -143,8 +143,12 @@ def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, di
         if not checkpoint.exists():
             import_huggingface(str(theirs), checkpoint)
     exports = {p: ROOT / f"{checkpoint.name}-{p}" for p in precisions}
+    code = ("training/model.py", "training/davit.py", "handler/beam_search.py", "export/layers.py")
+    newest = max(Path(file).stat().st_mtime for file in code)
     for precision, folder in exports.items():
-        export_checkpoint(checkpoint, folder, precision)
+        written = folder / "config.json"
+        if not written.exists() or written.stat().st_mtime < newest:
+            export_checkpoint(checkpoint, folder, precision)
     return theirs, checkpoint, exports
 
 
