@@ -278,7 +278,8 @@ class Captioner:
         grid = encoder["image_size"] // encoder["patch_size"]
         if not any(ids):
             return [torch.zeros(0, grid, grid) for _ in ids]
-        prompts = [()] * len(ids) if prompts is None else prompts
+        if prompts is None:
+            prompts = [encode_prompt(self.tokenizer, None)] * len(ids)
         written = [written_prompt(self.tokenizer, prompt) for prompt in prompts]
         # What each text begins with. The output at its last token is the first generated token.
         starts = [
@@ -572,16 +573,20 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
 
 def prepare_encoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
     """The fastest form of an encoder that was just read; `shape` is its section of the config."""
-    if torch.device(device).type == "cuda":
-        return GraphedEncoder(prepare_script(script, device))
-    return native_encoder(script, shape) or prepare_script(script, device)
+    is_cpu = torch.device(device).type == "cpu"
+    if is_cpu and (native := native_encoder(script, shape)):
+        return native
+    prepared = prepare_script(script, device)
+    return prepared if is_cpu else GraphedEncoder(prepared)
 
 
 def prepare_decoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
     """Likewise a decoder."""
-    if torch.device(device).type == "cuda":
-        return GraphedDecoder(prepare_script(script, device))
-    return native_decoder(script, shape) or prepare_script(script, device)
+    is_cpu = torch.device(device).type == "cpu"
+    if is_cpu and (native := native_decoder(script, shape)):
+        return native
+    prepared = prepare_script(script, device)
+    return prepared if is_cpu else GraphedDecoder(prepared)
 
 
 def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.ScriptModule:

@@ -51,7 +51,7 @@ typedef struct {
 typedef struct {
     const Block *blocks;
     int64_t layers, photos, queries, width, heads, hidden, threads;
-    int64_t tokens, places, half; /* of a photo; 0 for none; whether its keys and values are bfloat16 */
+    int64_t tokens, places, bfloat16; /* of a photo; 0 for none; the type of its keys and values */
     int64_t prefix, image;        /* the photo stands before the text; or x is the photo, and there is no text */
     int64_t used, slots;          /* of the cache: filled before this call, and its size */
     const uint8_t *mask;          /* (B, Q, used + Q), whether a query sees a slot */
@@ -64,15 +64,16 @@ typedef struct {
 } Run;
 
 #ifdef __AVX512BF16__
-ALWAYS __m256i to_half(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+ALWAYS __m256i to_bfloat16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 ALWAYS __m512 add_products(__m512 sum, __m512i v, __m512i w) {
     return _mm512_dpbf16_ps(sum, (__m512bh)v, (__m512bh)w);
 }
 #else /* the same rounding to the nearest, and each product by itself */
-ALWAYS __m256i to_half(__m512 x) {
+ALWAYS __m256i to_bfloat16(__m512 x) {
     __m512i bits = (__m512i)x, odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    __mmask16 broken = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); /* which rounding could make a number */
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(bits, broken, _mm512_set1_epi32(0x7fc0)));
 }
 ALWAYS __m512 add_products(__m512 sum, __m512i v, __m512i w) {
     __m512i high = _mm512_set1_epi32(0xffff0000);
@@ -161,7 +162,7 @@ ALWAYS __mmask16 lanes(int64_t rest) { return rest >= 16 ? 0xffff : (__mmask16)(
 /* How many rows a tile has, if `rows` are divided evenly. */
 ALWAYS int64_t tile_of(int64_t rows) {
     int64_t tiles = (rows + ROWS - 1) / ROWS;
-    return (rows + tiles - 1) / tiles;
+    return tiles ? (rows + tiles - 1) / tiles : 0;
 }
 
 /* Row `r` of `rows`, as input of a product; `scale` receives that of an int8 row. */
@@ -172,7 +173,7 @@ static void convert(int64_t kind, const float *x, int64_t n, int64_t r, int64_t 
         memcpy(to, x, n * 4);
     } else if (kind == BF16) {
         for (int64_t i = 0; i < n; i += 16) {
-            __m256i h = to_half(_mm512_maskz_loadu_ps(lanes(n - i), x + i));
+            __m256i h = to_bfloat16(_mm512_maskz_loadu_ps(lanes(n - i), x + i));
             _mm256_mask_storeu_epi16(to + 2 * i, lanes(n - i), h);
         }
         if (bytes > 2 * n) memset(to + 2 * n, 0, bytes - 2 * n);
@@ -241,15 +242,15 @@ ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_
     }
 }
 
-#define CASE(n)                                               \
-    case n:                                                   \
-        product(kind, n, w, x, steps, ahead, bytes, sums);    \
+#define TILE(n)                                            \
+    case n:                                                \
+        product(kind, n, w, x, steps, ahead, bytes, sums); \
         break;
 
 ALWAYS void products(int64_t kind, int rows, const char *w, const char *x, int64_t steps, const char *ahead,
                      int64_t bytes, __m512i sums[ROWS][2]) {
     switch (rows) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
     }
 }
 
@@ -270,15 +271,15 @@ static void project(const Linear *l, const char *x, const float *scales, int64_t
             if (l->kind == INT8) products(INT8, count, w, part, steps, ahead, bytes, sums);
             else if (l->kind == BF16) products(BF16, count, w, part, steps, ahead, bytes, sums);
             else products(FP32, count, w, part, steps, ahead, bytes, sums);
-            for (int half = 0; half < 2; half++) {
-                int64_t column = p * PANEL + half * 16;
+            for (int side = 0; side < 2; side++) {
+                int64_t column = p * PANEL + side * 16;
                 if (column >= l->outputs) break;
                 __mmask16 m = lanes(l->outputs - column);
                 __m512 bias = l->bias ? _mm512_maskz_loadu_ps(m, l->bias + column) : _mm512_setzero_ps();
                 for (int r = 0; r < count; r++) {
-                    __m512 v = (__m512)sums[r][half];
+                    __m512 v = (__m512)sums[r][side];
                     if (l->kind == INT8) {
-                        __m512i exact = _mm512_sub_epi32(sums[r][half], _mm512_maskz_loadu_epi32(m, l->offset + column));
+                        __m512i exact = _mm512_sub_epi32(sums[r][side], _mm512_maskz_loadu_epi32(m, l->offset + column));
                         __m512 scale = _mm512_maskz_loadu_ps(m, l->scale + column);
                         scale = _mm512_mul_ps(scale, _mm512_set1_ps(scales[row + r]));
                         v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, bias);
@@ -297,20 +298,20 @@ static void project(const Linear *l, const char *x, const float *scales, int64_t
     }
 }
 
-ALWAYS __m512 load16(int half, __mmask16 m, const void *base, int64_t index) {
-    if (!half) return _mm512_maskz_loadu_ps(m, (const float *)base + index);
+ALWAYS __m512 load16(int bfloat16, __mmask16 m, const void *base, int64_t index) {
+    if (!bfloat16) return _mm512_maskz_loadu_ps(m, (const float *)base + index);
     __m256i h = _mm256_maskz_loadu_epi16(m, (const uint16_t *)base + index);
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
 }
 
 /* Logits of `count` queries for the tokens of a photo, whose keys are stored by channel. */
-ALWAYS void dense_logits(int half, int count, const float *q, int64_t q_stride, const void *keys, int64_t places,
+ALWAYS void dense_logits(int bfloat16, int count, const float *q, int64_t q_stride, const void *keys, int64_t places,
                          int64_t d, float *logits, int64_t stride) {
     for (int64_t p = 0; p < places; p += PLACES) {
         __m512 sums[QUERIES][2];
         for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
         for (int64_t j = 0; j < d; j++) {
-            __m512 k0 = load16(half, 0xffff, keys, j * places + p), k1 = load16(half, 0xffff, keys, j * places + p + 16);
+            __m512 k0 = load16(bfloat16, 0xffff, keys, j * places + p), k1 = load16(bfloat16, 0xffff, keys, j * places + p + 16);
             for (int i = 0; i < count; i++) {
                 __m512 one = _mm512_set1_ps(q[i * q_stride + j]);
                 sums[i][0] = _mm512_fmadd_ps(one, k0, sums[i][0]);
@@ -324,14 +325,14 @@ ALWAYS void dense_logits(int half, int count, const float *q, int64_t q_stride, 
     }
 }
 
-ALWAYS void dense_values(int half, int count, const float *weights, int64_t stride, const void *values, int64_t tokens,
+ALWAYS void dense_values(int bfloat16, int count, const float *weights, int64_t stride, const void *values, int64_t tokens,
                          int64_t d, float *out, int64_t out_stride) {
     for (int64_t j = 0; j < d; j += 32) {
         __m512 sums[QUERIES][2];
         __mmask16 m0 = lanes(d - j), m1 = d - j > 16 ? lanes(d - j - 16) : 0;
         for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
         for (int64_t p = 0; p < tokens; p++) {
-            __m512 v0 = load16(half, m0, values, p * d + j), v1 = load16(half, m1, values, p * d + j + 16);
+            __m512 v0 = load16(bfloat16, m0, values, p * d + j), v1 = load16(bfloat16, m1, values, p * d + j + 16);
             for (int i = 0; i < count; i++) {
                 __m512 w = _mm512_set1_ps(weights[i * stride + p]);
                 sums[i][0] = _mm512_fmadd_ps(w, v0, sums[i][0]);
@@ -345,20 +346,24 @@ ALWAYS void dense_values(int half, int count, const float *weights, int64_t stri
     }
 }
 
-#define DENSE(n)                                                                                        \
-    case n:                                                                                             \
-        if (half) {                                                                                     \
-            if (values) dense_values(1, n, q, q_stride, of, tokens, d, out, out_stride);                \
-            else dense_logits(1, n, q, q_stride, of, tokens, d, out, out_stride);                       \
-        } else {                                                                                        \
-            if (values) dense_values(0, n, q, q_stride, of, tokens, d, out, out_stride);                \
-            else dense_logits(0, n, q, q_stride, of, tokens, d, out, out_stride);                       \
-        }                                                                                               \
+/* Either of the two, of photos in either type. */
+#define CASES(name, ...) \
+    CASE(1, name, __VA_ARGS__) CASE(2, name, __VA_ARGS__) CASE(3, name, __VA_ARGS__) CASE(4, name, __VA_ARGS__) \
+    CASE(5, name, __VA_ARGS__) CASE(6, name, __VA_ARGS__) CASE(7, name, __VA_ARGS__) CASE(8, name, __VA_ARGS__)
+#define CASE(n, name, ...)                      \
+    case n:                                     \
+        if (bfloat16) name(1, n, __VA_ARGS__);  \
+        else name(0, n, __VA_ARGS__);           \
         break;
 
-static void dense(int values, int64_t half, int count, const float *q, int64_t q_stride, const void *of,
-                  int64_t tokens, int64_t d, float *out, int64_t out_stride) {
-    switch (count) { DENSE(1) DENSE(2) DENSE(3) DENSE(4) DENSE(5) DENSE(6) DENSE(7) DENSE(8) }
+static void logits_of(int bfloat16, int count, const float *q, const void *keys, int64_t places, int64_t d,
+                      float *logits, int64_t stride) {
+    switch (count) { CASES(dense_logits, q, d, keys, places, d, logits, stride) }
+}
+
+static void values_of(int bfloat16, int count, const float *weights, int64_t stride, const void *values,
+                      int64_t tokens, int64_t d, float *out, int64_t out_stride) {
+    switch (count) { CASES(dense_values, weights, stride, values, tokens, d, out, out_stride) }
 }
 
 /* Softmax of a row in place; places from `count` up to a multiple of 16 become 0. */
@@ -378,12 +383,12 @@ static void softmax(float *x, int64_t count) {
 }
 
 /* Attention of all queries of photo `b` in head `h`, from q to out, rows of which belong to a query. The logits of
- * a query are those of the photo's tokens, then those of the slots that it sees: `seen` of them, in `lists`. */
+ * a query are those of the photo's tokens, then those of the slots that it sees: `counts` of them, in `lists`. */
 static void attend(const Run *run, int64_t layer, int64_t b, int64_t h, int photo, int text, const float *q,
-                   int64_t q_stride, float *out, const int32_t *lists, const int32_t *seen, float *logits) {
+                   int64_t q_stride, float *out, const int32_t *lists, const int32_t *counts, float *logits) {
     int64_t d = run->width / run->heads, queries = run->queries, end = run->used + queries;
     int64_t tokens = photo ? run->tokens : 0, stride = up_to(tokens, PLACES) + up_to(end, 16) + 16;
-    int64_t unit = b * run->heads + h, size = run->half && !run->image ? 2 : 4;
+    int64_t unit = b * run->heads + h, size = run->bfloat16 ? 2 : 4;
     const char *keys = photo ? (char *)run->photo_keys[layer] + unit * d * run->places * size : 0;
     const char *values = photo ? (char *)run->photo_values[layer] + unit * d * tokens * size : 0;
     const float *cache_keys = text ? run->cache_keys[layer] + unit * run->slots * d : 0;
@@ -394,12 +399,12 @@ static void attend(const Run *run, int64_t layer, int64_t b, int64_t h, int phot
         for (int i = 0; i < count; i++)
             for (int64_t j = 0; j < d; j++)
                 scaled[i * d + j] = q[(b * queries + first + i) * q_stride + h * d + j] * root;
-        if (photo) dense(0, size == 2, count, scaled, d, keys, run->places, d, logits, stride);
+        if (photo) logits_of(size == 2, count, scaled, keys, run->places, d, logits, stride);
         for (int i = 0; i < count; i++) {
             int64_t row = b * queries + first + i;
             const int32_t *list = lists + row * end;
             float *own = logits + i * stride;
-            int64_t visible = text ? seen[row] : 0;
+            int64_t visible = text ? counts[row] : 0;
             for (int64_t s = 0; s < visible; s++) {
                 const float *k = cache_keys + list[s] * d;
                 __m512 sum = _mm512_setzero_ps();
@@ -415,7 +420,7 @@ static void attend(const Run *run, int64_t layer, int64_t b, int64_t h, int phot
                        tokens * 4);
         }
         float *to = out + (b * queries + first) * run->width + h * d;
-        if (photo) dense(1, size == 2, count, logits, stride, values, tokens, d, to, run->width);
+        if (photo) values_of(size == 2, count, logits, stride, values, tokens, d, to, run->width);
         for (int i = 0; text && i < count; i++) {
             int64_t row = b * queries + first + i;
             const int32_t *list = lists + row * end;
@@ -423,7 +428,7 @@ static void attend(const Run *run, int64_t layer, int64_t b, int64_t h, int phot
             for (int64_t j = 0; j < d; j += 16) {
                 __mmask16 m = lanes(d - j);
                 __m512 sum = photo ? _mm512_maskz_loadu_ps(m, to + i * run->width + j) : _mm512_setzero_ps();
-                for (int64_t s = 0; s < seen[row]; s++)
+                for (int64_t s = 0; s < counts[row]; s++)
                     sum = _mm512_fmadd_ps(_mm512_set1_ps(own[s]), _mm512_maskz_loadu_ps(m, cache_values + list[s] * d + j), sum);
                 _mm512_mask_storeu_ps(to + i * run->width + j, m, sum);
             }
@@ -466,7 +471,7 @@ static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 /* Parts of the scratch memory, each at a multiple of 64 bytes. */
 typedef struct {
     char *inputs;
-    float *scales, *qkv, *seen, *hidden, *logits;
+    float *scales, *qkv, *attended, *hidden, *logits;
     int32_t *lists, *counts;
     int64_t bytes, logits_each;
 } Parts;
@@ -480,7 +485,7 @@ static Parts parts_of(const Run *run) {
     PART(inputs, char, rows * 4 * (largest(run->width, run->hidden) + 1))
     PART(scales, float, rows)
     PART(qkv, float, rows * 3 * run->width)
-    PART(seen, float, rows * run->width)
+    PART(attended, float, rows * run->width)
     PART(hidden, float, rows * run->hidden)
     p.logits_each = QUERIES * (up_to(run->tokens, PLACES) + up_to(end, 16) + 32);
     PART(logits, float, p.logits_each * run->threads)
@@ -494,7 +499,7 @@ int64_t scratch_bytes(const Run *run) { return parts_of(run).bytes; }
 
 enum { READY, PRODUCTS, ATTENTION };
 
-/* For an account of where a step's time goes (tests/benchmarks/step_account.py), as the first thread sees it. */
+/* For an account of where a step's time goes (tests/benchmarks/account.py), as the first thread sees it. */
 #ifdef ACCOUNT
 double account[3];
 #define START double now = omp_get_wtime();
@@ -538,10 +543,10 @@ void run_blocks(const Run *run) {
             for (int64_t unit = first; unit < last; unit++) {
                 int64_t b = unit / run->heads, h = unit % run->heads;
                 keep(run, layer, b, h, s.qkv);
-                attend(run, layer, b, h, run->prefix || run->image, !run->image, s.qkv, 3 * width, s.seen, s.lists, s.counts, logits);
+                attend(run, layer, b, h, run->prefix || run->image, !run->image, s.qkv, 3 * width, s.attended, s.lists, s.counts, logits);
             }
             BARRIER(ATTENTION)
-            ready(NULL, &(Norm){0}, kind, s.seen, width, from, to, rows, s.inputs, s.scales);
+            ready(NULL, &(Norm){0}, kind, s.attended, width, from, to, rows, s.inputs, s.scales);
             BARRIER(READY)
             project(&block->out, s.inputs, s.scales, rows, run->x, width, 1, t, n);
             after = &block->after[0];
@@ -552,10 +557,10 @@ void run_blocks(const Run *run) {
                 project(&block->cross_q, s.inputs, s.scales, rows, s.qkv, width, 0, t, n);
                 BARRIER(PRODUCTS)
                 for (int64_t unit = first; unit < last; unit++)
-                    attend(run, layer, unit / run->heads, unit % run->heads, 1, 0, s.qkv, width, s.seen, s.lists, s.counts,
+                    attend(run, layer, unit / run->heads, unit % run->heads, 1, 0, s.qkv, width, s.attended, s.lists, s.counts,
                            logits);
                 BARRIER(ATTENTION)
-                ready(NULL, &(Norm){0}, kind, s.seen, width, from, to, rows, s.inputs, s.scales);
+                ready(NULL, &(Norm){0}, kind, s.attended, width, from, to, rows, s.inputs, s.scales);
                 BARRIER(READY)
                 project(&block->cross_out, s.inputs, s.scales, rows, run->x, width, 1, t, n);
                 after = &block->after[1];
@@ -575,7 +580,12 @@ void run_blocks(const Run *run) {
     }
 }
 
-/* y (rows, outputs) of x (rows, inputs); `scratch` has rows * (4 * inputs + 8) bytes. */
+int64_t linear_scratch_bytes(const Linear *l, int64_t rows) { return rows * 4 * (steps_of(l->kind, l->inputs) + 1); }
+
+/* What the structures in native_library.py have to be. */
+int64_t layout(int64_t which) { return which == 0 ? sizeof(Block) : which == 1 ? sizeof(Run) : PLACES; }
+
+/* y (rows, outputs) of x (rows, inputs). */
 void run_linear(const Linear *l, const float *x, int64_t rows, float *y, char *scratch, int64_t threads) {
     float *scales = (float *)scratch;
     char *inputs = scratch + 4 * rows;

@@ -5,8 +5,11 @@ rows of a decoding step, they take longer than reading the weights. `native_bloc
 blocks in one call. The weights are those of the script, in another layout. Results are the same up
 to rounding.
 
-Without a compiler, on other processors, for DaViT and for decoders with weights in float16,
-everything stays TorchScript.
+Without a compiler or on other processors, everything stays TorchScript; so do a DaViT, and a
+decoder with weights in float16.
+
+C checks no bounds: shapes are checked here, those of the layers when they are taken, those of the
+inputs in every call.
 
 Dimension key: B photos, P memory tokens, D width, H heads, d head width, Q queries, S slots, V
 vocabulary, L layers, T tokens of a prompt.
@@ -21,22 +24,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from handler.beam_search import KeysValues
-from handler.native_library import Block, Linear, Norm, Run, native_library
+from handler.native_library import PLACES, Block, Linear, Norm, Run, native_library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
+ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
 LAYERS = ("PackedLinear", "Int8Linear")  # of export.layers
-# A photo has a multiple of so many places for its keys (PLACES in C).
-PLACES = 32
+# What C reads and writes, whatever torch's defaults are.
+ON_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 def native_encoder(
     script: torch.jit.ScriptModule, config: Mapping[str, Any]
 ) -> "NativeEncoder | None":
     """An encoder of an export, not yet packed, with its blocks in C; None, and `script` unchanged,
-    where that is not possible. `config` is its section of `config.json`."""
-    layers = [] if "kind" in config else list(_encoder_layers(script))
-    if not _possible(layers, config):
+    where that is not possible. `config` is its section of `config.json`, which tells what a traced
+    module does not: heads, activation, epsilon."""
+    if script.original_name != "Encoder" or not _possible(list(_encoder_layers(script)), config):
         return None
     return NativeEncoder(script, config) if native_library() else None
 
@@ -51,18 +54,17 @@ def native_decoder(
 
 
 def _possible(layers: Sequence[Any], config: Mapping[str, Any]) -> bool:
-    """Whether C has all layers, and the config, which may have been edited, fits them: C checks no
-    bounds. What does not fit stays TorchScript, which does."""
+    """Whether C has all layers and the activation, and the heads divide the width."""
     if not layers or any(getattr(x, "original_name", None) not in LAYERS for x in layers):
         return False
-    width, heads = layers[0].weight.size(1), config.get("heads")
+    heads, activation = config.get("heads"), config.get("activation")
     return (
-        config.get("width") == width
-        and type(heads) is int
+        type(heads) is int
         and heads > 0
-        and width % heads == 0
-        and config.get("activation") in ACTIVATIONS
-        and type(config.get("layer_norm_eps")) is float
+        and layers[0].weight.size(1) % heads == 0
+        and isinstance(activation, str)
+        and activation in ACTIVATIONS
+        and isinstance(config.get("layer_norm_eps"), float)
     )
 
 
@@ -96,9 +98,10 @@ class _Weights:
         library = native_library()
         assert library is not None
         self.library = library
+        self.width = layers[0].weight.size(1)
         self._eps, self._activation = config["layer_norm_eps"], ACTIVATIONS[config["activation"]]
         self._kept: list[Tensor] = []  # as long as C has their addresses
-        self._arena = torch.empty(sum(map(self._size, layers)), dtype=torch.uint8)
+        self._arena = _scratch(sum(map(self._size, layers)))
         self._filled = 0
         library.use_large_pages(self._arena.data_ptr(), self._arena.numel())
 
@@ -109,7 +112,10 @@ class _Weights:
     def norm(self, module: Any) -> Norm:
         if module.original_name == "Identity":
             return Norm()
-        return Norm(self._address(module.weight), self._address(module.bias), self._eps)
+        vectors = module.weight.float(), module.bias.float()
+        for vector in vectors:
+            _check(vector, (self.width,))
+        return Norm(*map(self._address, vectors), self._eps)
 
     def activated(self, layer: Any) -> Linear:
         """A layer with the activation of the config behind it."""
@@ -129,7 +135,11 @@ class _Weights:
             scale = layer.scale if gain is None else layer.scale * gain
         if bias is not None and gain is not None:
             bias = bias.float() * gain
-        vectors = [None if v is None else self._address(v.float()) for v in (scale, bias)]
+        vectors = []
+        for vector in (scale, bias):
+            if vector is not None:
+                _check(vector := vector.float(), (outputs,))
+            vectors.append(None if vector is None else self._address(vector))
         return Linear(address, vectors[0], offset, vectors[1], kind, inputs, outputs, activation)
 
     def _address(self, tensor: Tensor) -> int:
@@ -138,36 +148,61 @@ class _Weights:
 
     def product(self, linear: Linear, x: Tensor) -> Tensor:
         """One layer by itself, (..., inputs) -> (..., outputs)."""
-        x = x.contiguous()
-        rows = x.numel() // linear.inputs
-        y = x.new_empty([*x.shape[:-1], linear.outputs])
-        scratch = torch.empty(rows * (4 * linear.inputs + 8), dtype=torch.uint8)
+        _check(x, (*x.shape[:-1], linear.inputs))
+        x, rows = x.contiguous(), x.numel() // linear.inputs
+        y = torch.empty([*x.shape[:-1], linear.outputs], **ON_CPU)
+        address = ctypes.addressof(linear)
+        scratch = _scratch(self.library.linear_scratch_bytes(address, rows))
         self.library.run_linear(
-            *(ctypes.addressof(linear), x.data_ptr(), rows, y.data_ptr(), scratch.data_ptr()),
+            *(address, x.data_ptr(), rows, y.data_ptr(), scratch.data_ptr()),
             torch.get_num_threads(),
         )
         return y
 
 
+def _scratch(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
+def _check(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
+    """Raises RuntimeError, as torch does."""
+    if tensor.shape != tuple(shape) or tensor.dtype != dtype or not tensor.is_cpu:
+        raise RuntimeError(
+            f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: expected {tuple(shape)}, "
+            f"{dtype} on cpu"
+        )
+
+
 class _Stack:
     """Blocks that run one after the other."""
 
-    def __init__(self, weights: _Weights, blocks: Sequence[Block], width: int, heads: int) -> None:
-        self._library = weights.library
-        self._weights = weights
-        self.width, self.heads, self.layers = width, heads, len(blocks)
-        self._hidden = blocks[0].up.outputs
+    def __init__(self, weights: _Weights, blocks: Sequence[Block], heads: int) -> None:
+        """Raises RuntimeError if the layers do not fit each other."""
+        self.weights = weights  # whose addresses the blocks have
+        self.width = width = weights.width
+        self.heads, self.layers = heads, len(blocks)
+        self._hidden = hidden = blocks[0].up.outputs
+        for block in blocks:
+            shapes = {"qkv": (width, 3 * width), "out": (width, width)}
+            shapes |= {"up": (width, hidden), "down": (hidden, width)}
+            if block.cross_q.weight:
+                shapes |= {"cross_q": (width, width), "cross_out": (width, width)}
+            for name, shape in shapes.items():
+                linear = getattr(block, name)
+                if (linear.inputs, linear.outputs, linear.kind) != (*shape, block.qkv.kind):
+                    raise RuntimeError(f"a layer {name} of another shape or type; export again")
         self._blocks = (Block * len(blocks))(*blocks)
 
     def room(self, photos: int, tokens: int) -> tuple[Tensor, Tensor]:
         """For the keys, by channel, and values of photos in one layer."""
         shape = [photos, self.heads, self.width // self.heads]
         places = -(-tokens // PLACES) * PLACES
-        return torch.zeros(*shape, places), torch.empty(*shape[:2], tokens, shape[2])
+        keys_BHdp = torch.zeros([*shape, places], **ON_CPU)
+        return keys_BHdp, torch.empty([*shape[:2], tokens, shape[2]], **ON_CPU)
 
     def read(self, x_BPD: Tensor) -> Tensor:
         """The tokens of each photo attend to each other. Replaces `x`, contiguous float32."""
-        for x_1PD in x_BPD.split(1):  # what is made of one photo stays in the cache
+        for x_1PD in x_BPD.split(1) if len(x_BPD) else ():  # one photo's numbers stay in the cache
             keys, values = self.room(*x_1PD.shape[:2])
             self.run(x_1PD, KeysValues([keys] * self.layers, [values] * self.layers), image=1)
         return x_BPD
@@ -181,8 +216,15 @@ class _Stack:
         mask_BQS: Tensor | None = None,
         **given: Any,
     ) -> None:
-        """Replaces `x`, contiguous float32, by the output of the last block."""
+        """Replaces `x`, contiguous float32, by the output of the last block. Raises RuntimeError if
+        shapes or types do not fit."""
         photos, queries, _ = x_BQD.shape
+        tokens, places = photo.values[0].size(2), photo.keys[0].size(3)
+        d = self.width // self.heads
+        _check(x_BQD, (photos, queries, self.width))
+        dtype = photo.keys[0].dtype
+        _check(photo.keys[0], (photos, self.heads, d, places), dtype)
+        _check(photo.values[0], (photos, self.heads, tokens, d), dtype)
         run = Run(
             blocks=ctypes.addressof(self._blocks),
             layers=self.layers,
@@ -192,30 +234,34 @@ class _Stack:
             heads=self.heads,
             hidden=self._hidden,
             threads=torch.get_num_threads(),
-            tokens=photo.values[0].size(2),
-            places=photo.keys[0].size(3),
-            half=photo.keys[0].dtype == torch.bfloat16,
+            tokens=tokens,
+            places=places,
+            bfloat16=dtype == torch.bfloat16,
             used=used,
             x=x_BQD.data_ptr(),
             **given,
         )
-        photo_keys, photo_values = _addresses(photo.keys), _addresses(photo.values)
+        photo_keys, photo_values = self._addresses(photo.keys), self._addresses(photo.values)
         run.photo_keys, run.photo_values = map(ctypes.addressof, (photo_keys, photo_values))
         if cache is not None and mask_BQS is not None:
-            cache_keys, cache_values = _addresses(cache.keys), _addresses(cache.values)
+            _check(mask_BQS, (photos, queries, used + queries), torch.bool)
+            slots = cache.keys[0].size(2)
+            _check(cache.keys[0], (photos, self.heads, max(slots, used + queries), d))
+            _check(cache.values[0], cache.keys[0].shape)
+            cache_keys, cache_values = self._addresses(cache.keys), self._addresses(cache.values)
             run.cache_keys, run.cache_values = map(ctypes.addressof, (cache_keys, cache_values))
-            run.slots = cache.keys[0].size(2)
+            run.slots = slots
             mask_BQS = mask_BQS if mask_BQS.stride(2) == 1 else mask_BQS.contiguous()
             run.mask = mask_BQS.data_ptr()
             run.mask_photo, run.mask_query = mask_BQS.stride()[:2]
         address = ctypes.addressof(run)
-        scratch = torch.empty(self._library.scratch_bytes(address), dtype=torch.uint8)
+        scratch = _scratch(self.weights.library.scratch_bytes(address))
         run.scratch = scratch.data_ptr()
-        self._library.run_blocks(address)
+        self.weights.library.run_blocks(address)
 
-
-def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+    def _addresses(self, tensors: Sequence[Tensor]) -> Any:
+        """Of all layers."""
+        return (ctypes.c_void_p * self.layers)(*(tensor.data_ptr() for tensor in tensors))
 
 
 class NativeEncoder:
@@ -223,16 +269,16 @@ class NativeEncoder:
 
     def __init__(self, script: torch.jit.ScriptModule, config: Mapping[str, Any]) -> None:
         """Takes the weights of the blocks out of `script`."""
-        self._script, self._config = script, config
-        weights = _Weights(list(_encoder_layers(script)), config)
+        self._script, self._prefix = script, getattr(script, "prefix", None)
+        layers = list(_encoder_layers(script))
+        weights = _Weights(layers, config)
         blocks = [self._block(weights, block) for block in script.blocks.children()]
-        self._stack = _Stack(weights, blocks, config["width"], config["heads"])
+        self._stack = _Stack(weights, blocks, config["heads"])
         pack_layers(script)
 
     def _block(self, weights: _Weights, block: Any) -> Block:
-        gains = [None, None]
-        if self._config.get("layer_scale"):
-            gains = [block.scale1.detach(), block.scale2.detach()]
+        # Without layer scale, a traced block has none of these.
+        gains = [getattr(block, name, None) for name in ("scale1", "scale2")]
         return Block(
             before=(Norm * 3)(weights.norm(block.norm1), Norm(), weights.norm(block.norm2)),
             qkv=weights.linear(block.attention.qkv),
@@ -242,15 +288,14 @@ class NativeEncoder:
         )
 
     def __call__(self, images_B3SS: Tensor) -> Tensor:
-        script, prefix = self._script, self._config.get("prefix_tokens", 1)
+        script, positions = self._script, self._script.positions
         x_BPD = script.patch_embed(images_B3SS).flatten(2).transpose(1, 2)
-        positions = script.positions
-        if prefix:
-            prefix_BnD = script.prefix.expand(x_BPD.size(0), -1, -1)
-            if self._config.get("prefix_positions", True):
-                x_BPD = torch.cat([prefix_BnD, x_BPD], dim=1) + positions
-            else:
+        if self._prefix is not None:
+            prefix_BnD = self._prefix.expand(x_BPD.size(0), -1, -1)
+            if positions.size(1) == x_BPD.size(1):  # the prefix has none
                 x_BPD = torch.cat([prefix_BnD, x_BPD + positions], dim=1)
+            else:
+                x_BPD = torch.cat([prefix_BnD, x_BPD], dim=1) + positions
         else:
             x_BPD = x_BPD + positions
         x_BPD = self._stack.read(_apply(script.norm_pre, x_BPD).contiguous())
@@ -271,23 +316,22 @@ class NativeDecoder:
         self.prefix = script.prefix
         layers = list(_decoder_layers(script))
         # Keys and values of a photo are as fine as the weights, or nearly so.
-        self._half = _rough_head(script).weight.dtype != torch.float32
+        is_exact = _rough_head(script).weight.dtype == torch.float32
+        self._memory_dtype = torch.float32 if is_exact else torch.bfloat16
         self._weights = weights = _Weights(layers, config)
-        width, blocks = config["width"], list(script.blocks.children())
+        blocks = list(script.blocks.children())
         self._prompt_encoder, self._prompt_stack = script.prompt_encoder, None
         if self._prompt_encoder is not None:
             readers = list(self._prompt_encoder.blocks.children())
             heads = readers[0].self_attention.heads
             blocks_in_c = [_block(weights, block) for block in readers]
-            self._prompt_stack = _Stack(weights, blocks_in_c, width, heads)
+            self._prompt_stack = _Stack(weights, blocks_in_c, heads)
         self._kv = [
             weights.linear(block.cross_attention.kv)
             for block in blocks
             if block.cross_attention is not None
         ]
-        self._stack = _Stack(
-            weights, [_block(weights, block) for block in blocks], width, script.heads
-        )
+        self._stack = _Stack(weights, [_block(weights, block) for block in blocks], script.heads)
         self._embeddings = script.token_embedding.weight, script.position_embedding.weight
         self._embedding_norm, self._norm = script.embedding_norm, script.norm
         self._transform: tuple[Linear, Any] | None = None
@@ -296,7 +340,8 @@ class NativeDecoder:
             self._transform = weights.activated(transform.dense), transform.norm
         self._rescored = None
         if script.head.original_name == "RescoredHead":
-            self._rescored = script.head.weight, script.head.bias, script.head.count
+            head = script.head
+            self._rescored = head.weight.contiguous(), head.bias.contiguous(), head.count
         self._head = weights.linear(_rough_head(script))
 
     def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
@@ -307,18 +352,19 @@ class NativeDecoder:
         rooms: list[tuple[Tensor, Tensor]] = []
         if self.prefix:
             rooms = [self._stack.room(*memory_BPD.shape[:2]) for _ in range(self._stack.layers)]
-            photo = KeysValues([keys for keys, _ in rooms], [values for _, values in rooms])
             x_BPD = memory_BPD.to(torch.float32, copy=True).contiguous()
-            self._stack.run(x_BPD, photo, image=1)
+            for number, x_1PD in enumerate(x_BPD.split(1) if len(x_BPD) else ()):
+                of_one = [[tensor[number : number + 1] for tensor in room] for room in rooms]
+                keys, values = (list(part) for part in zip(*of_one, strict=True))
+                self._stack.run(x_1PD, KeysValues(keys, values), image=1)
         for linear in self._kv:
             kv_BPD = self._weights.product(linear, memory_BPD.float())
             keys_BHPd, values_BHPd = (self._by_head(x) for x in kv_BPD.chunk(2, dim=-1))
             missing = -keys_BHPd.size(2) % PLACES
             rooms.append((F.pad(keys_BHPd.transpose(2, 3), [0, missing]), values_BHPd))
-        dtype = torch.bfloat16 if self._half else torch.float32
         return KeysValues(
-            [keys.to(dtype).contiguous() for keys, _ in rooms],
-            [values.to(dtype).contiguous() for _, values in rooms],
+            [keys.to(self._memory_dtype).contiguous() for keys, _ in rooms],
+            [values.to(self._memory_dtype).contiguous() for _, values in rooms],
         )
 
     def _read_prompt(self, photo_BPD: Tensor, prompt_BT: Tensor | None) -> Tensor:
@@ -339,7 +385,8 @@ class NativeDecoder:
         """Like `Decoder.new_cache`, but not cleared: each slot is written before it is read."""
         stack = self._stack
         shape = [photos, stack.heads, slots, stack.width // stack.heads]
-        return KeysValues(*([torch.empty(shape) for _ in range(stack.layers)] for _ in range(2)))
+        layers = range(stack.layers)
+        return KeysValues(*([torch.empty(shape, **ON_CPU) for _ in layers] for _ in range(2)))
 
     def prefill(
         self,
@@ -381,7 +428,7 @@ class NativeDecoder:
         photos, queries = tokens_BQ.shape
         memory = self.begin(memory_BPD, prompt_BT)
         shape = [self._stack.layers, photos, self._stack.heads, queries, memory.values[0].size(2)]
-        weights_LBHQP = torch.empty(shape)
+        weights_LBHQP = torch.empty(shape, **ON_CPU)
         self._stack.run(
             self._embed(tokens_BQ, positions_BQ),
             memory,
@@ -408,10 +455,11 @@ class NativeDecoder:
         logits_BQV = self._weights.product(self._head, x_BQD)
         if self._rescored is not None:
             weight, bias, count = self._rescored
-            width = self._stack.width
+            width, words = self._stack.width, logits_BQV.size(-1)
+            _check(weight, (words, width))
             rows = x_BQD.numel() // width
             self._weights.library.rescore(
-                *(logits_BQV.data_ptr(), rows, self.vocab_size, count, x_BQD.data_ptr(), width),
+                *(logits_BQV.data_ptr(), rows, words, count, x_BQD.data_ptr(), width),
                 *(weight.data_ptr(), bias.data_ptr(), torch.get_num_threads()),
             )
         return logits_BQV

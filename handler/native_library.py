@@ -24,6 +24,8 @@ SOURCE = Path(__file__).with_name("native_blocks.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 
+SECONDS = 60  # that a compiler may take
+
 NUMBER, ADDRESS = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -60,7 +62,7 @@ class Run(ctypes.Structure):
             (name, NUMBER)
             for name in (
                 *("layers", "photos", "queries", "width", "heads", "hidden", "threads"),
-                *("tokens", "places", "half", "prefix", "image", "used", "slots"),
+                *("tokens", "places", "bfloat16", "prefix", "image", "used", "slots"),
             )
         ),
         ("mask", ADDRESS),
@@ -75,12 +77,16 @@ class Run(ctypes.Structure):
     )
 
 
+# A photo has room for a multiple of so many keys.
+PLACES = 32
 # The arguments and the result of each function.
 FUNCTIONS = {
+    "layout": ([NUMBER], NUMBER),
     "use_large_pages": ([ADDRESS, NUMBER], None),
     "packed_bytes": ([NUMBER, NUMBER, NUMBER], NUMBER),
     "pack": ([NUMBER, NUMBER, NUMBER, ADDRESS, ADDRESS], None),
     "scratch_bytes": ([ADDRESS], NUMBER),
+    "linear_scratch_bytes": ([ADDRESS, NUMBER], NUMBER),
     "run_blocks": ([ADDRESS], None),
     "run_linear": ([ADDRESS, ADDRESS, NUMBER, ADDRESS, ADDRESS, NUMBER], None),
     "rescore": (
@@ -96,47 +102,45 @@ def native_library() -> ctypes.CDLL | None:
     capabilities = torch.cpu.get_capabilities()
     if not all(capabilities.get(name) for name in NEEDED):
         return None
-    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS]
-    features = sorted(name for name, has in capabilities.items() if has is True)
-    key = "\n".join([SOURCE.read_text(), *command, *features])
-    name = f"{SOURCE.stem}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    kept = SOURCE.parent / "__pycache__" / name
-    if kept.exists():
-        with suppress(OSError):  # a damaged one is made again
-            return _declared(kept)
-    with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / name
-        try:
-            subprocess.run(
-                [*command, str(SOURCE), "-o", str(built)],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            library = _declared(built)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", "").strip() or str(error)
-            log.warning(
-                "captions take up to twice as long without a C compiler: %s failed (%s); install "
-                "gcc, or name a compiler with CC",
-                command[0],
-                reason.splitlines()[0],
-            )
-            return None
-        _keep(built, kept)
-    return library
-
-
-def _keep(built: Path, kept: Path) -> None:
-    """For the next process, unless the folder is read-only."""
-    partial = kept.with_name(f"{kept.name}.{os.getpid()}")
     try:
-        kept.parent.mkdir(exist_ok=True)
-        partial.write_bytes(built.read_bytes())
-        partial.replace(kept)
-    except OSError:
+        command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS]
+        features = sorted(name for name, has in capabilities.items() if has is True)
+        key = "\n".join([SOURCE.read_text(), *command, *features])
+        name = f"{SOURCE.stem}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        kept = SOURCE.parent / "__pycache__" / name
+        with suppress(OSError):  # missing, or damaged: made again
+            return _declared(kept)
+        return _compiled(command, kept)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        stderr = getattr(error, "stderr", None) or b""
+        reason = stderr.decode(errors="replace").strip() or str(error)
+        log.warning(
+            "captions take up to twice as long without compiled blocks: %s; install a C compiler "
+            "(gcc), or name one with CC, and let it write programs to a temporary folder",
+            reason.splitlines()[0],
+        )
+        return None
+
+
+def _compiled(command: list[str], kept: Path) -> ctypes.CDLL:
+    """Compiles to `kept`, for the next process as well, unless its folder is read-only."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / kept.name
+        subprocess.run(
+            [*command, str(SOURCE), "-o", str(built)],
+            check=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=SECONDS,
+        )
         with suppress(OSError):
-            partial.unlink()
+            kept.parent.mkdir(exist_ok=True)
+            handle, partial = tempfile.mkstemp(dir=kept.parent)  # renamed: never seen incomplete
+            with open(handle, "wb") as file:
+                file.write(built.read_bytes())
+            Path(partial).replace(kept)
+            return _declared(kept)
+        return _declared(built)
 
 
 def _declared(path: Path) -> ctypes.CDLL:
@@ -144,4 +148,6 @@ def _declared(path: Path) -> ctypes.CDLL:
     for name, (arguments, result) in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
+    layout = [library.layout(which) for which in range(3)]
+    assert layout == [ctypes.sizeof(Block), ctypes.sizeof(Run), PLACES], layout
     return library

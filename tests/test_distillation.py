@@ -13,24 +13,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, run_program
+from huggingface_models import save_florence
 from safetensors.torch import load_file
 from tiny_training import config_of
 
 from handler.beam_search import DecodeOptions, SpecialIds, search
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError, run_command
+from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import load_captioner, load_model, save_checkpoint
 from training.config import Distillation, SelfCritical, Stage, TokenizerChoice
 from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest, write_manifest
 from training.data.scenes import make_row
 from training.distil_captions import main, with_captions
-from training.loop.teachers import ensemble_captioner
+from training.loop.student import Student
+from training.loop.teachers import ensemble_captioner, load_teachers
 from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.objectives.distillation import DistillationLoss
 from training.objectives.ensemble import Ensemble
 from training.objectives.objective import Objective
+from training.weights.huggingface import import_huggingface
 
 ROWS = [
     Row("0", "0.png", ("a red ball", "grass on the left of a ball"), "train"),
@@ -454,3 +458,47 @@ def test_both_levels_go_together(teacher, tiny_data, monkeypatch):
     train(config, read_manifest(Path("taught")), Path("student"), None, resume=False)
     names = (Path("student"), teacher)
     assert len({(folder / "tokenizer.json").read_bytes() for folder in names}) == 1
+
+
+@pytest.fixture(scope="module")
+def florence(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("florence")
+    save_florence(folder / "theirs")
+    import_huggingface(str(folder / "theirs"), folder / "ours")
+    return folder / "ours"
+
+
+def test_a_florence_teaches_what_it_is_asked_for(florence, tiny_data):
+    photos = [path.read_bytes() for path in sorted((tiny_data / "images").iterdir())[:2]]
+    for prompt in (None, "<MORE_DETAILED_CAPTION>"):
+        options = {"num_beams": 2, "max_new_tokens": 6, "prompt": prompt}
+        alone = load_captioner(florence).caption(photos, **options)
+        found = ensemble_captioner([florence]).caption(photos, **options)
+        for mine, theirs in zip(sum(found, []), sum(alone, []), strict=True):
+            assert mine.ids == theirs.ids
+            assert mine.score == pytest.approx(theirs.score, abs=1e-5)
+
+
+def test_a_florence_teaches_the_task_that_its_student_learns(florence, tmp_path):
+    """Not the teacher's own default."""
+    model, config, tokenizer = load_model(florence)
+    learnt = tuple(tokenizer.tasks["<DETAILED_CAPTION>"]["ids"])
+    shape = dataclasses.replace(model.decoder_config, prompt_ids=learnt)
+    changed = CaptioningModel(model.encoder_config, shape)
+    changed.load_state_dict(model.state_dict())
+    preprocessing = PreprocessConfig.from_dict(config["preprocessing"])
+    student = Student(
+        changed.eval(), tokenizer, preprocessing, 20, torch.device("cpu"), (tmp_path / "run",)
+    )
+    stage = Stage("distilled", 1, distillation=Distillation([str(florence)], weight=1.0))
+    ensemble = load_teachers(stage, student, shared_encoder=False)
+    size = preprocessing.image_size
+    with torch.inference_mode():
+        image = torch.randn(1, 3, size, size)
+        tokens, mask = torch.tensor([[tokenizer.begin_id]]), torch.ones(1, 1, 1, dtype=torch.bool)
+        inputs = (tokens, torch.zeros_like(tokens), mask)
+        expected = changed(image, *inputs).log_softmax(-1)
+        found = ensemble.log_probs(*inputs, ensemble.encode(image))
+        other = model.eval()(image, *inputs).log_softmax(-1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (other - expected).abs().max() > 1e-3

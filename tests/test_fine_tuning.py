@@ -4,6 +4,7 @@ nothing worse than the start replaces it."""
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from training.data.captions import GIVEN, IGNORED, Captions
 from training.data.manifest import Row, read_manifest, write_manifest
 from training.folders import WEIGHTS_FILE
 from training.loop.fine_tuning import fine_tuning_config, load_start
+from training.loop.run import Run
 from training.loop.train import train
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.objectives.distillation import DistillationLoss
@@ -450,3 +452,15 @@ def test_several_processes_fine_tune_as_one(start, tiny_data, tmp_path):
     assert logs[0][0]["val"] == logs[1][0]["val"]
     for mine, theirs in zip(*logs, strict=True):
         assert mine.get("loss") == pytest.approx(theirs.get("loss"), abs=2e-4)
+
+
+@pytest.mark.parametrize("asked", [9, 5, None])
+def test_no_caption_is_longer_than_those_that_are_learnt(asked, start, tiny_data, tmp_path):
+    """The prompt counts in training, so it does where captions are written and sampled."""
+    decoding = {"prompt": "the square", "max_new_tokens": asked}
+    config = config_from(start, tmp_path, {"decoder": {"max_tokens": 10}, "decoding": decoding})
+    run = Run(config, read_manifest(tiny_data), SimpleNamespace(path=tmp_path))
+    _, _, run.tokenizer = load_model(start)
+    longest = min(asked or 7, 7)  # of 10 tokens, a begin token and two of the prompt are not new
+    assert run.decoding()["max_new_tokens"] == longest
+    assert len(run.prompt()) == 2

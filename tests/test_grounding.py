@@ -87,10 +87,13 @@ def test_the_layer_that_points_best_is_chosen():
     """Of three layers the second looks at the circle; the mean of all looks elsewhere."""
     captioner = MagicMock(preprocessing=PreprocessConfig(96), map_layers=[2])
     captioner.config = {"model": {"decoder": {"layers": 3}}}
+    captioner.decoding, captioner.tokenizer.tasks = {}, {}
+    captioner.decoder.max_positions = 16
     captioner.tokenizer.encode.side_effect = str.split
     captioner.tokenizer.pieces.side_effect = lambda ids: ids
 
-    def maps(memory, ids):
+    def maps(memory, ids, prompts):
+        assert prompts == [[]]
         cell = 0 if captioner.map_layers == [1] else 3
         map_gg = torch.zeros(4, 4)
         map_gg[cell, cell] = 1.0

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_models import tiny_bert_tokenizer
+from huggingface_models import save_florence, tiny_bert_tokenizer, tiny_tokenizer
 from test_evaluate import run
 from tiny_training import config_of
 
@@ -23,10 +23,15 @@ from handler.errors import UserError, run_command
 from handler.request import Request
 from handler.web.word_maps import prompt_of
 from training.checkpoint import load_captioner
-from training.data.manifest import read_manifest
+from training.config import TokenizerChoice
+from training.data.captions import Captions
+from training.data.manifest import Row, read_manifest
+from training.loop.start import make_tokenizer
 from training.loop.train import train
-from training.scores.captions import read_predictions
+from training.pages.system import caption_split, load_system
+from training.scores.captions import caption_rows, read_predictions
 from training.scores.grounding import all_maps
+from training.weights.huggingface import import_huggingface
 
 PROMPTS = (None, "the square", "a", "The square, on the LEFT")
 SEARCHES = (
@@ -282,3 +287,45 @@ def test_the_ways_of_grounding_give_maps_to_generated_tokens(eager, photos):
     expected = eager.attention(pixels, caption.ids, caption.prompt_ids)
     torch.testing.assert_close(maps["mean of all, written"], expected)
     torch.testing.assert_close(maps["mean of all, read"][:-1], expected[1:])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "word", "bpe"])
+def test_a_caption_that_is_learnt_stands_apart_from_its_prompt(kind):
+    """Byte pairs of other libraries begin a word with its space: "a brown" + "dog" was learnt as
+    "a browndog"."""
+    texts = ["a brown dog runs", "two dogs play"]
+    tokenizer = {
+        "gpt2": lambda: CaptionTokenizer(tiny_tokenizer().backend_tokenizer, 0, 0, 0),
+        "bert": lambda: CaptionTokenizer(tiny_bert_tokenizer().backend_tokenizer, 2, 3, 0),
+    }.get(kind, lambda: CaptionTokenizer.train(texts, kind, 300, 1))()
+    prompt = tokenizer.encode("a brown")
+    captions = Captions([Row("1", "1.png", ("dog runs",), "train")], tokenizer, 30, prompt)
+    for [ids] in (captions.plain[0], captions.mirrored[0]):
+        assert tokenizer.decode([*prompt, *ids]) == "a brown dog runs"
+
+
+def test_a_checkpoints_own_prompt_is_not_scored(tiny_run, tiny_data, tmp_path):
+    """References do not have it, nor does the reward; a requested one belongs to the caption."""
+    manifest = read_manifest(tiny_data)
+    rows = manifest.split("val")[:3]
+    folder = with_default(tiny_run / "build/checkpoints/tiny", tmp_path / "own", "the square")
+    captioner = load_captioner(folder)
+    photos = [manifest.path(row).read_bytes() for row in rows]
+    whole = [best[0].text for best in captioner.caption(photos)]
+    assert all(text.startswith("the square ") for text in whole)
+    behind = [text.removeprefix("the square ") for text in whole]
+    assert [best[0] for best in caption_rows(captioner, manifest, rows).values()] == behind
+    asked = caption_rows(captioner, manifest, rows, prompt="a")
+    assert all(best[0].startswith("a ") for best in asked.values())
+    system = load_system(folder)
+    caption_split(system, manifest, rows, {})
+    assert list(system.best.values()) == behind
+
+
+def test_a_new_decoder_has_no_tasks(tmp_path):
+    """With the tokenizer of a Florence-2 its prompt is text."""
+    save_florence(tmp_path / "theirs")
+    import_huggingface(str(tmp_path / "theirs"), tmp_path / "ours")
+    assert load_captioner(tmp_path / "ours").tokenizer.tasks
+    tokenizer = make_tokenizer(TokenizerChoice(checkpoint=str(tmp_path / "ours")), [])
+    assert not tokenizer.tasks

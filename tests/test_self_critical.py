@@ -94,10 +94,13 @@ ROWS = [
 LONGEST = 8
 
 
-def make(choice: SelfCritical) -> tuple[SelfCriticalLoss, Decoder, torch.Tensor, Captions]:
+def make(
+    choice: SelfCritical, forces_first: bool = False
+) -> tuple[SelfCriticalLoss, Decoder, torch.Tensor, Captions]:
     torch.manual_seed(0)
     captions = [caption for row in ROWS for caption in row.captions]
     tokenizer = CaptionTokenizer.train(captions, "word", 100, 1)
+    tokenizer.first_id = tokenizer.encode("a")[0] if forces_first else None
     config = DecoderConfig(tokenizer.vocab_size, LONGEST + 1, 32, 1, 2, 64, 16, dropout=0.3)
     decoder = Decoder(config).eval()
     memory = torch.eye(4, 16).repeat(3, 1).unsqueeze(1) * 4
@@ -105,10 +108,12 @@ def make(choice: SelfCritical) -> tuple[SelfCriticalLoss, Decoder, torch.Tensor,
     return loss, decoder, memory, Captions(ROWS, tokenizer, LONGEST + 1)
 
 
-def test_log_probabilities_are_those_of_the_search():
+@pytest.mark.parametrize("forces_first", [False, True])
+def test_log_probabilities_are_those_of_the_search(forces_first):
     """The parallel pass gives each sample what the search drew it with: the tokens that are never
-    generated left out, the end token in, and the cut end of an endless one not."""
-    loss, decoder, memory, captions = make(SelfCritical(samples=4))
+    generated left out, the end token in, and the cut end of an endless one not. A forced first
+    token counts as generated, but nothing is learnt from it."""
+    loss, decoder, memory, captions = make(SelfCritical(samples=4), forces_first)
     batch = captions.batch(memory, range(12), [False] * 12)
     samples, _, _ = loss.roll_out(decoder, memory, batch, epoch=0)
     assert {s.finished for photo in samples for s in photo} == {True, False}
@@ -118,6 +123,7 @@ def test_log_probabilities_are_those_of_the_search():
         for part, sample, size in zip(parts, photo, sizes, strict=True):
             # With its length penalty of 1 the search's score is the mean over the tokens.
             assert -part.sum().item() == pytest.approx(sample.score * size, abs=1e-4)
+            assert size == forces_first + len(sample.ids) + sample.finished
         assert not nll_Q[sum(sizes) :].any()
 
 

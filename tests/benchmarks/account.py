@@ -58,7 +58,7 @@ class Clock:
 
 def of_encoder(captioner: Captioner, images: Tensor, rounds: int) -> dict[str, float]:
     """Seconds of a batch by part."""
-    clock = Clock(captioner.encoder._stack._library)
+    clock = Clock(captioner.encoder._stack.weights.library)
     clock.around(captioner.encoder._stack, "run")
     captioner.encode(images)
     started = clock.start()
@@ -77,8 +77,9 @@ def of_step(captioner: Captioner, images: Tensor, rounds: int, tokens: int) -> d
     options = [captioner.options(num_beams=5, min_new_tokens=tokens, max_new_tokens=tokens)]
     options *= len(images)
     clock = Clock(decoder._weights.library)
-    for owner, method in ((decoder, "step"), (decoder, "_logits"), (decoder._stack, "run")):
-        clock.around(owner, method)
+    for method in ("step", "prefill", "_logits"):
+        clock.around(decoder, method)
+    clock.around(decoder._stack, "run")
     run, decoder.begin = decoder.begin, lambda *_: begun
     spent, search = Counter[str](), 0.0
     for number in range(rounds + 1):
@@ -91,16 +92,19 @@ def of_step(captioner: Captioner, images: Tensor, rounds: int, tokens: int) -> d
             spent[MISSING] += clock.seconds["run"] - sum(clock.native)
             spent["output head"] += clock.seconds["_logits"]
             inside = clock.seconds["run"] + clock.seconds["_logits"]
-            spent["embedding, calls"] += clock.seconds["step"] - inside
-            search += whole - clock.seconds["step"]
+            stepping = clock.seconds["step"] + clock.seconds["prefill"]
+            spent["embedding, calls"] += stepping - inside
+            search += whole - stepping
     spent["search"] = search
     return {part: seconds / (rounds * tokens) for part, seconds in spent.items()}
 
 
 def floor(decoder: NativeDecoder) -> float:
     """Seconds in which the weights of a step are read from memory."""
-    size, begun = decoder._weights.library.packed_bytes, decoder._kv
-    read = decoder._weights._arena.numel() - sum(size(w.kind, w.inputs, w.outputs) for w in begun)
+    parts = ("qkv", "out", "cross_q", "cross_out", "up", "down")
+    layers = [getattr(block, part) for block in decoder._stack._blocks for part in parts]
+    size = decoder._weights.library.packed_bytes
+    read = sum(size(layer.kind, layer.inputs, layer.outputs) for layer in [*layers, decoder._head])
     memory, best = torch.ones(2**27), 0.0
     for _ in range(5):
         started = time.perf_counter()

@@ -10,13 +10,14 @@ in the same run.
 A yardstick is built with transformers, imported by `training.import_huggingface` and exported by
 `export.export`, so that what is timed is what a user runs. Its fp32 sequences are compared with
 those of `generate` before anything is timed. Every caption has exactly --tokens tokens. Where an
-export left its encoder in a finer precision to keep the captions, its decoder behind an encoder in
-its own precision is timed as well. The share of the encoder is told for one photo and for eight.
+export left a part in a finer precision to keep the captions, one that did not is timed as well. The
+share of the encoder is told for one photo and for eight.
 With --device cuda everything runs on a GPU; int8, which is for processors, is left out there.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ import torch
 
 from export.export import described, export_checkpoint
 from export.precision import in_precision
-from export.torchscript import trace_encoder
-from handler.captioner import Captioner, prepare_encoder
+from export.torchscript import script_decoder, trace_encoder
+from handler.captioner import Captioner, prepare_decoder, prepare_encoder
 from tests.benchmarks.contenders import generate, images_of, load_theirs, ours
 from tests.benchmarks.timing import machine, medians, peak_megabytes, report, table
 from training.checkpoint import load_captioner, load_model
@@ -152,15 +153,21 @@ def prepare(name: str, precisions: Sequence[str]) -> tuple[Path | None, Path, di
     return theirs, checkpoint, exports
 
 
-def encoder_in(
-    precision: str, checkpoint: Path, device: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The checkpoint's encoder, as an export would have it that left none of it finer."""
+def throughout(precision: str, checkpoint: Path, like: Captioner, device: str) -> Captioner:
+    """The captioner of an export that left nothing finer than `precision`."""
     model, _, _ = load_model(checkpoint)
-    traced = trace_encoder(
-        in_precision(model, precision, "fp32").encoder, model.encoder_config.image_size
-    )
-    return prepare_encoder(traced.to(device), asdict(model.encoder_config), device)
+    model = in_precision(model, precision, precision)
+    scripts = []
+    for script in (
+        trace_encoder(model.encoder, model.encoder_config.image_size),
+        script_decoder(model.decoder),
+    ):
+        written = io.BytesIO()
+        torch.jit.save(script, written)
+        scripts.append(torch.jit.load(io.BytesIO(written.getvalue()), device).eval())
+    encoder = prepare_encoder(scripts[0], asdict(model.encoder_config), device)
+    decoder = prepare_decoder(scripts[1], asdict(model.decoder_config), device)
+    return Captioner(encoder, decoder, like.tokenizer, like.config, device)
 
 
 def main() -> None:
@@ -239,17 +246,15 @@ def measure(name: str, device: str, rounds: int, tokens: int) -> None:
 def load_contenders(
     checkpoint: Path, exports: dict[str, Path], device: str
 ) -> dict[str, Captioner]:
-    """The eager captioner and its exports, and of those that left the encoder in a finer precision
-    one that did not."""
+    """The eager captioner and its exports, and of those that left a part in a finer precision one
+    that did not."""
     captioners = {"eager": load_captioner(checkpoint, device)}
     captioners |= {p: Captioner.load(folder, device) for p, folder in exports.items()}
     for precision in exports:
         like = captioners[precision]
-        if precision != "fp32" and like.config["parts"]["encoder"] != precision:
-            encoder = encoder_in(precision, checkpoint, device)
-            captioners[f"{precision}, encoder {precision}"] = Captioner(
-                encoder, like.decoder, like.tokenizer, like.config, device
-            )
+        if set(like.config["parts"].values()) != {precision}:
+            name = f"{precision} throughout"
+            captioners[name] = throughout(precision, checkpoint, like, device)
     return captioners
 
 

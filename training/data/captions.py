@@ -118,8 +118,12 @@ class Captions:
                 f"decoder.max_tokens ({max_tokens}) leaves no room for a caption behind the "
                 f"{len(given)} tokens of decoding.prompt; raise it"
             )
-        self.plain = [[tokenizer.encode(c) for c in row.captions] for row in rows]
-        self.mirrored = [[tokenizer.encode(mirrored(c)) for c in row.captions] for row in rows]
+        # Byte pairs have the space between two words at the beginning of the second.
+        space = " " if given and not tokenizer.text_of(given)[-1:].isspace() else ""
+        self.plain = [[tokenizer.encode(space + c) for c in row.captions] for row in rows]
+        self.mirrored = [
+            [tokenizer.encode(space + mirrored(c)) for c in row.captions] for row in rows
+        ]
         every = [ids for photo in self.plain for ids in photo]
         self.total = len(every)
         lengths = [len(given) + len(ids) + len(tokenizer.opening) for ids in every]

@@ -101,11 +101,18 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def decoding(self) -> dict[str, Any]:
-        return {"max_new_tokens": self.config.decoder.max_tokens - 1, **self.config.decoding}
+        """The decoding defaults of the checkpoint. No caption is longer, with its prompt, than
+        those that are learnt."""
+        longest = self.config.decoder.max_tokens - 1 - len(self.prompt())
+        own = {**self.config.decoding}
+        own["max_new_tokens"] = min(own.get("max_new_tokens") or longest, longest)
+        if own.get("min_new_tokens"):
+            own["min_new_tokens"] = min(own["min_new_tokens"], longest)
+        return own
 
     def prompt(self) -> list[int]:
         """The ids of the default prompt that each caption follows."""
-        prompt = encode_prompt(self.tokenizer, self.decoding().get("prompt"))
+        prompt = encode_prompt(self.tokenizer, self.config.decoding.get("prompt"))
         return written_prompt(self.tokenizer, prompt)
 
     def captioner(self) -> Captioner:

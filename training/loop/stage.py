@@ -45,7 +45,7 @@ class Work:
         if stage.distillation is not None:
             teachers = load_teachers(stage, run.student(), stage.encoder == "frozen")
         prompt = run.prompt()
-        longest = run.config.decoder.max_tokens - 1 - len(prompt)
+        longest = run.decoding()["max_new_tokens"]
         loss = make_loss(stage, teachers, run.train_rows, run.tokenizer, longest, self.seed, prompt)
         self.whole = Objective(run.model, loss, stage.encoder == "frozen")
         self.objective = run.processes.parallel(self.whole)

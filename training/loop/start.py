@@ -27,7 +27,9 @@ def make_tokenizer(
         folder = Path(choice.checkpoint)
         config = read_config(folder)
         check_config(folder, config)
-        return load_tokenizer(folder, config)
+        tokenizer = load_tokenizer(folder, config)
+        tokenizer.tasks = {}  # a new decoder has no prompt encoder that could read them
+        return tokenizer
     captions = [caption for row in rows for caption in row.captions]
     without_spaces = sum(map(is_written_without_spaces, captions))
     kind = choice.kind or "word"

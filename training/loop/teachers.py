@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner
 from handler.errors import UserError
@@ -54,7 +56,7 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
     vocab_size = student.model.decoder_config.vocab_size
     shared = Interface("the student", student.tokenizer, vocab_size, student.preprocessing)
     ensemble, _, _ = load_ensemble(folders, shared)
-    longest = student.max_tokens
+    longest, task = student.max_tokens, student.model.decoder_config.prompt_ids
     for folder, decoder, number in zip(
         folders, ensemble.decoders, ensemble.encoder_of, strict=True
     ):
@@ -64,6 +66,8 @@ def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensem
                 f"{decoder.max_positions}, but the student's captions have up to {longest} tokens; "
                 "lower decoder.max_tokens"
             )
+        if task and decoder.prompt_encoder is not None:  # which may have another by default
+            decoder.prompt_encoder.default_1T = torch.tensor([task])
         if not shared_encoder:
             continue
         difference = encoder_difference(ensemble.encoders[number], student.model.encoder)

@@ -14,7 +14,7 @@ from training.data.captions import Captions
 from training.data.manifest import Row
 from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
-from training.scores.captions import preprocessed
+from training.scores.captions import preprocessed, scored_text
 from training.scores.claims import score_claims
 from training.scores.habits import distinct, little_learnt
 from training.scores.metrics import choose_tokenizer, score
@@ -134,7 +134,10 @@ def caption_and_loss(
         memory_BPD = captioner.encode(images_B3SS)
         results = captioner.caption_memory(memory_BPD, [options] * len(part))
         indices = range(len(predictions), len(predictions) + len(part))
-        predictions |= {row.id: best[0].text for row, best in zip(part, results, strict=True)}
+        predictions |= {
+            row.id: scored_text(captioner, options, best[0])
+            for row, best in zip(part, results, strict=True)
+        }
         batch = captions.batch(memory_BPD, indices, [False] * len(part)).to(run.device)
         total, tokens, _ = cross_entropy(captioner.decoder, memory_BPD, batch, 0)
         if choice is not None:

@@ -68,12 +68,14 @@ class Ensemble:
         """All memories in one tensor (B, 1, N), as the search requires."""
         return torch.cat([m.flatten(1) for m in self.encode(images_B3SS)], dim=1).unsqueeze(1)
 
-    def begin(self, memory_B1N: Tensor) -> KeysValues:
+    def begin(self, memory_B1N: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
         shapes = [(e.config.memory_tokens, e.config.memory_width) for e in self.encoders]
         parts = memory_B1N.squeeze(1).split([tokens * width for tokens, width in shapes], dim=1)
         memories = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
         pairs = zip(self.decoders, self.encoder_of, strict=True)
-        return _laid_end_to_end([decoder.begin(memories[number]) for decoder, number in pairs])
+        return _laid_end_to_end(
+            [decoder.begin(memories[number], prompt_BT) for decoder, number in pairs]
+        )
 
     def new_cache(self, photos: int, slots: int) -> KeysValues:
         return _laid_end_to_end([decoder.new_cache(photos, slots) for decoder in self.decoders])

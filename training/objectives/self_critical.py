@@ -128,7 +128,7 @@ class SelfCriticalLoss:
         padding and on what is given, and the number of tokens of each sample with what is given."""
         ids = [[sample.ids for sample in photo] for photo in samples]
         # A sample without end token has `max_new_tokens`, so packing cuts the end token off.
-        longest = len(self.given) + self.max_new_tokens
+        longest = len(self.prompt) + self.max_new_tokens
         tokens_BQ, positions_BQ, targets_BQ, mask_BQQ = (
             t.to(memory_BPD.device) for t in pack_captions(ids, self.tokenizer, longest, self.given)
         )

@@ -18,7 +18,7 @@ from training.checkpoint import load_captioner
 from training.data.manifest import Manifest, Row
 from training.data.scenes import check
 from training.folders import LOG_FILE, WEIGHTS_FILE
-from training.scores.captions import preprocessed
+from training.scores.captions import preprocessed, scored_text
 from training.scores.claims import score_claims
 from training.scores.intervals import Floats, bootstrap_scores, resampled
 from training.scores.metrics import DEFAULT_METRICS, METRICS, has_spice, score_tokens, tokenize
@@ -45,8 +45,11 @@ class System:
 
     @property
     def best(self) -> dict[str, str]:
-        """The best caption of each photo."""
-        return {key: captions[0].text for key, captions in self.captions.items()}
+        """The best caption of each photo, as it is scored."""
+        return {
+            key: scored_text(self.captioner, self.decoding, captions[0])
+            for key, captions in self.captions.items()
+        }
 
 
 def load_system(folder: Path, device: str = "cpu") -> System:

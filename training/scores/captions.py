@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from handler.captioner import Captioner
+from handler.beam_search import DecodeOptions
+from handler.captioner import Caption, Captioner
 from handler.errors import UserError
 from handler.files import write_atomic
 from training.data.manifest import Manifest, Row, data_folder, read_manifest
@@ -35,6 +36,13 @@ def preprocessed(
             shown.update(len(part))
 
 
+def scored_text(captioner: Captioner, options: DecodeOptions, caption: Caption) -> str:
+    """What is compared with the references. They do not have the captioner's own prompt, behind
+    which it was trained to say them; a prompt that was asked for belongs to the caption."""
+    is_own = options.prompt is not None and options.prompt == captioner.decoding.get("prompt")
+    return captioner.tokenizer.decode(caption.ids) if is_own else caption.text
+
+
 def caption_rows(
     captioner: Captioner, manifest: Manifest, rows: Sequence[Row], **options: Any
 ) -> dict[str, list[str]]:
@@ -47,7 +55,7 @@ def caption_rows(
     for part, images_B3SS in preprocessed(captioner, manifest, rows, desc="captions"):
         results = captioner.caption_tensors(images_B3SS, [chosen] * len(part))
         for row, best in zip(part, results, strict=True):
-            captions[row.id] = [caption.text for caption in best]
+            captions[row.id] = [scored_text(captioner, chosen, caption) for caption in best]
     return captions
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from handler.captioner import Captioner
+from handler.captioner import Captioner, encode_prompt, written_prompt
 from handler.image_preprocess import seen_region
 from handler.web.word_maps import WHOLE, box, on_photo, peak
 from handler.words import words_of
@@ -81,11 +81,14 @@ class LayerChoice:
         """Judges the maps of rows whose photos are encoded already."""
         captioner = self.captioner
         named = [named_words(row.captions[0], row.scene or {}) for row in rows]
-        ids = [captioner.tokenizer.encode(row.captions[0]) for row in rows]
+        prompt = encode_prompt(captioner.tokenizer, captioner.decoding.get("prompt"))
+        written = len(written_prompt(captioner.tokenizer, prompt))
+        longest = captioner.decoder.max_positions - written - 1
+        ids = [captioner.tokenizer.encode(row.captions[0])[:longest] for row in rows]
         self.words += sum(map(len, named))
         before = captioner.map_layers
         for number, captioner.map_layers in enumerate(self.candidates):
-            maps = captioner.attention_memory(memory_BPD, ids)
+            maps = captioner.attention_memory(memory_BPD, ids, [prompt] * len(ids))
             for row, words, maps_Tgg, tokens in zip(rows, named, maps, ids, strict=True):
                 pieces = captioner.tokenizer.pieces(tokens)
                 judged = judge_words(words, pieces, maps_Tgg, row.scene or {}, captioner)
