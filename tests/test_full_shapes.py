@@ -1,5 +1,5 @@
 """Parity with `generate` at the sizes that people use, with random weights: BLIP base and large,
-GIT base, with prompts and without."""
+GIT base, with prompts and without; Florence-2 base with two tasks, eager and exported."""
 
 from pathlib import Path
 
@@ -8,6 +8,10 @@ import torch
 from huggingface_models import SENTENCES, transformers
 from test_families import PROMPTS, caption_prompted, generate, same
 
+from export.export import export_checkpoint
+from handler.captioner import Captioner
+from tests.benchmarks import contenders
+from tests.benchmarks.decoding import florence
 from training.checkpoint import load_captioner
 from training.import_huggingface import import_huggingface
 
@@ -80,3 +84,20 @@ def test_full_shapes_caption_as_generate_does(name, tmp_path: Path):
         same(found, theirs, tokenizer)
         lengths |= {len(caption.ids) for photo in found for caption in photo}
     assert len(lengths) > 1
+
+
+def test_full_florence_answers_as_generate_does(tmp_path: Path):
+    """A sentence of 20 tokens and a paragraph of 256."""
+    florence(tmp_path / "theirs")
+    import_huggingface(str(tmp_path / "theirs"), tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "export")
+    model = contenders.load_theirs(tmp_path / "theirs")
+    eager, exported = load_captioner(tmp_path / "ours"), Captioner.load(tmp_path / "export")
+    sentence, *_, paragraph = eager.tokenizer.tasks
+    photos, opening = contenders.images_of(1, 768), len(eager.tokenizer.opening)
+    for task, tokens in ((sentence, 20), (paragraph, 256)):
+        ids = eager.tokenizer.tasks[task]["ids"]
+        [expected] = contenders.generate(model, photos, 3, tokens, ids).tolist()
+        for captioner in (eager, exported):
+            [[best]] = contenders.ours(captioner, photos, 3, tokens, task)
+            assert best.ids == expected[opening:-1]  # its end is forced
