@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from handler.beam_search import KeysValues
-from handler.native_library import PLACES, Block, Linear, Norm, Run, native_library
+from handler.native_library import PANEL, PLACES, Block, Linear, Norm, Run, native_library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
@@ -141,6 +141,13 @@ class _Weights:
                 _check(vector := vector.float(), (outputs,))
             vectors.append(None if vector is None else self._address(vector))
         return Linear(address, vectors[0], offset, vectors[1], kind, inputs, outputs, activation)
+
+    def panels(self, linear: Linear) -> Tensor:
+        """The weights of a packed layer in float32, (panels, inputs, outputs of a panel)."""
+        start = linear.weight - self._arena.data_ptr()
+        floats = self._arena[start:].view(torch.float32)
+        panels = -(-linear.outputs // PANEL)
+        return floats[: panels * linear.inputs * PANEL].view(panels, linear.inputs, PANEL)
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor.detach().contiguous())
@@ -332,7 +339,8 @@ class NativeDecoder:
             if block.cross_attention is not None
         ]
         self._stack = _Stack(weights, [_block(weights, block) for block in blocks], script.heads)
-        self._embeddings = script.token_embedding.weight, script.position_embedding.weight
+        self._positions = script.position_embedding.weight
+        self._words: Tensor | None = script.token_embedding.weight
         self._embedding_norm, self._norm = script.embedding_norm, script.norm
         self._transform: tuple[Linear, Any] | None = None
         if script.head_transform.original_name != "Identity":
@@ -342,7 +350,10 @@ class NativeDecoder:
         if script.head.original_name == "RescoredHead":
             head = script.head
             self._rescored = head.weight.contiguous(), head.bias.contiguous(), head.count
+        is_tied = _rough_head(script).weight.data_ptr() == self._words.data_ptr()
         self._head = weights.linear(_rough_head(script))
+        if is_tied:  # its packed form has the words' embeddings, too
+            self._words, self._packed_words = None, weights.panels(self._head)
 
     def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
         """Like `Decoder.begin`, with the keys by channel, (B, H, d, places): places are the tokens
@@ -373,7 +384,7 @@ class NativeDecoder:
         assert encoder is not None and stack is not None
         if prompt_BT is None:
             prompt_BT = encoder.default_1T.expand(photo_BPD.size(0), -1)
-        words_BTD = F.embedding(prompt_BT, self._embeddings[0])
+        words_BTD = self._embed_words(prompt_BT)
         x_BPD = torch.cat([photo_BPD, words_BTD], dim=1)
         x_BPD = x_BPD + encoder.positions.weight[: x_BPD.size(1)]
         return encoder.norm(stack.read(encoder.embedding_norm(x_BPD).contiguous()))
@@ -442,9 +453,14 @@ class NativeDecoder:
         return weights_LBHQP / weights_LBHQP.sum(-1, keepdim=True)
 
     def _embed(self, tokens_BQ: Tensor, positions_BQ: Tensor) -> Tensor:
-        words, places = self._embeddings
-        x_BQD = F.embedding(tokens_BQ, words).float() + F.embedding(positions_BQ, places).float()
+        x_BQD = self._embed_words(tokens_BQ) + F.embedding(positions_BQ, self._positions).float()
         return self._embedding_norm(x_BQD).contiguous()
+
+    def _embed_words(self, tokens_BQ: Tensor) -> Tensor:
+        if self._words is not None:
+            return F.embedding(tokens_BQ, self._words).float()
+        panel = self._packed_words.size(2)
+        return self._packed_words[tokens_BQ // panel, :, tokens_BQ % panel]
 
     def _logits(self, x_BQD: Tensor) -> Tensor:
         x_BQD = self._norm(x_BQD)

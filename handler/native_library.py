@@ -77,8 +77,8 @@ class Run(ctypes.Structure):
     )
 
 
-# A photo has room for a multiple of so many keys.
-PLACES = 32
+# Outputs that stand together in a packed weight; a photo has room for a multiple of so many keys.
+PANEL, PLACES = 32, 32
 # The arguments and the result of each function.
 FUNCTIONS = {
     "layout": ([NUMBER], NUMBER),
@@ -148,6 +148,6 @@ def _declared(path: Path) -> ctypes.CDLL:
     for name, (arguments, result) in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, result
-    layout = [library.layout(which) for which in range(3)]
-    assert layout == [ctypes.sizeof(Block), ctypes.sizeof(Run), PLACES], layout
+    layout = [library.layout(which) for which in range(4)]
+    assert layout == [ctypes.sizeof(Block), ctypes.sizeof(Run), PLACES, PANEL], layout
     return library
