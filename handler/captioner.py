@@ -573,20 +573,26 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
 
 def prepare_encoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
     """The fastest form of an encoder that was just read; `shape` is its section of the config."""
-    is_cpu = torch.device(device).type == "cpu"
-    if is_cpu and (native := native_encoder(script, shape)):
-        return native
-    prepared = prepare_script(script, device)
-    return prepared if is_cpu else GraphedEncoder(prepared)
+    return _fastest(script, shape, device, native_encoder, GraphedEncoder)
 
 
 def prepare_decoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
     """Likewise a decoder."""
+    return _fastest(script, shape, device, native_decoder, GraphedDecoder)
+
+
+def _fastest(
+    script: torch.jit.ScriptModule,
+    shape: dict[str, Any],
+    device: str,
+    in_c: Callable[[torch.jit.ScriptModule, dict[str, Any]], Any],
+    graphed: Callable[[torch.jit.ScriptModule], Any],
+) -> Any:
     is_cpu = torch.device(device).type == "cpu"
-    if is_cpu and (native := native_decoder(script, shape)):
+    if is_cpu and (native := in_c(script, shape)):
         return native
     prepared = prepare_script(script, device)
-    return prepared if is_cpu else GraphedDecoder(prepared)
+    return prepared if is_cpu else graphed(prepared)
 
 
 def prepare_script(script: torch.jit.ScriptModule, device: str) -> torch.jit.ScriptModule:

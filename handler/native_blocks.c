@@ -534,47 +534,32 @@ void run_blocks(const Run *run) {
         const Norm *after = NULL;
         for (int64_t layer = 0; layer < run->layers; layer++) {
             const Block *block = run->blocks + layer;
-            const Linear *linear = &block->qkv;
-            int64_t kind = linear->kind;
-            ready(after, &block->before[0], kind, run->x, width, from, to, rows, s.inputs, s.scales);
-            BARRIER(READY)
-            project(linear, s.inputs, s.scales, rows, s.qkv, 3 * width, 0, t, n);
-            BARRIER(PRODUCTS)
-            for (int64_t unit = first; unit < last; unit++) {
-                int64_t b = unit / run->heads, h = unit % run->heads;
-                keep(run, layer, b, h, s.qkv);
-                attend(run, layer, b, h, run->prefix || run->image, !run->image, s.qkv, 3 * width, s.attended, s.lists, s.counts, logits);
-            }
-            BARRIER(ATTENTION)
-            ready(NULL, &(Norm){0}, kind, s.attended, width, from, to, rows, s.inputs, s.scales);
-            BARRIER(READY)
-            project(&block->out, s.inputs, s.scales, rows, run->x, width, 1, t, n);
-            after = &block->after[0];
-            BARRIER(PRODUCTS)
-            if (block->cross_q.weight) {
-                ready(after, &block->before[1], kind, run->x, width, from, to, rows, s.inputs, s.scales);
+            int64_t kind = block->qkv.kind;
+            for (int branch = 0; branch < 3; branch++) { /* self-attention, cross-attention, MLP */
+                const Linear *in = (const Linear *[]){&block->qkv, &block->cross_q, &block->up}[branch];
+                const Linear *out = (const Linear *[]){&block->out, &block->cross_out, &block->down}[branch];
+                if (!in->weight) continue;
+                float *made = branch == 2 ? s.hidden : s.qkv, *inside = branch == 2 ? s.hidden : s.attended;
+                ready(after, &block->before[branch], kind, run->x, width, from, to, rows, s.inputs, s.scales);
                 BARRIER(READY)
-                project(&block->cross_q, s.inputs, s.scales, rows, s.qkv, width, 0, t, n);
+                project(in, s.inputs, s.scales, rows, made, in->outputs, 0, t, n);
                 BARRIER(PRODUCTS)
-                for (int64_t unit = first; unit < last; unit++)
-                    attend(run, layer, unit / run->heads, unit % run->heads, 1, 0, s.qkv, width, s.attended, s.lists, s.counts,
-                           logits);
-                BARRIER(ATTENTION)
-                ready(NULL, &(Norm){0}, kind, s.attended, width, from, to, rows, s.inputs, s.scales);
+                if (branch < 2) {
+                    int photo = branch == 1 || run->prefix || run->image, text = branch == 0 && !run->image;
+                    for (int64_t unit = first; unit < last; unit++) {
+                        int64_t b = unit / run->heads, h = unit % run->heads;
+                        if (branch == 0) keep(run, layer, b, h, s.qkv);
+                        attend(run, layer, b, h, photo, text, s.qkv, in->outputs, s.attended, s.lists, s.counts,
+                               logits);
+                    }
+                    BARRIER(ATTENTION)
+                }
+                ready(NULL, &(Norm){0}, kind, inside, out->inputs, from, to, rows, s.inputs, s.scales);
                 BARRIER(READY)
-                project(&block->cross_out, s.inputs, s.scales, rows, run->x, width, 1, t, n);
-                after = &block->after[1];
+                project(out, s.inputs, s.scales, rows, run->x, width, 1, t, n);
+                after = &block->after[branch];
                 BARRIER(PRODUCTS)
             }
-            ready(after, &block->before[2], kind, run->x, width, from, to, rows, s.inputs, s.scales);
-            BARRIER(READY)
-            project(&block->up, s.inputs, s.scales, rows, s.hidden, run->hidden, 0, t, n);
-            BARRIER(PRODUCTS)
-            ready(NULL, &(Norm){0}, kind, s.hidden, run->hidden, from, to, rows, s.inputs, s.scales);
-            BARRIER(READY)
-            project(&block->down, s.inputs, s.scales, rows, run->x, width, 1, t, n);
-            after = &block->after[2];
-            BARRIER(PRODUCTS)
         }
         ready(after, NULL, FP32, run->x, width, from, to, rows, NULL, NULL);
     }
@@ -626,7 +611,7 @@ void rescore(float *logits, int64_t rows, int64_t outputs, int64_t count, const 
                 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, x + r * width + j),
                                       _mm512_maskz_loadu_ps(m, weight + where[c] * width + j), sum);
             }
-            row[where[c]] = _mm512_reduce_add_ps(sum) + (bias ? bias[where[c]] : 0);
+            row[where[c]] = _mm512_reduce_add_ps(sum) + bias[where[c]];
         }
     }
 }

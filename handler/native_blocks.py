@@ -207,11 +207,16 @@ class _Stack:
         keys_BHdp = torch.zeros([*shape, places], **ON_CPU)
         return keys_BHdp, torch.empty([*shape[:2], tokens, shape[2]], **ON_CPU)
 
-    def read(self, x_BPD: Tensor) -> Tensor:
-        """The tokens of each photo attend to each other. Replaces `x`, contiguous float32."""
-        for x_1PD in x_BPD.split(1) if len(x_BPD) else ():  # one photo's numbers stay in the cache
-            keys, values = self.room(*x_1PD.shape[:2])
-            self.run(x_1PD, KeysValues([keys] * self.layers, [values] * self.layers), image=1)
+    def read(self, x_BPD: Tensor, kept: KeysValues | None = None) -> Tensor:
+        """The tokens of each photo attend to each other; `kept` receives the keys and values of
+        every layer. Replaces `x`, contiguous float32."""
+        for number in range(len(x_BPD)):  # one photo's numbers stay in the cache
+            if kept is None:
+                keys, values = self.room(1, x_BPD.size(1))
+                own = KeysValues([keys] * self.layers, [values] * self.layers)
+            else:
+                own = KeysValues(*([t[number : number + 1] for t in part] for part in kept))
+            self.run(x_BPD[number : number + 1], own, image=1)
         return x_BPD
 
     def run(
@@ -348,8 +353,10 @@ class NativeDecoder:
             self._transform = weights.activated(transform.dense), transform.norm
         self._rescored = None
         if script.head.original_name == "RescoredHead":
-            head = script.head
+            head, words = script.head, _rough_head(script).weight.size(0)
             self._rescored = head.weight.contiguous(), head.bias.contiguous(), head.count
+            _check(self._rescored[0], (words, weights.width))
+            _check(self._rescored[1], (words,))
         is_tied = _rough_head(script).weight.data_ptr() == self._words.data_ptr()
         self._head = weights.linear(_rough_head(script))
         if is_tied:  # its packed form has the words' embeddings, too
@@ -363,11 +370,8 @@ class NativeDecoder:
         rooms: list[tuple[Tensor, Tensor]] = []
         if self.prefix:
             rooms = [self._stack.room(*memory_BPD.shape[:2]) for _ in range(self._stack.layers)]
-            x_BPD = memory_BPD.to(torch.float32, copy=True).contiguous()
-            for number, x_1PD in enumerate(x_BPD.split(1) if len(x_BPD) else ()):
-                of_one = [[tensor[number : number + 1] for tensor in room] for room in rooms]
-                keys, values = (list(part) for part in zip(*of_one, strict=True))
-                self._stack.run(x_1PD, KeysValues(keys, values), image=1)
+            kept = KeysValues(*([room[part] for room in rooms] for part in range(2)))
+            self._stack.read(memory_BPD.to(torch.float32, copy=True).contiguous(), kept)
         for linear in self._kv:
             kv_BPD = self._weights.product(linear, memory_BPD.float())
             keys_BHPd, values_BHPd = (self._by_head(x) for x in kv_BPD.chunk(2, dim=-1))
@@ -472,7 +476,6 @@ class NativeDecoder:
         if self._rescored is not None:
             weight, bias, count = self._rescored
             width, words = self._stack.width, logits_BQV.size(-1)
-            _check(weight, (words, width))
             rows = x_BQD.numel() // width
             self._weights.library.rescore(
                 *(logits_BQV.data_ptr(), rows, words, count, x_BQD.data_ptr(), width),

@@ -123,24 +123,27 @@ def native_library() -> ctypes.CDLL | None:
 
 
 def _compiled(command: list[str], kept: Path) -> ctypes.CDLL:
-    """Compiles to `kept`, for the next process as well, unless its folder is read-only."""
+    """Compiles to `kept`, for the next process as well, or where that is not possible for this one
+    alone."""
+    with suppress(OSError):
+        kept.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            # Renamed, so that it is never seen incomplete.
+            return _declared(_built(command, folder).replace(kept))
     with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / kept.name
-        subprocess.run(
-            [*command, str(SOURCE), "-o", str(built)],
-            check=True,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=SECONDS,
-        )
-        with suppress(OSError):
-            kept.parent.mkdir(exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=kept.parent)  # renamed: never seen incomplete
-            with open(handle, "wb") as file:
-                file.write(built.read_bytes())
-            Path(partial).replace(kept)
-            return _declared(kept)
-        return _declared(built)
+        return _declared(_built(command, folder))
+
+
+def _built(command: list[str], folder: str) -> Path:
+    out = Path(folder) / "native_blocks.so"
+    subprocess.run(
+        [*command, str(SOURCE), "-o", str(out)],
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=SECONDS,
+    )
+    return out
 
 
 def _declared(path: Path) -> ctypes.CDLL:
