@@ -345,6 +345,6 @@ def _wrong(system: System, row: Row) -> Iterator[str]:
     if row.scene is None:
         yield from (kind for kind, wrong in system.mistakes.items() if row.id in wrong.photos)
     else:
-        for claim in check(system.best[row.id], row.scene):
+        for claim in check(system.scored(row.id), row.scene):
             if not claim.true:
                 yield f"{claim.kind} “{claim.text}”"

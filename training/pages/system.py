@@ -46,10 +46,10 @@ class System:
     @property
     def best(self) -> dict[str, str]:
         """The best caption of each photo, as it is scored."""
-        return {
-            key: scored_text(self.captioner, self.decoding, captions[0])
-            for key, captions in self.captions.items()
-        }
+        return {photo: self.scored(photo) for photo in self.captions}
+
+    def scored(self, photo: str) -> str:
+        return scored_text(self.captioner, self.decoding, self.captions[photo][0])
 
 
 def load_system(folder: Path, device: str = "cpu") -> System:
