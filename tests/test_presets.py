@@ -18,6 +18,7 @@ from training.checkpoint import load_captioner
 from training.config import CONFIGS, TrainConfig, load_config
 from training.data.captions import Captions
 from training.data.manifest import Row, read_manifest
+from training.loop.distributed import Processes
 from training.loop.optimizer import Optimizer, set_checkpointing
 from training.loop.start import make_model
 from training.loop.train import train
@@ -40,7 +41,9 @@ def tokenizer() -> CaptionTokenizer:
 def one_step(model: CaptioningModel, config: TrainConfig, tokenizer: CaptionTokenizer, device: str):
     """A step of the first stage on one random photo; returns the loss and the gradient's norm."""
     stage = config.stages[0]
-    optimizer = Optimizer(model, stage)
+    optimizer = Optimizer(model, stage, Processes())
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"]
     set_checkpointing(model.train(), stage.gradient_checkpointing)
     row = Row("a", "a.png", CAPTIONS, "train")
     size = config.encoder.image_size

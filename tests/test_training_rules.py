@@ -11,6 +11,8 @@ from tiny_training import config_of
 
 from training.config import Stage
 from training.data.manifest import read_manifest
+from training.loop.distributed import Processes
+from training.loop.muon import Muon, orthogonalised
 from training.loop.optimizer import Optimizer, learning_rate_factor, update_average
 from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
@@ -90,7 +92,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = CaptioningModel(encoder, DecoderConfig(50, 12, 32, 2, 2, 64, 32))
     stage = Stage("x", 1, optimizer="muon", decoder_lr=1e-2, encoder_lr=1e-2, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = Optimizer(model, stage)
+    optimizer = Optimizer(model, stage, Processes())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * torch.rand(parameter.shape[-1])
     for group in optimizer.param_groups:
@@ -106,6 +108,41 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest():
             assert 1e-3 < step.square().mean().sqrt() < 4e-3, name
         else:  # the first step of AdamW: the rate, whatever the gradient
             assert step.abs().max() == pytest.approx(1e-2, rel=1e-3), name
+
+
+def test_muon_is_torchs():
+    """Step by step; torch orthogonalises in bfloat16."""
+    shapes = [(24, 96), (24, 96), (96, 24), (24, 24), (72, 24)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = [
+        Muon([{"params": ours, **options}], Processes()),
+        torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options),
+    ]
+    for _ in range(3):
+        before = [parameter.detach().clone() for parameter in ours]
+        for our, their in zip(ours, theirs, strict=True):
+            their.data.copy_(our.data)
+            our.grad = torch.randn(our.shape) * torch.logspace(0, -2, our.size(1))
+            their.grad = our.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for our, their, old in zip(ours, theirs, before, strict=True):
+            assert (our - their).norm() < 0.02 * (our - old).norm()
+
+
+def test_orthogonalising_is_the_quintic_iteration():
+    """As it is written in the paper, in float64, for singular values from 1 to 1e-6."""
+    x_kmn = torch.randn(3, 20, 50, dtype=torch.float64)
+    u_kmm, _, v_kmn = torch.linalg.svd(x_kmn, full_matrices=False)
+    x_kmn = u_kmm * torch.logspace(0, -6, 20, dtype=torch.float64) @ v_kmn
+    expected = x_kmn / x_kmn.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        square = expected @ expected.mT
+        change = -4.775 * square + 2.0315 * square @ square
+        expected = 3.4445 * expected + change @ expected
+    for x, y in ((x_kmn, expected), (x_kmn.mT, expected.mT)):
+        assert torch.allclose(orthogonalised(x.float()), y.float(), atol=1e-3)
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 6), (2, 3), (3, 4)])

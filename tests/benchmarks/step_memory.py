@@ -16,6 +16,7 @@ from tests.benchmarks.timing import machine, own_peak, peak_megabytes, report, t
 from training.config import Stage
 from training.data.captions import Batch
 from training.loop.allocator import keep_freed_memory
+from training.loop.distributed import Processes
 from training.loop.optimizer import Optimizer, set_checkpointing, update_average
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
 from training.objectives.cross_entropy import CrossEntropyLoss
@@ -48,7 +49,7 @@ def step(photos: int, precision: str, checkpointing: bool) -> None:
     model = CaptioningModel(ENCODER, DECODER)
     average = copy.deepcopy(model).requires_grad_(False)
     stage = Stage("fine-tuning", 1, encoder="trained", decoder_lr=1e-5, encoder_lr=1e-5)
-    optimizer = Optimizer(model, stage)
+    optimizer = Optimizer(model, stage, Processes())
     set_checkpointing(model, checkpointing)
     objective = Objective(model, CrossEntropyLoss(0.0), frozen=False)
     objective.set_mode()

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -120,10 +121,10 @@ class Captions:
             )
         # Byte pairs have the space between two words at the beginning of the second.
         space = " " if given and not tokenizer.text_of(given)[-1:].isspace() else ""
-        self.plain = [[tokenizer.encode(space + c) for c in row.captions] for row in rows]
-        self.mirrored = [
-            [tokenizer.encode(space + mirrored(c)) for c in row.captions] for row in rows
-        ]
+        # Most captions are their own mirror image, and of drawn scenes many are equal.
+        encode = cache(lambda caption: tokenizer.encode(space + caption))
+        self.plain = [[encode(c) for c in row.captions] for row in rows]
+        self.mirrored = [[encode(mirrored(c)) for c in row.captions] for row in rows]
         every = [ids for photo in self.plain for ids in photo]
         self.total = len(every)
         lengths = [len(given) + len(ids) + len(tokenizer.opening) for ids in every]

@@ -75,6 +75,19 @@ class Processes:
         the mean over the counts of all processes."""
         return total * self.world / self.sum(count)
 
+    def each_its_part(self, compute: Callable[[Tensor], Tensor], whole_Nx: Tensor) -> Tensor:
+        """`compute` of a tensor whose rows it treats one by one, and which all processes have: each
+        computes a part of the rows."""
+        if self.world == 1:
+            return compute(whole_Nx)
+        rows = -(-len(whole_Nx) // self.world)
+        missing = self.world * rows - len(whole_Nx)
+        padded_Nx = torch.cat([whole_Nx, whole_Nx.new_zeros(missing, *whole_Nx.shape[1:])])
+        part_nx = compute(padded_Nx[self.rank * rows :][:rows]).contiguous()
+        computed_Nx = torch.empty_like(padded_Nx)
+        dist.all_gather_into_tensor(computed_Nx, part_nx)
+        return computed_Nx[: len(whole_Nx)]
+
     def share(self, batches: list[list[int]]) -> list[list[int]]:
         """The part of each batch for this process."""
         if min(map(len, batches)) < self.world:

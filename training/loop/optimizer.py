@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from training.config import Stage
+from training.loop.distributed import Processes
+from training.loop.muon import Muon
 from training.model import CaptioningModel
 
 
@@ -36,18 +38,15 @@ def learning_rate(name: str, stage: Stage, encoder_layers: int) -> float:
 
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), or where the stage has `optimizer:
-    muon`, Muon for the matrices of the blocks and AdamW for everything else. Muon's updates have
-    the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that both take the same rates.
+    muon`, Muon for the matrices of the blocks and AdamW for everything else, with the same rates.
 
     With Muon its state is that of both, under their names.
     """
 
-    def __init__(self, model: CaptioningModel, stage: Stage) -> None:
+    def __init__(self, model: CaptioningModel, stage: Stage, processes: Processes) -> None:
         matrices, others = parameter_groups(model, stage)
         self.adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), lr=0.0)
-        self.muon = (
-            torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw") if matrices else None
-        )
+        self.muon = Muon(matrices, processes) if matrices else None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

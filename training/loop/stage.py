@@ -39,7 +39,7 @@ class Work:
         stage = run.config.stages[run.stage]
         self.run, self.stage, self.captions, self.features = run, stage, captions, features
         self.seed = stage_seed(run)
-        self.optimizer = Optimizer(run.model, stage)
+        self.optimizer = Optimizer(run.model, stage, run.processes)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         teachers = None
         if stage.distillation is not None:
