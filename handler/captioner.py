@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,6 +31,7 @@ from handler.files import FORMAT, read_object
 from handler.image_preprocess import PreprocessConfig, preprocess
 from handler.native_blocks import native_decoder, native_encoder, pack_layers
 from handler.native_library import native_library
+from handler.shared_weights import name_of_weights
 
 Photo = bytes | bytearray | memoryview | Image.Image
 # Batch size for a list of photos.
@@ -124,8 +126,9 @@ class Captioner:
             ]
         _check_scripts(directory, config, *scripts)
         shapes = config["model"]
-        encoder = prepare_encoder(scripts[0], shapes["encoder"], device)
-        decoder = prepare_decoder(scripts[1], shapes["decoder"], device)
+        with name_of_weights(directory) as name:
+            encoder = prepare_encoder(scripts[0], shapes["encoder"], device, name)
+            decoder = prepare_decoder(scripts[1], shapes["decoder"], device, name)
         return cls(encoder, decoder, tokenizer, config, device)
 
     def options(self, **given: Any) -> DecodeOptions:
@@ -571,14 +574,21 @@ def read_script(path: Path, device: str) -> torch.jit.ScriptModule:
         raise UserError(f"{path}: damaged ({first_line}); export the checkpoint again") from error
 
 
-def prepare_encoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
-    """The fastest form of an encoder that was just read; `shape` is its section of the config."""
-    return _fastest(script, shape, device, native_encoder, GraphedEncoder)
+def prepare_encoder(
+    script: torch.jit.ScriptModule, shape: dict[str, Any], device: str, name: str | None = None
+) -> Any:
+    """The fastest form of an encoder that was just read; `shape` is its section of the config.
+    Under `name` processes share its weights (see `handler.shared_weights`)."""
+    in_c = partial(native_encoder, name=name and f"{name}-encoder")
+    return _fastest(script, shape, device, in_c, GraphedEncoder)
 
 
-def prepare_decoder(script: torch.jit.ScriptModule, shape: dict[str, Any], device: str) -> Any:
+def prepare_decoder(
+    script: torch.jit.ScriptModule, shape: dict[str, Any], device: str, name: str | None = None
+) -> Any:
     """Likewise a decoder."""
-    return _fastest(script, shape, device, native_decoder, GraphedDecoder)
+    in_c = partial(native_decoder, name=name and f"{name}-decoder")
+    return _fastest(script, shape, device, in_c, GraphedDecoder)
 
 
 def _fastest(

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from handler.beam_search import KeysValues
 from handler.native_library import PANEL, PLACES, Block, Linear, Norm, Run, native_library
+from handler.shared_weights import Arena
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "quick_gelu": 3}
@@ -34,23 +35,24 @@ ON_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 def native_encoder(
-    script: torch.jit.ScriptModule, config: Mapping[str, Any]
+    script: torch.jit.ScriptModule, config: Mapping[str, Any], name: str | None = None
 ) -> "NativeEncoder | None":
     """An encoder of an export, not yet packed, with its blocks in C; None, and `script` unchanged,
     where that is not possible. `config` is its section of `config.json`, which tells what a traced
-    module does not: heads, activation, epsilon."""
+    module does not: heads, activation, epsilon. Under `name` its weights are shared (see
+    `handler.shared_weights`)."""
     if script.original_name != "Encoder" or not _possible(list(_encoder_layers(script)), config):
         return None
-    return NativeEncoder(script, config) if native_library() else None
+    return NativeEncoder(script, config, name) if native_library() else None
 
 
 def native_decoder(
-    script: torch.jit.ScriptModule, config: Mapping[str, Any]
+    script: torch.jit.ScriptModule, config: Mapping[str, Any], name: str | None = None
 ) -> "NativeDecoder | None":
     """A decoder likewise."""
     if not _possible(list(_decoder_layers(script)), config):
         return None
-    return NativeDecoder(script, config) if native_library() else None
+    return NativeDecoder(script, config, name) if native_library() else None
 
 
 def _possible(layers: Sequence[Any], config: Mapping[str, Any]) -> bool:
@@ -91,19 +93,37 @@ def _rough_head(script: Any) -> Any:
     return script.head.rough if script.head.original_name == "RescoredHead" else script.head
 
 
+def _whole(script: Any) -> dict[int, Tensor]:
+    """The large tensors that are not packed, each once, by address."""
+    words = script.token_embedding.weight
+    tensors = [] if words.data_ptr() == _rough_head(script).weight.data_ptr() else [words]
+    if script.head.original_name == "RescoredHead":
+        tensors.append(script.head.weight)
+    return {tensor.data_ptr(): tensor for tensor in tensors}
+
+
 class _Weights:
     """The weights of a script's layers, as C reads them."""
 
-    def __init__(self, layers: Sequence[Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        config: Mapping[str, Any],
+        name: str | None = None,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        """Room for `layers`, and for the tensors that are to be `kept`."""
         library = native_library()
         assert library is not None
         self.library = library
         self.width = layers[0].weight.size(1)
         self._eps, self._activation = config["layer_norm_eps"], ACTIVATIONS[config["activation"]]
         self._kept: list[Tensor] = []  # as long as C has their addresses
-        self._arena = _scratch(sum(map(self._size, layers)))
+        size = sum(map(self._size, layers)) + sum(map(_room, kept if name else ()))
+        self._arena = Arena(size, name)
+        self._memory = self._arena.memory
         self._filled = 0
-        library.use_large_pages(self._arena.data_ptr(), self._arena.numel())
+        library.use_large_pages(self._memory.data_ptr(), self._memory.numel())
 
     def _size(self, layer: Any) -> int:
         outputs, inputs = layer.weight.shape
@@ -125,9 +145,10 @@ class _Weights:
         """Packs a layer's weight and drops the plain one. `gain` multiplies its outputs."""
         weight = layer.weight.contiguous()
         outputs, inputs = weight.shape
-        kind, address = KINDS[weight.dtype], self._arena.data_ptr() + self._filled
+        kind, address = KINDS[weight.dtype], self._memory.data_ptr() + self._filled
         self._filled += self._size(layer)
-        self.library.pack(kind, inputs, outputs, weight.data_ptr(), address)
+        if not self._arena.is_filled:
+            self.library.pack(kind, inputs, outputs, weight.data_ptr(), address)
         layer.weight = weight.new_empty(0)
         offset, scale, bias = None, gain, layer.bias
         if weight.dtype == torch.int8:
@@ -142,10 +163,24 @@ class _Weights:
             vectors.append(None if vector is None else self._address(vector))
         return Linear(address, vectors[0], offset, vectors[1], kind, inputs, outputs, activation)
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A tensor that is used as it is, shared if the others are."""
+        if not self._arena.is_shared:
+            return tensor
+        place = self._memory[self._filled :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        self._filled += _room(tensor)
+        if not self._arena.is_filled:
+            place.copy_(tensor)
+        return place
+
+    def seal(self) -> None:
+        """All weights are packed: other processes may share them."""
+        self._arena.seal()
+
     def panels(self, linear: Linear) -> Tensor:
         """The weights of a packed layer in float32, (panels, inputs, outputs of a panel)."""
-        start = linear.weight - self._arena.data_ptr()
-        floats = self._arena[start:].view(torch.float32)
+        start = linear.weight - self._memory.data_ptr()
+        floats = self._memory[start:].view(torch.float32)
         panels = -(-linear.outputs // PANEL)
         return floats[: panels * linear.inputs * PANEL].view(panels, linear.inputs, PANEL)
 
@@ -165,6 +200,11 @@ class _Weights:
             torch.get_num_threads(),
         )
         return y
+
+
+def _room(tensor: Tensor) -> int:
+    """Its bytes, up to a multiple of a line of the cache."""
+    return -(-tensor.nbytes // 64) * 64
 
 
 def _scratch(size: int) -> Tensor:
@@ -279,12 +319,15 @@ class _Stack:
 class NativeEncoder:
     """Images (B, 3, S, S) -> memory (B, P, D), as the encoder of `training.model`."""
 
-    def __init__(self, script: torch.jit.ScriptModule, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, script: torch.jit.ScriptModule, config: Mapping[str, Any], name: str | None = None
+    ) -> None:
         """Takes the weights of the blocks out of `script`."""
         self._script, self._prefix = script, getattr(script, "prefix", None)
         layers = list(_encoder_layers(script))
-        weights = _Weights(layers, config)
+        weights = _Weights(layers, config, name)
         blocks = [self._block(weights, block) for block in script.blocks.children()]
+        weights.seal()
         self._stack = _Stack(weights, blocks, config["heads"])
         pack_layers(script)
 
@@ -322,7 +365,9 @@ def _apply(module: Any, x: Tensor) -> Tensor:
 class NativeDecoder:
     """A `DecoderWithMaps`, as the decoder of `training.model`."""
 
-    def __init__(self, script: torch.jit.ScriptModule, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, script: torch.jit.ScriptModule, config: Mapping[str, Any], name: str | None = None
+    ) -> None:
         """Takes the weights of the layers out of `script`."""
         self.vocab_size, self.max_positions = script.vocab_size, script.max_positions
         self.prefix = script.prefix
@@ -330,7 +375,9 @@ class NativeDecoder:
         # Keys and values of a photo are as fine as the weights, or nearly so.
         is_exact = _rough_head(script).weight.dtype == torch.float32
         self._memory_dtype = torch.float32 if is_exact else torch.bfloat16
-        self._weights = weights = _Weights(layers, config)
+        whole = _whole(script)
+        self._weights = weights = _Weights(layers, config, name, list(whole.values()))
+        kept = {address: weights.keep(tensor) for address, tensor in whole.items()}
         blocks = list(script.blocks.children())
         self._prompt_encoder, self._prompt_stack = script.prompt_encoder, None
         if self._prompt_encoder is not None:
@@ -345,7 +392,8 @@ class NativeDecoder:
         ]
         self._stack = _Stack(weights, [_block(weights, block) for block in blocks], script.heads)
         self._positions = script.position_embedding.weight
-        self._words: Tensor | None = script.token_embedding.weight
+        # Tied to the head, the embeddings of the words are in its packed form, too.
+        self._words = kept.get(script.token_embedding.weight.data_ptr())
         self._embedding_norm, self._norm = script.embedding_norm, script.norm
         self._transform: tuple[Linear, Any] | None = None
         if script.head_transform.original_name != "Identity":
@@ -354,13 +402,13 @@ class NativeDecoder:
         self._rescored = None
         if script.head.original_name == "RescoredHead":
             head, words = script.head, _rough_head(script).weight.size(0)
-            self._rescored = head.weight.contiguous(), head.bias.contiguous(), head.count
+            self._rescored = kept[head.weight.data_ptr()], head.bias.contiguous(), head.count
             _check(self._rescored[0], (words, weights.width))
             _check(self._rescored[1], (words,))
-        is_tied = _rough_head(script).weight.data_ptr() == self._words.data_ptr()
         self._head = weights.linear(_rough_head(script))
-        if is_tied:  # its packed form has the words' embeddings, too
-            self._words, self._packed_words = None, weights.panels(self._head)
+        weights.seal()
+        if self._words is None:
+            self._packed_words = weights.panels(self._head)
 
     def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
         """Like `Decoder.begin`, with the keys by channel, (B, H, d, places): places are the tokens

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY
 from documents import blocks, commands, programs_of
+from huggingface_models import save_family, save_florence
 from live import configure
 from PIL import Image
 
+from handler.captioner import Captioner
 from training.data.manifest import Row, write_manifest
 
 # Not run by a test: why.
@@ -210,6 +213,40 @@ def ask_the_server(clone: Path, take) -> None:
     for block in blocks("python"):
         if "spark" not in block:
             assert "square" in succeeds(clone, f"python - <<'END'\n{block}\nEND"), block
+
+
+ONE_LINE = "make import export mar serve"
+ASKED = {
+    "vit+gpt2": ("a brown",),
+    "blip": ("a brown",),
+    "git": ("a brown",),
+    "florence": ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.live
+@pytest.mark.parametrize("family", ASKED)
+def test_one_line_brings_a_model_to_the_server(family, clone):
+    """As docs/models.md shows it; then each prompt, and none, by REST and gRPC."""
+    assert any(command.startswith(f"{ONE_LINE} MODEL=") for command in commands())
+    theirs = clone / "models" / family
+    if family == "florence":
+        save_florence(theirs)
+    else:
+        save_family(theirs, family)
+    try:
+        succeeds(clone, f"{ONE_LINE} MODEL={shlex.quote(str(theirs))}")
+        captioner = Captioner(clone / "build/checkpoints" / family)
+        for prompt in (None, *ASKED[family]):
+            option = f"--prompt {shlex.quote(prompt)}" if prompt else ""
+            [[expected]] = captioner.caption([clone / "photo.jpg"], prompt=prompt)
+            for way in ("", "--grpc"):
+                arguments = shlex.quote(f"{option} {way}")
+                said = succeeds(clone, f"make caption IMAGE=photo.jpg ARGS={arguments}")
+                assert said.strip() == expected.text
+    finally:
+        run(clone, "make stop")
 
 
 def rate(clone: Path, key: dict) -> None:

@@ -90,16 +90,28 @@ def sweep(base: Setting) -> list[Setting]:
 
 
 @contextlib.contextmanager
-def serving(export: Path, setting: Setting) -> Iterator[tuple[serve.Server, Path]]:
-    """A server of this setting and its folder."""
+def archived(export: Path, setting: Setting) -> Iterator[Path]:
+    """The folder of a server of this setting, which is ended with it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         archive = build_archive(export, folder / "model_store/captioner.mar", "1.0")
         change_settings(archive, **setting.changes())
+        configure(folder)
         try:
-            yield serve.start(configure(folder), home=folder), folder
+            yield folder
         finally:
             serve.stop(folder)
+
+
+def start(folder: Path) -> serve.Server:
+    return serve.start(folder / "config.properties", home=folder)
+
+
+@contextlib.contextmanager
+def serving(export: Path, setting: Setting) -> Iterator[tuple[serve.Server, Path]]:
+    """A server of this setting and its folder."""
+    with archived(export, setting) as folder:
+        yield start(folder), folder
 
 
 class Connection:
