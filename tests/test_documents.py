@@ -237,10 +237,11 @@ def test_one_line_brings_a_model_to_the_server(family, clone):
         save_family(theirs, family)
     try:
         succeeds(clone, f"{ONE_LINE} MODEL={shlex.quote(str(theirs))}")
-        captioner = Captioner(clone / "build/checkpoints" / family)
+        captioner = Captioner.load(clone / "build/export" / family)
+        photo = (clone / "photo.jpg").read_bytes()
         for prompt in (None, *ASKED[family]):
             option = f"--prompt {shlex.quote(prompt)}" if prompt else ""
-            [[expected]] = captioner.caption([clone / "photo.jpg"], prompt=prompt)
+            [[expected]] = captioner.caption([photo], prompt=prompt)
             for way in ("", "--grpc"):
                 arguments = shlex.quote(f"{option} {way}")
                 said = succeeds(clone, f"make caption IMAGE=photo.jpg ARGS={arguments}")
