@@ -1,6 +1,7 @@
 """Golden parity of every family that is imported: numbers, sequences, scores and texts of
 `generate`, eager and exported."""
 
+import copy
 import itertools
 import random
 from pathlib import Path
@@ -74,7 +75,7 @@ def prompted(model, tokenizer, prompt: str | None) -> tuple[dict, int]:
 def generate(model, processor, tokenizer=None, prompt=None, **options):
     """(sequences, ids behind the begin token and the prompt and without the end, scores) of the
     photos."""
-    pixels = processor(images=PHOTOS, return_tensors="pt")["pixel_values"]
+    pixels = processor(images=PHOTOS, return_tensors="pt")["pixel_values"].to(model.dtype)
     inputs, before = prompted(model, tokenizer, prompt)
     found = model.generate(
         pixel_values=pixels, output_scores=True, return_dict_in_generate=True, **inputs, **options
@@ -100,6 +101,16 @@ def same(captions, theirs, tokenizer) -> None:
         assert caption.text.endswith("".join(caption.tokens).strip())
         if not caption.prompt_ids:
             assert "".join(caption.tokens).strip() == caption.text
+
+
+def same_as_generate(captions, model, processor, tokenizer, prompt=None, **options) -> None:
+    """Like `same`. In a random model two beams may be so near each other that rounding decides, and
+    on another processor otherwise; then what `generate` says in float64 counts."""
+    theirs = generate(model, processor, tokenizer, prompt, **options)
+    if [caption.ids for photo in captions for caption in photo] != theirs[1]:
+        precise = copy.deepcopy(model).double()
+        theirs = generate(precise, processor, tokenizer, prompt, **options)
+    same(captions, theirs, tokenizer)
 
 
 def combinations() -> list[dict]:
@@ -129,7 +140,7 @@ def test_captions_are_those_of_generate(name, families):
     lengths = set()
     for options in combinations():
         found = ours.caption(PHOTOS, **options)
-        same(found, generate(model, processor, **options), tokenizer)
+        same_as_generate(found, model, processor, tokenizer, **options)
         lengths |= {len(caption.ids) for photo in found for caption in photo}
     assert len(lengths) > 4  # captions end where they end
 
@@ -150,7 +161,7 @@ def test_prompted_captions_are_those_of_generate(name, every, families):
     ours = load_captioner(checkpoint)
     for options in combinations()[::every]:
         for prompt, found in zip(PROMPTS, caption_prompted(ours, **options), strict=True):
-            same(found, generate(model, processor, tokenizer, prompt, **options), tokenizer)
+            same_as_generate(found, model, processor, tokenizer, prompt, **options)
             assert all(c.text.startswith(prompt or "") for photo in found for c in photo)
 
 
@@ -174,7 +185,7 @@ def test_an_export_says_the_same(name, families, tmp_path: Path):
     ours, eager = Captioner.load(tmp_path / "export"), load_captioner(checkpoint)
     for options in combinations()[::3]:
         found = ours.caption(PHOTOS, **options)
-        same(found, generate(model, processor, **options), tokenizer)
+        same_as_generate(found, model, processor, tokenizer, **options)
         both = zip(
             caption_prompted(ours, **options), caption_prompted(eager, **options), strict=True
         )
