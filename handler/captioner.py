@@ -31,7 +31,7 @@ from handler.files import FORMAT, read_object
 from handler.image_preprocess import PreprocessConfig, preprocess
 from handler.native_blocks import native_decoder, native_encoder, pack_layers
 from handler.native_library import native_library
-from handler.shared_weights import name_of_weights
+from handler.shared_weights import name_of_weights, packing
 
 Photo = bytes | bytearray | memoryview | Image.Image
 # Batch size for a list of photos.
@@ -105,6 +105,7 @@ class Captioner:
         UserError naming the file that is missing or damaged.
         """
         directory = Path(export_dir)
+        name = name_of_weights(directory)
         config = read_config(directory)
         check_config(directory, config)
         tokenizer = load_tokenizer(directory, config)
@@ -126,7 +127,9 @@ class Captioner:
             ]
         _check_scripts(directory, config, *scripts)
         shapes = config["model"]
-        with name_of_weights(directory) as name:
+        if torch.device(device).type != "cpu" or native_library() is None:
+            name = None
+        with packing(directory, name) as name:
             encoder = prepare_encoder(scripts[0], shapes["encoder"], device, name)
             decoder = prepare_decoder(scripts[1], shapes["decoder"], device, name)
         return cls(encoder, decoder, tokenizer, config, device)

@@ -166,7 +166,7 @@ class _Weights:
     def keep(self, tensor: Tensor) -> Tensor:
         """A tensor that is used as it is, shared if the others are."""
         if not self._arena.is_shared:
-            return tensor
+            return tensor.contiguous()
         place = self._memory[self._filled :][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self._filled += _room(tensor)
         if not self._arena.is_filled:

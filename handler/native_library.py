@@ -1,9 +1,8 @@
 """Compiles `native_blocks.c`, and has its structures.
 
 It is compiled with the system's C compiler (`CC`, by default `cc`) when it is first needed, which
-takes three seconds or more, and kept among the user's caches (`XDG_CACHE_HOME`, by default
-`~/.cache`), because each start of a server unpacks the archive anew. It is for x86 processors with
-AVX-512 and its VNNI instructions.
+takes three seconds, and kept in `__pycache__` beside this file, as Python keeps its own compiled
+files. It is for x86 processors with AVX-512 and its VNNI instructions.
 """
 
 import ctypes
@@ -108,10 +107,10 @@ def native_library() -> ctypes.CDLL | None:
         features = sorted(name for name, has in capabilities.items() if has is True)
         key = "\n".join([SOURCE.read_text(), *command, *features])
         name = f"{SOURCE.stem}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        with suppress(OSError):
-            return _kept(command, name)
-        with tempfile.TemporaryDirectory() as folder:  # for this process alone
-            return _declared(_built(command, folder))
+        kept = SOURCE.parent / "__pycache__" / name
+        with suppress(OSError):  # missing, or damaged: made again
+            return _declared(kept)
+        return _compiled(command, kept)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         stderr = getattr(error, "stderr", None) or b""
         reason = stderr.decode(errors="replace").strip() or str(error)
@@ -123,22 +122,16 @@ def native_library() -> ctypes.CDLL | None:
         return None
 
 
-def _kept(command: list[str], name: str) -> ctypes.CDLL:
-    """The library of this name among the user's caches, compiled where it is missing or damaged.
-    Raises OSError if nothing can be kept there."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(caches) / "captioner"
-    if not folder.is_absolute():
-        raise FileNotFoundError(folder)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:  # HOME may be a shared /tmp
-        raise PermissionError(folder)
+def _compiled(command: list[str], kept: Path) -> ctypes.CDLL:
+    """Compiles to `kept`, for the next process as well, or where that is not possible for this one
+    alone."""
     with suppress(OSError):
-        return _declared(folder / name)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        # Renamed, so that it is never seen incomplete.
-        return _declared(_built(command, beside).replace(folder / name))
+        kept.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            # Renamed, so that it is never seen incomplete.
+            return _declared(_built(command, folder).replace(kept))
+    with tempfile.TemporaryDirectory() as folder:
+        return _declared(_built(command, folder))
 
 
 def _built(command: list[str], folder: str) -> Path:

@@ -13,8 +13,9 @@ import fcntl
 import hashlib
 import mmap
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
@@ -26,6 +27,7 @@ SHARED_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 LARGE = {"[always]", "[within_size]", "[advise]", "[force]"}
 # Of <linux/fcntl.h>, because Python has not all of them: against shrinking, growing, and writing.
 F_ADD_SEALS, F_GET_SEALS, SEALS = 1033, 1034, 0x02 | 0x04 | 0x10
+PATIENCE = 30  # seconds
 # On these depends what packed weights look like.
 PACKING = [Path(__file__).with_name(name) for name in ("native_blocks.c", "native_blocks.py")]
 
@@ -37,22 +39,50 @@ def can_share() -> bool:
     return False
 
 
-@contextmanager
-def name_of_weights(export: Path) -> Iterator[str | None]:
+def name_of_weights(export: Path) -> str | None:
     """The name under which processes share the packed weights of an export's present files; None
-    where they cannot. Until the end of the context, other processes wait here."""
+    where they cannot."""
     if not can_share():
-        yield None
-        return
-    content = b"\n".join(path.read_bytes() for path in PACKING)
-    for name in ("config.json", "encoder.pt", "decoder.pt"):
-        status = (export / name).stat()
-        own = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        content += repr(own).encode()
-    with (export / "config.json").open() as file:
-        with suppress(OSError):  # a file system without locks: two that start at once do not share
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield f"captioner-{hashlib.sha256(content).hexdigest()}"
+        return None
+    try:
+        content = b"\n".join(path.read_bytes() for path in PACKING)
+        for name in ("config.json", "encoder.pt", "decoder.pt"):
+            file = (export / name).stat()
+            own = file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns
+            content += repr(own).encode()
+    except OSError:
+        return None
+    return f"captioner-{hashlib.sha256(content).hexdigest()}"
+
+
+@contextmanager
+def packing(export: Path, name: str | None) -> Iterator[str | None]:
+    """While it packs the weights of an export that it has read as `name`, a process is alone, so
+    that the next one finds them. Gives None instead of `name` if the files have changed since, or
+    another process is at it for too long."""
+    with ExitStack() as stack:
+        if name is not None and not _lock(export / "config.json", stack):
+            name = None
+        yield name if name == name_of_weights(export) else None
+
+
+def _lock(path: Path, stack: ExitStack) -> bool:
+    try:
+        file = stack.enter_context(path.open())
+    except OSError:
+        return False
+    for _ in range(10 * PATIENCE):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:  # a file system without locks: two that start at once do not share
+            return True
+        else:
+            # Not only closed: a process that was forked meanwhile has the file open, too.
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
+            return True
+    return False
 
 
 class Arena:
@@ -96,7 +126,7 @@ def _find(name: str, size: int) -> Tensor | None:
             if process.name.isdecimal() and process.stat().st_uid == os.geteuid():
                 for link in (process / "fd").iterdir():
                     if _target(link) == f"/memfd:{name} (deleted)":
-                        memory = _open(link, size)
+                        memory = _open(link, name, size)
                         if memory is not None:
                             return memory
     return None
@@ -108,13 +138,16 @@ def _target(link: Path) -> str:
     return ""
 
 
-def _open(link: Path, size: int) -> Tensor | None:
-    with link.open("rb") as file:
-        is_sealed = fcntl.fcntl(file, F_GET_SEALS) & SEALS == SEALS
-        if not is_sealed or os.fstat(file.fileno()).st_size != size:
-            return None
-        # Private, although nobody writes to it: torch would warn of memory that is read-only.
-        return _map(file.fileno(), size, mmap.MAP_PRIVATE)
+def _open(link: Path, name: str, size: int) -> Tensor | None:
+    with suppress(OSError), link.open("rb") as file:
+        status = os.fstat(file.fileno())
+        # What is open now may be another file, and a process may have one of another user's.
+        same = _target(Path(f"/proc/self/fd/{file.fileno()}")) == f"/memfd:{name} (deleted)"
+        own = status.st_uid == os.geteuid() and status.st_size == size
+        if same and own and fcntl.fcntl(file, F_GET_SEALS) & SEALS == SEALS:
+            # Private, although nobody writes to it: torch would warn of memory that is read-only.
+            return _map(file.fileno(), size, mmap.MAP_PRIVATE)
+    return None
 
 
 def _map(file: int, size: int, flags: int) -> Tensor:

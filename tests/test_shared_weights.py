@@ -2,23 +2,24 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from conftest import REPOSITORY
 from PIL import Image
 
 from export.export import export_checkpoint
+from handler import captioner as captioner_module
 from handler import shared_weights
 from handler.captioner import Captioner
 from handler.native_library import native_library
-from handler.shared_weights import Arena, name_of_weights
+from handler.shared_weights import Arena, name_of_weights, packing
 
 needs_native = pytest.mark.skipif(
     native_library() is None, reason="no AVX-512 with VNNI here, or no C compiler"
@@ -162,6 +163,40 @@ def test_an_export_that_changed_is_another(export, large_pages):
     file.write_bytes(content)  # of equal size and content, but who knows
     second = Captioner.load(export)
     assert first and not any(arena.is_filled for arena in arenas(second))
+    assert all(arena.is_filled for arena in arenas(Captioner.load(export)))
+
+
+@needs_native
+def test_an_export_that_changes_while_it_is_read_is_not_shared(export, large_pages, monkeypatch):
+    """Its old weights would be found under the name of the new files."""
+    real = captioner_module.read_script
+
+    def read(path, device):
+        script = real(path, device)
+        path.write_bytes(path.read_bytes())
+        return script
+
+    monkeypatch.setattr(captioner_module, "read_script", read)
+    assert not any(arena.is_shared for arena in arenas(Captioner.load(export)))
+    monkeypatch.undo()
+
+
+@needs_native
+def test_nobody_waits_for_long(export, large_pages, monkeypatch):
+    """For a process that is stopped while it packs, say."""
+    monkeypatch.setattr(shared_weights, "PATIENCE", 1)
+    with packing(export, name_of_weights(export)) as name:
+        assert name is not None
+        assert not any(arena.is_shared for arena in arenas(Captioner.load(export)))
+        child = os.fork()  # it has the lock's file open, too
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        assert all(arena.is_shared for arena in arenas(Captioner.load(export)))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_only_whole_memory_of_the_right_size_is_found(large_pages):
@@ -182,11 +217,27 @@ def test_only_whole_memory_of_the_right_size_is_found(large_pages):
     assert found.memory.tolist() == [7] * 100
 
 
-def test_memory_of_other_users_is_not_looked_at(large_pages, monkeypatch):
-    kept = Arena(100, "captioner-test-2")
+@pytest.mark.parametrize("whose", ["another user's process", "another user's memory"])
+def test_what_is_another_users_is_not_taken(whose, large_pages, monkeypatch):
+    name = f"captioner-{whose}"
+    kept = Arena(100, name)
     kept.seal()
-    monkeypatch.setattr(os, "geteuid", lambda: psutil.Process().uids().effective + 1)
-    assert not Arena(100, "captioner-test-2").is_filled
+    user = os.geteuid()
+    if whose.endswith("process"):
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    else:
+        real = os.fstat
+
+        def of_another(file):
+            fields = list(real(file))
+            fields[4] = user + 1
+            return os.stat_result(fields)
+
+        monkeypatch.setattr(os, "fstat", of_another)
+    assert not Arena(100, name).is_filled
+    monkeypatch.undo()
+    monkeypatch.setattr(shared_weights, "SHARED_PAGES", large_pages)
+    assert Arena(100, name).is_filled
 
 
 @pytest.mark.parametrize("broken", ["os.memfd_create", "mmap.mmap"])
@@ -204,13 +255,14 @@ def test_where_nothing_can_be_shared_weights_are_private(broken, large_pages, mo
     assert not Arena(100, "captioner-test-3").is_filled  # nobody takes what was never filled
 
 
-def test_no_descriptor_is_left(export, large_pages):
-    before = links()
-    for _ in range(3):
-        arena = Arena(10_000, "captioner-test-4")
-        arena.seal()
-        Arena(20_000, "captioner-test-4").seal()
-        with name_of_weights(export) as name:
-            assert name
-    del arena
-    assert links() == before
+def test_a_mapping_has_one_descriptor_and_nothing_else_is_left(export, large_pages):
+    before = len(links())
+    kept = Arena(10_000, "captioner-kept")
+    kept.seal()
+    found = Arena(10_000, "captioner-kept")
+    Arena(20_000, "captioner-kept").seal()
+    with packing(export, name_of_weights(export)) as name:
+        assert name
+    assert found.is_filled and len(links()) == before + 2
+    del kept, found
+    assert len(links()) == before

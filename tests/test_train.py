@@ -86,7 +86,7 @@ STAGES = [
     {"name": "whole", "epochs": 1, "batch_photos": 8, "augment": True, "flip": True,
      "encoder_layer_decay": 0.8, "gradient_checkpointing": True},
     {"name": "frozen", "encoder": "frozen", "epochs": 1, "batch_photos": 8, "views": 2,
-     "flip": True},
+     "flip": True, "optimizer": "muon"},
     {"name": "rewarded", "encoder": "frozen", "epochs": 1, "batch_photos": 8, "decoder_lr": 1e-4,
      "optimizer": "muon", "self_critical": {"samples": 3, "baseline": "greedy"}},
     {"name": "rewarded whole", "epochs": 1, "batch_photos": 4, "accumulate": 2, "flip": True,
