@@ -61,9 +61,8 @@ def packing(export: Path, name: str | None) -> Iterator[str | None]:
     that the next one finds them. Gives None instead of `name` if the files have changed since, or
     another process is at it for too long."""
     with ExitStack() as stack:
-        if name is not None and not _lock(export / "config.json", stack):
-            name = None
-        yield name if name == name_of_weights(export) else None
+        is_alone = name is not None and _lock(export / "config.json", stack)
+        yield name if is_alone and name == name_of_weights(export) else None
 
 
 def _lock(path: Path, stack: ExitStack) -> bool:

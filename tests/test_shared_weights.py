@@ -178,7 +178,6 @@ def test_an_export_that_changes_while_it_is_read_is_not_shared(export, large_pag
 
     monkeypatch.setattr(captioner_module, "read_script", read)
     assert not any(arena.is_shared for arena in arenas(Captioner.load(export)))
-    monkeypatch.undo()
 
 
 @needs_native
@@ -222,21 +221,19 @@ def test_what_is_another_users_is_not_taken(whose, large_pages, monkeypatch):
     name = f"captioner-{whose}"
     kept = Arena(100, name)
     kept.seal()
-    user = os.geteuid()
-    if whose.endswith("process"):
-        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
-    else:
-        real = os.fstat
+    user, real = os.geteuid(), os.fstat
 
-        def of_another(file):
-            fields = list(real(file))
-            fields[4] = user + 1
-            return os.stat_result(fields)
+    def of_another(file):
+        fields = list(real(file))
+        fields[4] = user + 1
+        return os.stat_result(fields)
 
-        monkeypatch.setattr(os, "fstat", of_another)
-    assert not Arena(100, name).is_filled
-    monkeypatch.undo()
-    monkeypatch.setattr(shared_weights, "SHARED_PAGES", large_pages)
+    with monkeypatch.context() as patched:
+        if whose.endswith("process"):
+            patched.setattr(os, "geteuid", lambda: user + 1)
+        else:
+            patched.setattr(os, "fstat", of_another)
+        assert not Arena(100, name).is_filled
     assert Arena(100, name).is_filled
 
 
@@ -245,13 +242,12 @@ def test_where_nothing_can_be_shared_weights_are_private(broken, large_pages, mo
     def refuse(*_):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(broken, refuse)
-    arena = Arena(100, "captioner-test-3")
+    with monkeypatch.context() as patched:
+        patched.setattr(broken, refuse)
+        arena = Arena(100, "captioner-test-3")
     assert not arena.is_shared and arena.memory.shape == (100,)
     assert arena.memory.dtype == torch.uint8
     arena.seal()
-    monkeypatch.undo()
-    monkeypatch.setattr(shared_weights, "SHARED_PAGES", large_pages)
     assert not Arena(100, "captioner-test-3").is_filled  # nobody takes what was never filled
 
 
