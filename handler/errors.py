@@ -14,7 +14,8 @@ from typing import NoReturn
 # Errors of the system that the user can fix: no space, quota, read-only, permission, ...
 NOT_OURS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ELOOP),
+    *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMFILE),
+    errno.ELOOP,
 )
 
 INTERRUPT = signal.default_int_handler

@@ -7,7 +7,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -171,12 +171,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.umask(umask)
         usual = 0o666 & ~umask
         temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else usual)
+        # Otherwise a power cut soon after the rename can leave an empty file.
+        _write_out(temporary)
         temporary.replace(path)
+        with suppress(OSError):  # not every file system can do it for a folder
+            _write_out(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # the error of a full disk does not name the file
         raise
+
+
+def _write_out(path: Path) -> None:
+    """Makes the system write a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> Any:

@@ -20,6 +20,10 @@ import pytest
 from conftest import REPOSITORY
 
 from handler.batch import namespace
+from handler.batch.output import Output
+from handler.batch.record import describe, open_run
+from handler.batch.shard import Job, Worker, part_name
+from handler.batch.source import Shard
 
 BROKEN = {
     "bad.jpg": (b"\xff\xd8\xff\xe0 no photo", "InvalidImage"),
@@ -163,3 +167,14 @@ def deadly(path: Path) -> Iterator[list[int]]:
         patch.syspath_prepend(folder)  # of which a batch's processes take theirs
         yield dead
         dead += [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+def caption_all(export: Path, where: str, out: Path, extend: bool = False) -> list[Shard]:
+    """What a driver does, in this process."""
+    output = Output(str(out))
+    shards, _ = open_run(output, describe(export, {}, where), extend)
+    worker = Worker(Job(str(export), {}, str(out)))
+    for one in shards:
+        if part_name(one) not in output.names():
+            worker.caption(one)
+    return shards

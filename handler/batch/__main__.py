@@ -63,8 +63,16 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name} is {value}; give 1 or more")
     if arguments.metrics:
         check_metrics(arguments.metrics)
+    for name in ("source", "out"):
+        if not getattr(arguments, name):
+            parser.error(f"--{name} is empty; give a folder or a URL")
     if arguments.gpus < 0:
         parser.error(f"--gpus is {arguments.gpus}; give 0 or more")
+    if arguments.workers and arguments.workers < arguments.gpus:
+        parser.error(
+            f"--workers {arguments.workers} cannot use --gpus {arguments.gpus}; give one worker a "
+            "GPU, or more"
+        )
     if arguments.shards:
         part = re.fullmatch(r"([0-9]{1,9})/([1-9][0-9]{0,8})", arguments.shards)
         if part is None or int(part[1]) > int(part[2]):
@@ -149,7 +157,8 @@ def main() -> None:
         waiting = [shard for shard in shards if part_name(shard) not in done]
         device = "cuda" if arguments.gpus and torch.version.cuda else "cpu"
         export = str(arguments.export.absolute())
-        job = Job(export, options, output.url, device, arguments.threads)
+        offline = namespace.is_alone() and not needs_network(arguments.source)
+        job = Job(export, options, output.url, device, arguments.threads, offline)
         progress = Progress(shards, waiting)
         if waiting:
             for shard, summary in caption(arguments, job, waiting):

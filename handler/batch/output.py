@@ -7,6 +7,7 @@ from typing import Any
 import fsspec
 
 from handler.batch.source import URL
+from handler.errors import UserError
 from handler.files import write_atomic
 
 
@@ -16,14 +17,20 @@ class Output:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.folder = None if URL.match(url) else Path(url)
-        self.system, self.path = fsspec.url_to_fs(self.url)
+        try:
+            self.system, self.path = fsspec.url_to_fs(self.url)
+        except Exception as error:  # an unknown protocol, a package that is not installed
+            raise UserError(f"{url}: cannot be written ({error}); choose another --out") from error
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file: locally by renaming a temporary file, on an object store by one put."""
         if self.folder:
             write_atomic(self.folder / name, content)
-        else:
+            return
+        try:
             self.system.pipe_file(f"{self.path}/{name}", content)
+        except Exception as error:  # each filesystem has its own exception types
+            raise UserError(f"{self.url}/{name}: cannot be written ({error})") from error
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes a file unless it exists; returns False if it does. If several processes create it
@@ -55,7 +62,9 @@ class Output:
             self.system.rm_file(f"{self.path}/{name}")
 
     def names(self) -> set[str]:
+        """The names of all files; empty ones, which a power cut can leave, do not count."""
         self.system.invalidate_cache()
         if not self.system.exists(self.path):
             return set()
-        return {path.rpartition("/")[2] for path in self.system.ls(self.path, detail=False)}
+        files = self.system.ls(self.path, detail=True)
+        return {file["name"].rpartition("/")[2] for file in files if file["size"] != 0}

@@ -55,7 +55,11 @@ def connected(address: str | None, cpus: int, gpus: int) -> Iterator[Any]:
     # Imported here: Ray reads the environment once, when it is imported.
     ray = importlib.import_module("ray")
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--address {address}: no Ray cluster answers ({reason})") from error
     else:
         context = ray.init(
             address="local",

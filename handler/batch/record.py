@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.batch.output import Output
-from handler.batch.source import Shard, absolute, cut, find
+from handler.batch.source import WHOLE, Shard, absolute, cut, find
 from handler.captioner import check_config, choose_options, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.files import FORMAT, locked
@@ -57,7 +57,7 @@ def open_run(output: Output, run: dict[str, Any], extend: bool) -> tuple[list[Sh
         else:
             _check_same(output, run, before)
         is_cut = before is not None and output.read(SHARDS) is not None
-        shards = [] if is_cut else _cut(run["source"])
+        shards = [] if is_cut else _cut(run["source"], output.url)
         # The first job of an array writes run.json and shards.json; the others use them.
         if before is None and not output.create(RUN, json.dumps(run, indent=2).encode()):
             _check_same(output, run, output.read(RUN) or b"")
@@ -66,8 +66,8 @@ def open_run(output: Output, run: dict[str, Any], extend: bool) -> tuple[list[Sh
         return _compare(output, run["source"], _read_shards(output), extend)
 
 
-def _cut(source: str) -> list[Shard]:
-    shards, root, photos = find(source)
+def _cut(source: str, out: str) -> list[Shard]:
+    shards, root, photos = find(source, out)
     return shards or cut(root, photos)
 
 
@@ -137,7 +137,12 @@ def _packed(shards: list[Shard]) -> bytes:
 
 def _read_shards(output: Output) -> list[Shard]:
     content = _parse(output, SHARDS, output.read(SHARDS) or b"")
-    return [Shard(**{**row, "photos": tuple(row["photos"])}) for row in content["shards"]]
+    try:
+        return [Shard(**{**row, "photos": tuple(row["photos"])}) for row in content["shards"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{output.url}/{SHARDS}: not a list of shards; choose another --out"
+        ) from error
 
 
 def _compare(
@@ -146,11 +151,20 @@ def _compare(
     """Looks for photos that were added since the source was cut: their number is reported, and with
     `extend` they are cut into further shards. Photos that were removed need no check here: they
     become rows with an error when their shards are captioned."""
-    found, root, photos = find(source)
+    found, root, photos = find(source, output.url, first=False)
     known = {photo for shard in shards for photo in shard.photos}
     addresses = {shard.address for shard in shards}
+    whole = {shard.url for shard in shards if shard.row_group == WHOLE}
     fresh = [photo for photo in photos if photo not in known]
-    added = [shard for shard in found if shard.address not in addresses]
+    # A file that was recorded as a whole, or group by group, is known however it is read today.
+    recorded = {shard.url for shard in shards}
+    added = [
+        shard
+        for shard in found
+        if shard.address not in addresses
+        and shard.url not in whole
+        and not (shard.row_group == WHOLE and shard.url in recorded)
+    ]
     added += cut(root, fresh, first=len(shards))
     if not added:
         return shards, []

@@ -5,6 +5,8 @@ import hashlib
 import io
 import itertools
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from handler.batch.output import Output
-from handler.batch.source import URL, Photo, Shard, read
+from handler.batch.source import URL, Photo, Shard, printable, read
 from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.request import describe_error
@@ -48,6 +50,7 @@ SCHEMA = pa.schema(
         ("error", pa.struct([("type", pa.string()), ("message", pa.string())])),
     ]
 )
+DEVICE_FAILED = 70  # exit status
 COUNTS = b"captioner"  # key of the summary in the footer of a part
 
 Row = dict[str, Any]
@@ -56,17 +59,20 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Job:
     """What a worker needs to start: the folder of an export, options for `Captioner.options`, the
-    folder or URL of the parts, the device, and the number of torch threads."""
+    folder or URL of the parts, the device, the number of torch threads, and whether its process
+    was cut off from the network."""
 
     export: str
     options: dict[str, Any]
     out: str
     device: str = "cpu"
     threads: int = 1
+    offline: bool = False
 
 
 def part_name(shard: Shard) -> str:
-    return f"part-{hashlib.sha256(shard.address.encode()).hexdigest()[:24]}.parquet"
+    address = shard.address.encode(errors="surrogateescape")
+    return f"part-{hashlib.sha256(address).hexdigest()[:24]}.parquet"
 
 
 def failed_name(shard: Shard) -> str:
@@ -74,7 +80,7 @@ def failed_name(shard: Shard) -> str:
 
 
 def error_row(photo_id: str, kind: str, message: str) -> Row:
-    error = {"type": kind, "message": message}
+    error = {"type": kind, "message": printable(message)}
     return {"id": photo_id, "caption": None, "captions": None, "error": error}
 
 
@@ -95,15 +101,28 @@ class Worker:
     def caption_singly(self, shard: Shard, start: int) -> Iterator[str | Row]:
         """Captions one photo at a time from number `start` on. Yields the id of each photo before
         it is tried, then its row."""
-        for photo in itertools.islice(read(shard), start, None):
+        for photo in itertools.islice(self._photos(shard), start, None):
             yield photo.id
             yield self._caption_batch([(photo.id, self._prepare(photo))])[0]
 
     def _rows(self, shard: Shard) -> Iterator[Row]:
-        threads = FETCHERS if URL.match(shard.url) else self.decoders
-        with closing(ahead(self._prepare, read(shard), threads, self.batch)) as ready:
+        photos = self._photos(shard)
+        first = list(itertools.islice(photos, 1))
+        is_remote = URL.match(shard.url) or any(photo.is_remote for photo in first)
+        threads = FETCHERS if is_remote else self.decoders
+        photos = itertools.chain(first, photos)
+        with closing(ahead(self._prepare, photos, threads, self.batch)) as ready:
             while batch := list(itertools.islice(ready, self.batch)):
                 yield from self._caption_batch(batch)
+
+    def _photos(self, shard: Shard) -> Iterator[Photo]:
+        for photo in read(shard):
+            if self.job.offline and photo.is_remote:
+                raise UserError(
+                    f"{photo.content!r}: this job has no network, because no file of its source "
+                    "begins with URLs; use --shards 0/1, which keeps the network"
+                )
+            yield photo
 
     def _prepare(self, photo: Photo) -> Tensor | Exception:
         try:
@@ -135,6 +154,10 @@ class Worker:
             captions = self.captioner.caption_tensors(
                 torch.stack(images), [self.options] * len(images)
             )
+        except torch.AcceleratorError as error:
+            # Every later call would fail as well. A new process can use the device again.
+            print(f"the device failed: {error}", file=sys.stderr, flush=True)
+            os._exit(DEVICE_FAILED)
         except Exception as error:
             # A batch that fails is captioned photo by photo: one photo must not affect the others.
             if len(images) == 1:
@@ -183,7 +206,7 @@ def finish(output: Output, shard: Shard, rows: Iterable[Row]) -> dict[str, Any]:
     """
     started = time.perf_counter()
     try:
-        done = [{**row, "shard": shard.address} for row in rows]
+        done = [{**row, "shard": printable(shard.address)} for row in rows]
     except (UserError, OSError, ValueError) as error:
         return give_up(output, shard, str(error)) | {"seconds": time.perf_counter() - started}
     counts: dict[str, int] = {}

@@ -6,15 +6,18 @@ files. Each tar and each row group is one shard; the photos of a folder are cut 
 """
 
 import itertools
+import os
 import re
 import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from handler.errors import UserError
@@ -24,19 +27,24 @@ from handler.request import MissingImage
 # Photos per shard of a folder. A shard is repeated when its worker dies; it takes about a minute.
 PHOTOS = 256
 PHOTO_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif"),
 )
+PACKED_SUFFIXES = (".tar", ".parquet")
 PARQUET_ROWS = 64  # rows of a row group that are read at once
 PARQUET_BUFFER = 2**20
 WAITS_S = (1.0, 4.0)  # before each retry of a photo that could not be fetched
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+# fsspec reads these through another URL, which follows after "::".
+CHAIN = re.compile(r"(^|::)((zip|tar|libarchive)://|(simple|file|block)cache::)")
+WHOLE = -1  # the row group of a shard that is a whole Parquet file
 
 
 @dataclass(frozen=True)
 class Shard:
     """One unit of work. `address` is unique in its job; `url` is the tar, the Parquet file or the
-    folder; `row_group` belongs to Parquet, `photos` (paths relative to `url`) to a folder."""
+    folder; `row_group` (or WHOLE) belongs to Parquet, `photos` (paths relative to `url`) to a
+    folder."""
 
     address: str
     kind: str
@@ -52,9 +60,19 @@ class Photo:
     id: str
     content: bytes | str | Exception
 
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self.content, str) and bool(URL.match(self.content))
+
     def fetch(self) -> bytes | Exception:
         """The bytes, of which at most MAX_BYTES + 1 are read, or why the photo has none."""
         return _content(self.content) if isinstance(self.content, str) else self.content
+
+
+def printable(text: str) -> str:
+    """A file name that is not UTF-8 has characters that no Parquet file can hold; they are written
+    as backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def absolute(url: str) -> str:
@@ -79,41 +97,78 @@ def _expand_range(pattern: str) -> Iterator[str]:
             yield pattern[: match.start()] + str(number).zfill(len(first)) + rest
 
 
-def find(source: str) -> tuple[list[Shard], str, list[str]]:
+def find(source: str, out: str = "", first: bool = True) -> tuple[list[Shard], str, list[str]]:
     """Returns the shards of a source of tars or Parquet files, or the root of a folder and the
-    photos below it. Raises UserError if there are none, or both kinds."""
-    files = [file for url in expand(source) for file in _files(url)]
-    packed = [file for file in files if file.endswith((".tar", ".parquet"))]
-    photos = [file for file in files if file.lower().endswith(PHOTO_SUFFIXES)]
-    if not packed and not photos:
+    photos below it. What lies below `out` does not belong to the source. Raises UserError if there
+    are both kinds, and at the `first` start of a job if the source or a part of a list has none."""
+    if CHAIN.search(source):
         raise UserError(
-            f"{source}: no photos, .tar or .parquet files there; set --source to a folder, a glob "
-            "or a list of them"
+            f"{source}: archives and caches cannot be read through another URL; unpack the photos, "
+            "or pack them into .tar files"
         )
+    found: list[str] = []
+    for url in expand(source):
+        files = _wanted(url, out)
+        if first and not files:
+            raise UserError(
+                f"{url}: no photos, .tar or .parquet files there; set --source to a folder, a glob "
+                "or a list of them"
+            )
+        found += files
+    packed = [file for file in found if file.endswith(PACKED_SUFFIXES)]
+    photos = [file for file in found if not file.endswith(PACKED_SUFFIXES)]
     if packed and photos:
         raise UserError(
             f"{source}: contains photos and {packed[0]}; select one kind, such as FOLDER/**/*.jpg"
         )
     if packed:
         return [shard for url in dict.fromkeys(packed) for shard in _packed(url)], "", []
+    if len({bool(URL.match(photo)) for photo in photos}) > 1:
+        raise UserError(f"{source}: contains local photos and URLs; caption them into two folders")
     root = _root(source, photos)
     return [], root, sorted({photo.removeprefix(root).lstrip("/") for photo in photos})
 
 
+def _wanted(url: str, out: str) -> list[str]:
+    """The photos, tars and Parquet files that a URL names, without those below `out`."""
+    is_remote = bool(URL.match(url))
+    folder = (_canonical(out) if URL.match(out) else os.path.realpath(out)) if out else ""
+
+    @cache
+    def is_output(parent: str) -> bool:
+        parent = parent if is_remote else os.path.realpath(parent)
+        return f"{parent}/".startswith(f"{folder.rstrip('/')}/")
+
+    return [
+        file
+        for file in _files(url)
+        if (file.endswith(PACKED_SUFFIXES) or file.lower().endswith(PHOTO_SUFFIXES))
+        and not (folder and is_output(file.rpartition("/")[0]))
+    ]
+
+
 def needs_network(source: str) -> bool:
-    """Whether the source is a URL, or the paths in its first Parquet file are URLs."""
+    """Whether the source is a URL, or the first paths in one of its Parquet files are URLs."""
     if URL.search(source):
         return True
     files = (file for url in expand(source) for file in _files(url))
-    first = next((file for file in files if file.endswith(".parquet")), None)
-    if first is None:
-        return False
-    shard = Shard(first, "parquet", first)
+    return any(_names_urls(file) for file in files if file.endswith(".parquet"))
+
+
+def _names_urls(file: str) -> bool:
     try:
-        few = list(itertools.islice(_read_parquet(shard), PARQUET_ROWS))
-    except (UserError, OSError, ValueError):
+        with pq.ParquetFile(file) as table:
+            image = table.schema_arrow.field("image").type
+            column = "image.path" if pa.types.is_struct(image) else "image"
+            if pa.types.is_binary(image) or pa.types.is_large_binary(image):
+                return False
+            few = next(table.iter_batches(PARQUET_ROWS, columns=[column]), None)
+            rows = few.to_pylist() if few else []
+    except (OSError, ValueError, KeyError):
         return False  # captioning the shard reports what is wrong with the file
-    return any(isinstance(photo.content, str) and URL.match(photo.content) for photo in few)
+    cells = (row["image"] for row in rows)
+    paths = (cell.get("path") if isinstance(cell, dict) else cell for cell in cells)
+    return any(isinstance(path, str) and URL.match(path) for path in paths)
 
 
 def _root(source: str, photos: list[str]) -> str:
@@ -122,7 +177,7 @@ def _root(source: str, photos: list[str]) -> str:
     """
     folders = []
     for url in map(_canonical, expand(source)):
-        fixed = re.split(r"[*?\[]", url)[0]
+        fixed = re.split(r"[*?\[]", url)[0] if _is_glob(url) else url
         is_whole = fixed == url and url not in photos
         folders.append((fixed.rstrip("/") if is_whole else fixed.rpartition("/")[0]).split("/"))
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
@@ -137,29 +192,58 @@ def _canonical(url: str) -> str:
     return system.unstrip_protocol(path)
 
 
+def _is_glob(url: str) -> bool:
+    """Whether a URL is a pattern: an existing folder or file may have brackets in its name."""
+    return bool(re.search(r"[*?\[]", url)) and (bool(URL.match(url)) or not os.path.exists(url))
+
+
 def _files(url: str) -> list[str]:
     """The files that a URL names, as URLs of the same kind."""
     try:
-        system, path = fsspec.url_to_fs(url)
-        if re.search(r"[*?\[]", path):
+        system, path = fsspec.url_to_fs(url) if URL.match(url) else (fsspec.filesystem("file"), url)
+        if _is_glob(url):
             paths = [path for path in system.glob(path) if system.isfile(path)]
         elif url.lower().endswith((".tar", ".parquet", *PHOTO_SUFFIXES)) and not system.isdir(path):
             paths = [path]
-        else:
+        elif URL.match(url):
             paths = system.find(path)
+        else:
+            paths = list(_walk(path))
     except Exception as error:  # each filesystem has its own exception types
         raise UserError(f"{url}: {error}") from error
     return [system.unstrip_protocol(path) if URL.match(url) else path for path in sorted(paths)]
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """The files below a local folder. Links to folders are followed, each folder once."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (os.path.join(parent, file) for file in files)
+
+
+def _open(url: str) -> IO[bytes]:
+    """Opens a URL or a local file, in whose name fsspec would read "::" as a chain of URLs."""
+    if not URL.match(url):
+        return open(url, "rb")
+    opened: IO[bytes] = fsspec.open(url).open()
+    return opened
 
 
 def _packed(url: str) -> list[Shard]:
     if url.endswith(".tar"):
         return [Shard(url, "tar", url)]
     try:
-        with fsspec.open(url) as file:
+        with _open(url) as file:
             groups = pq.ParquetFile(file).num_row_groups
-    except (OSError, ValueError):
-        groups = 1  # captioning the shard reports what is wrong with the file
+    except Exception:  # each filesystem has its own exception types
+        # Captioning the shard reports what is wrong, and takes all its row groups if nothing is.
+        return [Shard(url, "parquet", url, WHOLE)]
     return [Shard(f"{url}#{group}", "parquet", url, group) for group in range(groups)]
 
 
@@ -178,8 +262,9 @@ def read(shard: Shard) -> Iterator[Photo]:
     read_kind = {"tar": _read_tar, "parquet": _read_parquet, "folder": _read_folder}[shard.kind]
     try:
         for photo in read_kind(shard):
-            count = counts[photo.id] = counts.get(photo.id, 0) + 1
-            yield Photo(f"{photo.id}#{count}", photo.content) if count > 1 else photo
+            name = printable(photo.id)
+            count = counts[name] = counts.get(name, 0) + 1
+            yield Photo(f"{name}#{count}" if count > 1 else name, photo.content)
     except (OSError, ValueError):
         raise
     except Exception as error:  # each filesystem has its own exception types
@@ -195,7 +280,7 @@ def _content(url: str) -> bytes | Exception:
     is_remote = URL.match(url)
     for wait_s in (*WAITS_S, None):
         try:
-            with fsspec.open(url) as file:
+            with _open(url) as file:
                 return file.read(MAX_BYTES + 1)
         except FileNotFoundError:
             return MissingImage("the photo is no longer there")
@@ -204,6 +289,12 @@ def _content(url: str) -> bytes | Exception:
                 return MissingImage(f"the photo cannot be read ({error})")
             time.sleep(wait_s)
     raise AssertionError
+
+
+LINK = (
+    "the tar holds a link to {} instead of this photo; pack it with "
+    "tar --dereference --hard-dereference"
+)
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -227,12 +318,18 @@ def _read_tar(shard: Shard) -> Iterator[Photo]:
     """Reads the tar once, as a stream."""
     try:
         with (
-            fsspec.open(shard.url) as file,
+            _open(shard.url) as file,
             tarfile.open(fileobj=file, mode="r|", tarinfo=StrictTarInfo) as tar,
         ):
             for member in tar:
-                if member.isfile() and member.name.lower().endswith(PHOTO_SUFFIXES):
+                # It would hold half a gigabyte for a million photos.
+                tar.members = []  # type: ignore[attr-defined]
+                if not member.name.lower().endswith(PHOTO_SUFFIXES):
+                    continue
+                if member.isfile():
                     yield Photo(member.name, _member(tar, member))
+                elif member.islnk() or member.issym():
+                    yield Photo(member.name, MissingImage(LINK.format(member.linkname)))
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"the tar is damaged or incomplete ({error})") from error
 
@@ -247,14 +344,15 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _read_parquet(shard: Shard) -> Iterator[Photo]:
-    with fsspec.open(shard.url) as file:
+    with _open(shard.url) as file:
         # Page by page: a row group of thousands of photos may not fit into memory.
         table = pq.ParquetFile(file, buffer_size=PARQUET_BUFFER, pre_buffer=False)
         columns = table.schema_arrow.names
         if "image" not in columns:
             raise UserError(f"no column 'image'; the columns are {', '.join(columns)}")
         wanted = [name for name in ("id", "image") if name in columns]
-        rows = table.iter_batches(PARQUET_ROWS, row_groups=[shard.row_group], columns=wanted)
+        groups = None if shard.row_group == WHOLE else [shard.row_group]
+        rows = table.iter_batches(PARQUET_ROWS, row_groups=groups, columns=wanted)
         index = 0
         for batch in rows:
             for row in batch.to_pylist():

@@ -86,7 +86,9 @@ def totals(
         "errors": dict(sorted(errors.items())),
         "shards": len(shards),
         "shards_done": len(parts),
-        "shards_failed": sum(failed_name(shard) in names for shard in shards),
+        "shards_failed": sum(
+            failed_name(shard) in names and part_name(shard) not in names for shard in shards
+        ),
     }
 
 
