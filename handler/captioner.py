@@ -345,11 +345,7 @@ def choose_options(
             raise InvalidParameter(
                 name, f"{name} is unknown; the options are {', '.join(sorted(OPTIONS))}"
             )
-    defaults = dict(defaults)
-    if given.get("do_sample") is True:
-        # Sampling uses one beam. A default of several beams is not an error of the caller.
-        defaults.pop("num_beams", None)
-    options = DecodeOptions(**{**defaults, **given})
+    options = DecodeOptions(**{**_yielding(defaults, given), **given})
     prompt = written_prompt(tokenizer, encode_prompt(tokenizer, options.prompt))
     if prompt and len(prompt) <= most_prompt_tokens(max_positions):
         longest = max_positions - 1 - len(prompt)
@@ -361,6 +357,26 @@ def choose_options(
         options = replace(options, **lengths)
     options.limits(vocab_size, max_positions, len(prompt))
     return options
+
+
+def _yielding(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The `defaults`, changed where they contradict the options `given`, which win: that is no
+    error of the caller."""
+    changed = {name: value for name, value in defaults.items() if name not in given}
+    beams = given.get("num_beams")
+    if given.get("do_sample") is True:
+        changed.pop("num_beams", None)  # sampling uses one beam
+    elif isinstance(beams, int) and beams > 1:
+        changed.pop("do_sample", None)
+    samples = {**changed, **given}.get("do_sample") is True
+    for less, more in (("min_new_tokens", "max_new_tokens"), ("num_return_sequences", "num_beams")):
+        if more == "num_beams" and samples:
+            continue
+        for name, other, fit in ((less, more, min), (more, less, max)):
+            own, limit = changed.get(name), given.get(other)
+            if isinstance(own, int) and isinstance(limit, int):
+                changed[name] = fit(own, limit)
+    return changed
 
 
 def prompted(given: Mapping[str, Any], prompts: object) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Face.
 """
 
 import io
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401
 
 from handler.errors import ImageTooLarge, InvalidImage
+from handler.image_walk import webp_size
 
 MAX_BYTES = 16 * 2**20
 MAX_PIXELS = 64_000_000
@@ -48,6 +50,7 @@ ORIENTATIONS = {
 EXIF_ORIENTATION = 0x0112
 TIFF_BITS_PER_SAMPLE, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1
+WEBP_CHUNKS = (b"VP8 ", b"VP8L", b"VP8X")  # one of which is the first
 
 
 # Big-endian 32-bit unsigned integers, which Pillow supports only in little-endian order. They are
@@ -57,6 +60,9 @@ TiffImagePlugin.OPEN_INFO[TiffImagePlugin.MM, 1, (1,), 1, (32,), ()] = ("I", "I;
 
 def open_photo(data: bytes, kind: str) -> Image.Image:
     """Reads and checks the header of a photo; no pixel is decoded yet."""
+    if kind == "WEBP" and data[12:16] in WEBP_CHUNKS and math.prod(webp_size(data)) > MAX_PIXELS:
+        # Pillow's plugin takes memory for all pixels before it tells their number.
+        raise too_many_pixels()
     try:
         image = Image.open(io.BytesIO(data), formats=[kind])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -93,7 +99,7 @@ def decode_photo(image: Image.Image, data: bytes = b"", min_side: int | None = N
             image.draft("RGB", (2 * min_side, 2 * min_side))
         if image.format == "TIFF":
             in_native_order(image)
-        if "_decoder" in vars(image):
+        if data and "_decoder" in vars(image):  # a PIL image is its caller's: it is not changed
             vars(image)["_decoder"] = OneFrame(vars(image)["_decoder"])
         image.load()
         turn = orientation(image)

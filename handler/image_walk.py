@@ -153,21 +153,22 @@ def webp_effort(data: bytes) -> Effort:
         chunks += 1
     if chunks > MAX_BLOCKS:
         return Effort.UNKNOWN
-    cheap = len(data) <= CHEAP_BYTES and webp_pixels(data) <= CHEAP_PIXELS
+    width, height = webp_size(data)
+    cheap = len(data) <= CHEAP_BYTES and width * height <= CHEAP_PIXELS
     return Effort.CHEAP if cheap else Effort.BOUNDED
 
 
-def webp_pixels(data: bytes) -> int:
-    """The number of pixels of a WebP, from the header of its first chunk."""
+def webp_size(data: bytes) -> tuple[int, int]:
+    """The width and height of a WebP, from the header of its first chunk."""
     if data[12:16] == b"VP8X":
         width, height = (int.from_bytes(data[start : start + 3], "little") for start in (24, 27))
-        return (width + 1) * (height + 1)
+        return width + 1, height + 1
     if data[12:16] == b"VP8L":
         bits = int.from_bytes(data[21:25], "little")
-        return ((bits & 0x3FFF) + 1) * ((bits >> 14 & 0x3FFF) + 1)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     sides = (int.from_bytes(data[start : start + 2], "little") for start in (26, 28))
     width, height = (side & 0x3FFF for side in sides)
-    return width * height
+    return width, height
 
 
 def bmp_effort(data: bytes) -> Effort:

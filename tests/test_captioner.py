@@ -34,6 +34,43 @@ def captioner() -> Captioner:
 
 
 @pytest.mark.parametrize(
+    ("defaults", "given", "changed"),
+    [
+        ({"min_new_tokens": 4}, {"max_new_tokens": 2}, {"min_new_tokens": 2}),
+        ({"max_new_tokens": 2}, {"min_new_tokens": 4}, {"max_new_tokens": 4}),
+        (
+            {"num_beams": 5, "num_return_sequences": 3},
+            {"num_beams": 1},
+            {"num_return_sequences": 1},
+        ),
+        ({"num_beams": 1}, {"num_return_sequences": 3}, {"num_beams": 3}),
+        ({"do_sample": True}, {"num_beams": 3}, {"do_sample": False}),
+        ({"num_beams": 3}, {"do_sample": True}, {"num_beams": None}),
+        (
+            {"num_beams": 4, "num_return_sequences": 2},
+            {"num_beams": 3},
+            {"num_return_sequences": 2},
+        ),
+    ],
+)
+def test_a_default_yields_to_what_is_asked(defaults, given, changed, captioner, monkeypatch):
+    """The caller was told of an option that it had not set."""
+    monkeypatch.setattr(captioner, "decoding", defaults)
+    options = asdict(captioner.options(**given))
+    assert options == asdict(DecodeOptions(**{**defaults, **given, **changed}))
+
+
+def test_what_is_asked_is_still_checked_against_itself(captioner):
+    for given in (
+        {"min_new_tokens": 3, "max_new_tokens": 2},
+        {"num_beams": 1, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 2},
+    ):
+        with pytest.raises(InvalidParameter):
+            captioner.options(**given)
+
+
+@pytest.mark.parametrize(
     "photos",
     ["a.jpg", Path("a.jpg"), b"x", bytearray(b"x"), memoryview(b"x"), np.zeros((2, 2, 3))],
 )

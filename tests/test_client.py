@@ -17,7 +17,7 @@ from handler.client import connection as client_module
 from handler.client.__main__ import main
 from handler.client.connection import Client, ServerError
 from handler.client.stubs import load
-from handler.errors import UserError, run_command
+from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import locked
 from handler.serve.server import Server
 
@@ -191,6 +191,24 @@ def test_a_missing_or_damaged_key_file_is_named(server, tmp_path, content):
         path.write_text(content)
     with pytest.raises(UserError, match="key_file.json"):
         Client(server.url, key_file=path).caption(b"x")
+
+
+def test_a_server_may_need_no_key(server, tmp_path, monkeypatch):
+    """As deploy/config.properties has it: there is no key file then."""
+    monkeypatch.setattr(client_module, "find_server", lambda: (tmp_path, None))
+    with pytest.raises(UserError, match="key_file.json: missing"):
+        Client(server.url).caption(b"x")
+    server.key = "none"
+    assert Client(server.url).caption(b"x") == ANSWER
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "1e9", "soon"])
+def test_a_wait_that_is_no_time_is_refused(given, monkeypatch, capsys):
+    parser = ArgumentParser(prog="x")
+    client_module.add_server_options(parser)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--timeout", given])
+    assert ended.value.code == 2 and "--timeout" in capsys.readouterr().err
 
 
 def test_a_key_file_caught_while_it_is_written_is_read_again(client, key_file, monkeypatch):

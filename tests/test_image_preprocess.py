@@ -290,6 +290,28 @@ def test_decompression_bombs_are_refused_by_their_header(kind):
     assert peak < 2**20
 
 
+@pytest.mark.parametrize("sides", [(9000, 9000), (10_000, 8000), (13_000, 13_000)])
+def test_a_webp_is_refused_by_its_header(sides):
+    """Within Pillow's own limits its plugin took memory first, and ran into the process's limit."""
+    width, height = (side - 1 for side in sides)
+    header = b"\x2f" + (width | height << 14).to_bytes(4, "little") + bytes(8)
+    chunk = b"VP8L" + len(header).to_bytes(4, "little") + header + b"\0"
+    with pytest.raises(ImageTooLarge, match="megapixels"):
+        decode(b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "GIF", "PNG"])
+def test_the_frames_of_a_callers_image_stay(kind):
+    frames = [smooth(40, 30, seed) for seed in range(3)]
+    content = io.BytesIO()
+    frames[0].save(content, kind, save_all=True, append_images=frames[1:])
+    image = Image.open(content)
+    decode(image)
+    image.seek(1)
+    image.load()
+    assert difference(image.convert("RGB"), frames[1]).mean() < 12
+
+
 def test_the_limit_itself_is_taken(monkeypatch):
     monkeypatch.setattr(image_decode, "MAX_PIXELS", 80 * 60)
     assert decode(encoded(smooth(), "PNG")).size == (80, 60)

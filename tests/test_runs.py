@@ -586,6 +586,16 @@ def test_the_demo_replaces_what_a_demo_made(demo, tiny_data):
     assert is_of_demo(demo)  # interrupted before its first validation
 
 
+def test_the_demo_removes_no_earlier_run_of_a_user(demo, config, tiny_data, monkeypatch):
+    """It lies beside the demo, which it became by --overwrite, and the next one removes it."""
+    other = config_of(Path("other.yaml"), data=str(tiny_data), stages=ONE_STAGE, seed=7)
+    train(other, read_manifest(tiny_data), demo, overwrite=True)
+    train(config, read_manifest(tiny_data), demo, overwrite=True)
+    monkeypatch.setattr("sys.argv", ["training.demo"])
+    with pytest.raises(UserError, match=f"{demo}.previous: was not made by this demo"):
+        training_demo()
+
+
 @pytest.mark.parametrize("own", ["other config", "import", "stripped", "export", "thesis", "file"])
 def test_the_demo_replaces_nothing_else(own, demo, config, tiny_data, tmp_path, monkeypatch):
     """A run, an import or an export that a user called `demo` was replaced by the second demo."""

@@ -71,6 +71,27 @@ def test_addresses_that_one_can_connect_to():
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("inference_address", "http://127.0.0.1:abc"),
+        ("metrics_address", "http://127.0.0.1:99999"),
+        ("grpc_inference_port", "x"),
+    ],
+)
+def test_a_port_that_is_none_is_named(name, value, home):
+    settings = {"model_store": "model_store", "load_models": "captioner.mar", name: value}
+    with pytest.raises(UserError, match=f"config.properties: {name}.*a port of 1 to 65535"):
+        serve.start(config_in(home, **settings), home=home)
+
+
+def test_a_server_without_keys_is_asked_without_one(tmp_path):
+    """With disable_token_authorization there is no key file, and the start was given up."""
+    assert serve.authorization(tmp_path / "absent.json") == {}
+    (tmp_path / "key_file.json").write_text('{"management": {"key": "abc"}}')
+    assert serve.authorization(tmp_path / "key_file.json") == {"Authorization": "Bearer abc"}
+
+
+@pytest.mark.parametrize(
     ("settings", "models"),
     [
         ({"load_models": "captioner.mar"}, ["captioner"]),

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import config_of
 
+from handler.errors import UserError
 from training.config import Stage
 from training.data.manifest import read_manifest
 from training.loop.distributed import Processes
@@ -143,6 +144,21 @@ def test_orthogonalising_is_the_quintic_iteration():
         expected = 3.4445 * expected + change @ expected
     for x, y in ((x_kmn, expected), (x_kmn.mT, expected.mT)):
         assert torch.allclose(orthogonalised(x.float()), y.float(), atol=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny_data, tmp_path, monkeypatch):
+    """The loss may be finite beside it. The weights became NaN, and a save kept them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "training.loop.stage.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(math.inf)
+    )
+    steps: list[int] = []
+    monkeypatch.setattr(Optimizer, "step", lambda _: steps.append(1))
+    stages = [{"name": "a", "epochs": 1, "batch_photos": 8}]
+    config = config_of(Path("c.yaml"), data=str(tiny_data), stages=stages)
+    with pytest.raises(UserError, match="the gradient's norm is inf at step 0 of stage 'a'"):
+        train(config, read_manifest(tiny_data), Path("run"))
+    assert not steps
 
 
 @pytest.mark.parametrize(("patience", "epochs"), [(0, 6), (2, 3), (3, 4)])

@@ -16,7 +16,8 @@ from training.loop.run import changed_field, read_state
 
 # The config and the run of `make demo`.
 CONFIG, RUN = "scenes", "demo"
-PLACES = (CHECKPOINTS / RUN, Path("build/export") / RUN)
+# A new demo replaces the last one, and removes the one before it.
+PLACES = (CHECKPOINTS / RUN, CHECKPOINTS / f"{RUN}.previous", Path("build/export") / RUN)
 
 
 def is_of_demo(folder: Path) -> bool:

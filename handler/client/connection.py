@@ -5,6 +5,7 @@ import json
 import random
 import threading
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ BUSY_WAITS = (0.1, 0.3, 1.0, 3.0, 10.0)
 # Much longer than the server needs to write its key file of a few hundred bytes.
 KEY_WRITING_SECONDS = 0.2
 GRPC_ANSWER_BYTES = 24 * 2**20
+NO_KEY = "none"
+MAX_SECONDS = 86400  # of a request
 
 
 class ServerError(UserError):
@@ -65,7 +68,7 @@ class Client:
         if certificate is not None:
             read_file(certificate)  # reports a wrong path now, not as a failed handshake
         self.certificate = certificate
-        self.key_file = key_file or home / KEY_FILE
+        self.key_file, self.is_key_file_given = key_file or home / KEY_FILE, key_file is not None
         self.timeout, self.model = timeout, model
         self._session = requests.Session()
         # A local server must not be reached through HTTP_PROXY, nor get credentials from .netrc.
@@ -178,6 +181,8 @@ class Client:
         key = self._key()
         status, content = ask(key)
         if _kind(status, content) == "InvalidKeyException":
+            if key == NO_KEY:
+                raise self._no_key_file()
             status, content = ask(self._renewed(key))
         for wait in BUSY_WAITS:
             if status != 503:
@@ -187,7 +192,12 @@ class Client:
         return status, content
 
     def _key(self, owner: str = "inference") -> str:
-        """A key of the server. The file is read for each request, because keys are rotated."""
+        """A key of the server. The file is read for each request, because keys are rotated. NO_KEY
+        if there is no file and none was asked for: a server may be configured to need no key."""
+        if not self.key_file.exists():
+            if self.is_key_file_given:
+                raise self._no_key_file()
+            return NO_KEY
         try:
             return self._read_key(owner)
         except (OSError, ValueError, KeyError, TypeError):
@@ -195,11 +205,6 @@ class Client:
             time.sleep(KEY_WRITING_SECONDS)
         try:
             return self._read_key(owner)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{self.key_file}: missing; TorchServe writes it into the folder where it is "
-                "started: run make serve, or set --key-file"
-            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.key_file}: contains no key; restart the server") from error
 
@@ -220,6 +225,12 @@ class Client:
                         verify=str(self.certificate) if self.certificate else True,
                     )
             return self._key()
+
+    def _no_key_file(self) -> UserError:
+        return UserError(
+            f"{self.key_file}: missing; TorchServe writes it into the folder where it is started: "
+            "run make serve, or set --key-file"
+        )
 
     def _no_answer(self, address: str, reason: str) -> UserError:
         return UserError(f"{address}: no answer ({reason}); is the server running? (make serve)")
@@ -280,6 +291,13 @@ def read_file(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}; give the path of a file") from error
 
 
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= MAX_SECONDS:
+        raise ArgumentTypeError(f"must be above 0 and at most {MAX_SECONDS}, but is {text}")
+    return value
+
+
 def add_server_options(parser: ArgumentParser) -> None:
     """Adds the addresses of the server and the files for authentication."""
     parser.add_argument("--url", help="REST address (default: the server of make serve)")
@@ -288,7 +306,7 @@ def add_server_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--certificate", type=Path, metavar="PEM", help="certificate that verifies an https server"
     )
-    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="default 60")
+    parser.add_argument("--timeout", type=seconds, default=60, metavar="SECONDS", help="default 60")
 
 
 def client_of(arguments: Any) -> Client:

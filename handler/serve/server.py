@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 
-from handler.errors import UserError
+from handler.errors import UserError, naming
 from handler.files import write_atomic
 
 START_SECONDS = 180
@@ -79,7 +79,9 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
         )
     if running(home):
         raise UserError("a server is already running here; run make stop first")
-    for name, (host, port) in ports(settings, tls).items():
+    with naming(ts_config):
+        addresses = ports(settings, tls)
+    for name, (host, port) in addresses.items():
         if not is_free(host, port):
             raise UserError(
                 f"{ts_config}: {name} port {port} is in use; free it or set another one"
@@ -109,7 +111,6 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
         )
     pid_file = Path(temporary) / ".model_server.pid"
     pid = int(pid_file.read_text()) if pid_file.is_file() else 0
-    addresses = ports(settings, tls)
     scheme = "https" if tls else "http"
     server = Server(
         pid=pid,
@@ -196,10 +197,9 @@ def failed(server: Server, log: str) -> str | None:
 def is_ready(server: Server, model: str, home: Path) -> bool:
     """Whether the model has all its workers and all of them are READY."""
     try:
-        key = json.loads((home / KEY_FILE).read_text(encoding="utf-8"))["management"]["key"]
         answer = requests.get(
             f"{server.management}/models/{model}",
-            headers={"Authorization": f"Bearer {key}"},
+            headers=authorization(home / KEY_FILE),
             timeout=5,
             verify=server.certificate or True,
         )
@@ -210,6 +210,15 @@ def is_ready(server: Server, model: str, home: Path) -> bool:
     return len(workers) >= max(1, state["minWorkers"]) and all(
         worker["status"] == "READY" for worker in workers
     )
+
+
+def authorization(key_file: Path) -> dict[str, str]:
+    """The header for the management API; none if the server has no keys
+    (disable_token_authorization), or not yet."""
+    if not key_file.exists():
+        return {}
+    key = json.loads(key_file.read_text(encoding="utf-8"))["management"]["key"]
+    return {"Authorization": f"Bearer {key}"}
 
 
 def is_zombie(pid: int) -> bool:
@@ -283,11 +292,18 @@ def ports(settings: dict[str, str], tls: bool) -> dict[str, tuple[str, int]]:
     """The addresses of the server by name, for connections from this machine."""
     addresses = {}
     for name, default in ADDRESSES.items():
-        address = urlsplit(settings.get(f"{name}_address", f"http://127.0.0.1:{default}"))
-        addresses[name] = (address.hostname or "127.0.0.1", address.port or (443 if tls else 80))
+        try:
+            address = urlsplit(settings.get(f"{name}_address", f"http://127.0.0.1:{default}"))
+            port = address.port or (443 if tls else 80)
+        except ValueError as error:
+            raise UserError(f"{name}_address: {error}; set a port of 1 to 65535") from error
+        addresses[name] = (address.hostname or "127.0.0.1", port)
     for name, default in GRPC.items():
         host = settings.get(f"grpc_{name}_address", "127.0.0.1")
-        addresses[f"grpc {name}"] = (host, int(settings.get(f"grpc_{name}_port", default)))
+        text = str(settings.get(f"grpc_{name}_port", default))
+        if not re.fullmatch(r"[0-9]{1,5}", text):
+            raise UserError(f"grpc_{name}_port is {text!r}; set a port of 1 to 65535")
+        addresses[f"grpc {name}"] = (host, int(text))
     anywhere = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
     return {name: (anywhere.get(host, host), port) for name, (host, port) in addresses.items()}
 

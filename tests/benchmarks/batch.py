@@ -4,8 +4,10 @@ all processes together, and whether each photo is one row with the caption of `C
 
 The in-process rate is that of `Captioner.caption_tensors` in batches of 8, 32 and 64, photos read
 and decoded beside it, in one process with a thread a core or in one process a core. Start-up counts
-for neither. Every contender runs once a round; medians. `--photos 10000 --rounds 1` is the whole
-proof; the in-process rates and one worker beside two take a part of the photos.
+for neither. The best of these rates is measured again before and after every job, which is compared
+with the mean of the two: a shared machine is not equally fast all the time. Medians of the rounds.
+`--photos 10000 --rounds 1` is the whole proof; the in-process rates and one worker beside two take
+a part of the photos.
 """
 
 import argparse
@@ -41,7 +43,7 @@ CORES = len(os.sched_getaffinity(0))
 BATCHES = (8, 32, 64)
 SHARD = 250  # photos of a tar and of a row group
 # Photos that are enough for the in-process rates, and for one worker beside two.
-BASELINE, PAIR = 1024, 2048
+BASELINE, PAIR = 1024, 1024
 BROKEN_EVERY, DRAWN_EVERY = 100, 10  # one photo in a hundred is broken, one in ten is drawn
 
 
@@ -174,14 +176,21 @@ def rows_of(out: Path) -> Iterator[dict[str, Any]]:
 def expected(export: str, beams: int, photos: list[Path]) -> dict[str, str | None]:
     """Captions of `Captioner.caption`; None for a photo that it refuses."""
     captioner = Captioner.load(export, threads=CORES)
-    captions: dict[bytes, str | None] = {}
-    for path in photos:
-        content = path.read_bytes()
-        if content not in captions:
-            try:
-                captions[content] = captioner.caption([content], num_beams=beams)[0][0].text
-            except ValueError:
-                captions[content] = None
+    contents = list(dict.fromkeys(path.read_bytes() for path in photos))
+    captions: dict[bytes, str | None] = dict.fromkeys(contents)
+
+    def is_good(content: bytes) -> bool:
+        with suppress(ValueError):
+            captioner.preprocess(content)
+            return True
+        return False
+
+    good = filter(is_good, contents)
+    while batch := list(islice(good, max(BATCHES))):
+        answers = captioner.caption(batch, num_beams=beams)
+        captions |= {
+            content: answer[0].text for content, answer in zip(batch, answers, strict=True)
+        }
     return {path.name: captions[path.read_bytes()] for path in photos}
 
 
@@ -227,45 +236,71 @@ def measure(arguments: argparse.Namespace, work: Path) -> None:
         "Parquet": write_parquet(photos, work / "photos.parquet"),
     }
     captions = expected(export, beams, photos)
-    some = {path.name: captions[path.name] for path in photos[:PAIR]}
     paths = [str(path) for path in photos[:BASELINE]]
     few = write_tars(photos[:PAIR], work / "few")
-    given = ("--export", export, "--num-beams", str(beams))
-    rates: dict[str, list[float]] = {}
-    runs: dict[str, list[Any]] = {}
+    given = ("--export", export, "--num-beams", str(beams), "--threads", "1")
+    settings = [(count, batch) for count in dict.fromkeys((1, CORES)) for batch in BATCHES]
+    alone = {setting: baseline(export, beams, paths, *setting) for setting in settings}
+    best = max(alone, key=alone.__getitem__)
+    beside = [baseline(export, beams, paths, *best)]
+    runs: dict[str, list[Any]] = {name: [] for name in layouts}
+    pairs: list[float] = []
     for number in range(arguments.rounds):
-        for processes in dict.fromkeys((1, CORES)):
-            for batch in BATCHES:
-                name = f"in process, {processes} x {CORES // processes}, batches of {batch}"
-                rate = baseline(export, beams, paths, processes, batch)
-                rates.setdefault(name, []).append(rate)
-        jobs = {name: (where, CORES) for name, where in layouts.items()}
-        jobs |= {"some tars": (few, CORES), "some tars, 1 worker": (few, 1)}
-        for name, (where, workers) in jobs.items():
-            out = work / f"out-{name.replace(' ', '')}-{number}"
-            figures = run_batch(where, out, *given, "--workers", str(workers), "--threads", "1")
-            rates.setdefault(name, []).append(figures["photos_per_second"])
-            checked = check(out, some if where == few else captions)
-            runs.setdefault(name, []).append(figures | {"checked": checked})
-    best = max(median(values) for name, values in rates.items() if name not in runs)
+        for name, where in layouts.items():
+            out = work / f"out-{name}-{number}"
+            figures = run_batch(where, out, *given, "--workers", str(CORES))
+            beside.append(baseline(export, beams, paths, *best))
+            share = figures["photos_per_second"] / mean(beside[-2:])
+            runs[name].append(figures | {"checked": check(out, captions), "share": share})
+        one_and_all = [
+            run_batch(few, work / f"few-{number}-{place}", *given, "--workers", str(workers))
+            for place, workers in enumerate((CORES, 1, CORES))
+        ]
+        before, one, after = (figures["photos_per_second"] for figures in one_and_all)
+        pairs.append((before + after) / 2 / one)
+    report(
+        "batch",
+        text_of(arguments, alone, beside, runs, pairs),
+        {"alone": list(alone.values())} | {"beside": beside, "runs": runs, "scaling": pairs},
+    )
+
+
+def text_of(
+    arguments: argparse.Namespace,
+    alone: dict[tuple[int, int], float],
+    beside: list[float],
+    runs: dict[str, list[Any]],
+    pairs: list[float],
+) -> str:
     speeds = [
-        [name, f"{median(values):.1f}", f"{median(values) / best:.1%}"]
-        for name, values in rates.items()
+        [f"{count} x {CORES // count}", str(batch), f"{rate:.1f}"]
+        for (count, batch), rate in alone.items()
     ]
-    details = [
-        [name, runs[name][-1]["checked"], flatness(runs[name][-1]["megabytes"])] for name in runs
-    ]
-    pairs = zip(rates["some tars"], rates["some tars, 1 worker"], strict=True)
-    scaling = median(two / one for two, one in pairs)
-    text = "\n\n".join(
+    jobs = [
         [
-            f"{machine()}; {arguments.photos} photos, {beams} beams, {arguments.rounds} rounds",
-            table(["", "photos a second", "of the best in process"], speeds),
-            table(["", "rows", "MB at most (first, last third)"], details),
-            f"{CORES} workers of one thread / 1: {scaling:.2f}",
+            name,
+            f"{median(run['photos_per_second'] for run in each):.1f}",
+            f"{median(run['share'] for run in each):.1%}",
+            each[-1]["checked"],
+            flatness(each[-1]["megabytes"]),
+        ]
+        for name, each in runs.items()
+    ]
+    again = ", ".join(f"{rate:.1f}" for rate in beside)
+    return "\n\n".join(
+        [
+            f"{machine()}; {arguments.photos} photos, {arguments.num_beams} beams, "
+            f"{arguments.rounds} rounds",
+            table(["processes x threads in process", "batch", "photos a second"], speeds),
+            f"The best of these again, before, between and after the jobs: {again} photos a second",
+            table(
+                ["job", "photos a second", "of the best in process", "rows"]
+                + ["MB at most (first, last third)"],
+                jobs,
+            ),
+            f"{CORES} workers of one thread / 1: {median(pairs):.2f}",
         ]
     )
-    report("batch", text, {"rates": rates, "runs": runs, "scaling": scaling})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from training.checkpoint import load_captioner
 from training.config import TrainConfig, load_config
 from training.data.manifest import Manifest, data_folder, read_manifest, write_manifest
 from training.folders import STATE_FILE
+from training.loop.allocator import keep_freed_memory
 from training.loop.fine_tuning import fine_tuning_config
 from training.loop.train import train
 from training.scores.captions import caption_rows
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--add-words", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
+    keep_freed_memory()
     first, others = halves(arguments.data)
     config, weights = load_config(arguments.config, data=arguments.data), arguments.encoder_weights
     start = arguments.start or trained(config, first, f"{config.name}-start", weights)

@@ -154,7 +154,8 @@ def train_epoch(work: Work, skip: int) -> int:
         norm = nn.utils.clip_grad_norm_(work.trained, stage.clip)
         # The only synchronization with the device in a step.
         loss_value, norm_value = torch.stack([processes.sum(loss) / processes.world, norm]).tolist()
-        check_finite(run, stage, loss_value)
+        check_finite(run, stage, "loss", loss_value)
+        check_finite(run, stage, "gradient's norm", norm_value)
         work.optimizer.step()
         work.optimizer.zero_grad()
         run.step += 1
@@ -175,11 +176,11 @@ def train_epoch(work: Work, skip: int) -> int:
     return number
 
 
-def check_finite(run: Run, stage: Stage, loss: float) -> None:
-    if not math.isfinite(loss):
+def check_finite(run: Run, stage: Stage, what: str, value: float) -> None:
+    if not math.isfinite(value):
         raise UserError(
-            f"{run.folder.final}: the loss is {loss} at step {run.step} of stage {stage.name!r}; "
-            "lower its learning rates or set precision: fp32"
+            f"{run.folder.final}: the {what} is {value} at step {run.step} of stage "
+            f"{stage.name!r}; lower its learning rates or set precision: fp32"
         )
 
 
