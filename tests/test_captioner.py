@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from handler.beam_search import DecodeOptions, InvalidParameter
+from handler.beam_search import DecodeOptions, InvalidParameter, SpecialIds, search
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, check_photos
 from handler.errors import InvalidImage
-from training.model import CaptioningModel, DecoderConfig, EncoderConfig
+from training.model import CaptioningModel, Decoder, DecoderConfig, EncoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,16 @@ def captioner() -> Captioner:
         ),
         ({"num_beams": 1}, {"num_return_sequences": 3}, {"num_beams": 3}),
         ({"do_sample": True}, {"num_beams": 3}, {"do_sample": False}),
+        (
+            {"do_sample": True, "num_return_sequences": 8},
+            {"do_sample": False},
+            {"num_return_sequences": 5},
+        ),
+        (
+            {"do_sample": True, "num_return_sequences": 8},
+            {"do_sample": True},
+            {"num_return_sequences": 8},
+        ),
         ({"num_beams": 3}, {"do_sample": True}, {"num_beams": None}),
         (
             {"num_beams": 4, "num_return_sequences": 2},
@@ -58,6 +69,28 @@ def test_a_default_yields_to_what_is_asked(defaults, given, changed, captioner, 
     monkeypatch.setattr(captioner, "decoding", defaults)
     options = asdict(captioner.options(**given))
     assert options == asdict(DecodeOptions(**{**defaults, **given, **changed}))
+
+
+def test_sizes_that_differ_do_not_multiply(monkeypatch):
+    """Many beams beside many tokens: each photo took the memory of both."""
+    shape = DecoderConfig(9, 40, width=8, layers=1, heads=1, mlp_width=8, memory_width=8)
+    decoder, taken = Decoder(shape).eval(), []
+    new_cache = decoder.new_cache
+
+    def recorded(photos: int, tokens: int) -> object:
+        taken.append(photos * tokens)
+        return new_cache(photos, tokens)
+
+    monkeypatch.setattr(decoder, "new_cache", recorded)
+    few = [DecodeOptions(num_beams=2, max_new_tokens=36) for _ in range(7)]
+    memory, special = torch.randn(8, 3, 8), SpecialIds(1, 2, [0])
+    many = DecodeOptions(num_beams=16, max_new_tokens=4)
+    with torch.inference_mode():
+        search(decoder, memory, [many, *few], special)
+        assert len(taken) == 2 and sum(taken) <= 7 * 2 * 36 + 16 * 4
+        taken.clear()
+        search(decoder, memory, [DecodeOptions(num_beams=3, max_new_tokens=36), *few], special)
+    assert len(taken) == 1
 
 
 def test_what_is_asked_is_still_checked_against_itself(captioner):

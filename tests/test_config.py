@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from handler.errors import UserError, run_command
 from training import train as command
-from training.config import CONFIGS, load_config
+from training.config import CONFIGS, _Loader, load_config
 from training.data.manifest import read_manifest
 from training.loop.train import train
 
@@ -89,6 +89,12 @@ def test_what_is_wrong_in_a_config_is_one_line(fields, message, tmp_path):
         loaded(tmp_path, {**TINY, **fields})
     assert str(refused.value).startswith(str(tmp_path / "c.yaml"))
     assert "\n" not in str(refused.value)
+
+
+def test_yaml_may_merge_what_it_repeats():
+    text = "base: &base {epochs: 1}\nstages:\n  - {<<: *base, name: a}\n  - {<<: *base, name: b}\n"
+    stages = yaml.load(text, _Loader)["stages"]
+    assert stages == [{"epochs": 1, "name": "a"}, {"epochs": 1, "name": "b"}]
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,13 @@ def test_what_fails_together_is_tried_alone(worker, photos, monkeypatch):
     )
     assert [answer.status for answer in answers] == [200, 500, 200]
     assert {answers[0].json["caption"], answers[2].json["caption"]} == {poison}
+    # A stream of which nothing has been sent is tried again, too.
+    answers = worker.predict(
+        rest({"image": photos[1]}),
+        rest({"image": photos[0], "seed": b"13"}),
+        rest({"image": photos[1], "stream": b"true", "num_beams": b"1"}),
+    )
+    assert [answer.status for answer in answers] == [200, 500, 200]
 
 
 def test_no_answer_or_log_holds_a_header(worker, photos, caplog):
@@ -462,6 +469,9 @@ def test_request_over_checkpoint_over_model_config_over_table(folder, tmp_path, 
     # A default of four beams is not the client's contradiction.
     [sampled] = worker.predict(rest({"image": photos[0], "do_sample": b"true"}))
     assert sampled.status == 200
+    # Nor are three beams in model-config.yaml that of a checkpoint that samples.
+    worker = load_with(folder, tmp_path / "samples", {"num_beams": 3}, {"do_sample": True})
+    assert worker.predict(rest({"image": photos[0]}))[0].status == 200
 
 
 def test_a_prompt_by_default(folder, tmp_path, photos):

@@ -352,6 +352,36 @@ def test_a_fork_does_not_use_its_parents_process():
     assert decode(avif).size == smooth().size
 
 
+def run_elsewhere(code: str) -> subprocess.CompletedProcess[str]:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": os.path.join(root, "tests")}
+    begin = "import os; from handler.image_preprocess import decode; from photos import *;"
+    return subprocess.run(
+        [sys.executable, "-c", begin + code],
+        cwd=root,  # which is '' in sys.path
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_process_is_found_from_another_folder():
+    code = "os.chdir('/'); print(decode(encoded(smooth(), 'AVIF')).size)"
+    assert run_elsewhere(code).stdout == f"{smooth().size}\n"
+
+
+def test_more_than_a_thousand_open_files_change_nothing():
+    """select() takes no descriptor above 1023, and the photo was called too complex."""
+    code = (
+        "import resource; most = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 4096), most));"
+        "files = [open(os.devnull) for _ in range(1100)];"
+        "print(*(decode(encoded(smooth(), 'AVIF')).size for _ in range(2)))"
+    )
+    done = run_elsewhere(code)
+    assert done.stdout == f"{smooth().size} {smooth().size}\n", done.stderr
+
+
 def test_damage_between_two_photos_is_noticed():
     """A process that was ended from outside while it waited has said so, unasked."""
     forget_processes()

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from handler.batch.output import Output
-from handler.batch.source import URL, Photo, Shard, printable, read
+from handler.batch.source import URL, Photo, Shard, read
 from handler.captioner import Captioner
 from handler.errors import UserError
+from handler.files import printable
 from handler.request import describe_error
 
 # Photos captioned at once; tests/benchmarks/batch.py compares sizes.

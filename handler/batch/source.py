@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from handler.errors import UserError
+from handler.files import printable, walk
 from handler.image_preprocess import MAX_BYTES
 from handler.request import MissingImage
 
@@ -67,12 +68,6 @@ class Photo:
     def fetch(self) -> bytes | Exception:
         """The bytes, of which at most MAX_BYTES + 1 are read, or why the photo has none."""
         return _content(self.content) if isinstance(self.content, str) else self.content
-
-
-def printable(text: str) -> str:
-    """A file name that is not UTF-8 has characters that no Parquet file can hold; they are written
-    as backslash escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def absolute(url: str) -> str:
@@ -208,23 +203,10 @@ def _files(url: str) -> list[str]:
         elif URL.match(url):
             paths = system.find(path)
         else:
-            paths = list(_walk(path))
+            paths = list(walk(path))
     except Exception as error:  # each filesystem has its own exception types
         raise UserError(f"{url}: {error}") from error
     return [system.unstrip_protocol(path) if URL.match(url) else path for path in sorted(paths)]
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """The files below a local folder. Links to folders are followed, each folder once."""
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (os.path.join(parent, file) for file in files)
 
 
 def _open(url: str) -> IO[bytes]:

@@ -52,6 +52,7 @@ def main() -> None:
     if arguments.images:
         if arguments.attention:
             raise UserError("--attention draws one photo; give --image instead of --images")
+        check_writable(arguments.out)
         with locked(arguments.out):
             refused = caption_folder(ask, arguments.images, arguments.out, options)
             untagged = (

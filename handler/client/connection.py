@@ -72,7 +72,7 @@ class Client:
         self.timeout, self.model = timeout, model
         self._session = requests.Session()
         # A local server must not be reached through HTTP_PROXY, nor get credentials from .netrc.
-        self._session.trust_env = "127.0.0.1" not in self.url and "localhost" not in self.url
+        self._session.trust_env = not is_local(self.url)
         self._channel: grpc.Channel | None = None
         self._lock = threading.Lock()
 
@@ -90,15 +90,22 @@ class Client:
 
     def model_card(self) -> dict[str, Any]:
         """The model card from the management API; empty if that is not available (the client was
-        given another address, or the management key has expired)."""
-        try:
-            answer = self._session.get(
+        given another address)."""
+
+        def ask(key: str) -> requests.Response:
+            return self._session.get(
                 f"{self.management}/models/{self.model}",
                 params={"customized": "true"},
-                headers={"Authorization": f"Bearer {self._key('management')}"},
+                headers={"Authorization": f"Bearer {key}"},
                 timeout=self.timeout,
                 verify=str(self.certificate) if self.certificate else True,
             )
+
+        try:
+            key = self._key("management")
+            answer = ask(key)
+            if answer.status_code != 200:
+                answer = ask(self._renewed(key, "management"))
             return dict(json.loads(answer.json()[0]["customizedMetadata"]))
         except (OSError, ValueError, KeyError, TypeError):
             return {}
@@ -129,11 +136,14 @@ class Client:
         return _answer(*self._with_retries(ask))
 
     def _connect(self) -> grpc.Channel:
-        limits = [("grpc.max_receive_message_length", GRPC_ANSWER_BYTES)]
+        options = [
+            ("grpc.max_receive_message_length", GRPC_ANSWER_BYTES),
+            ("grpc.enable_http_proxy", int(not is_local(self.grpc_target))),
+        ]
         if self.certificate is None:
-            return grpc.insecure_channel(self.grpc_target, options=limits)
+            return grpc.insecure_channel(self.grpc_target, options=options)
         credentials = grpc.ssl_channel_credentials(read_file(self.certificate))
-        return grpc.secure_channel(self.grpc_target, credentials, options=limits)
+        return grpc.secure_channel(self.grpc_target, credentials, options=options)
 
     def _grpc_failure(self, error: grpc.RpcError) -> tuple[int, bytes]:
         """The status and body that REST would answer for a failed gRPC call."""
@@ -178,17 +188,22 @@ class Client:
     def _with_retries(self, ask: Any) -> tuple[int, bytes]:
         """Sends a request with the key in the key file. Repeats it with a new key if that one was
         rotated or has expired, and while the server's queue is full."""
-        key = self._key()
-        status, content = ask(key)
-        if _kind(status, content) == "InvalidKeyException":
-            if key == NO_KEY:
-                raise self._no_key_file()
-            status, content = ask(self._renewed(key))
+
+        def ask_once() -> tuple[int, bytes]:
+            key = self._key()
+            status, content = ask(key)
+            if _kind(status, content) == "InvalidKeyException":
+                if key == NO_KEY:
+                    raise self._no_key_file()
+                status, content = ask(self._renewed(key))
+            return status, content
+
+        status, content = ask_once()
         for wait in BUSY_WAITS:
             if status != 503:
                 break
             time.sleep(wait * random.uniform(0.5, 1.5))
-            status, content = ask(self._key())
+            status, content = ask_once()
         return status, content
 
     def _key(self, owner: str = "inference") -> str:
@@ -211,20 +226,20 @@ class Client:
     def _read_key(self, owner: str) -> str:
         return str(json.loads(self.key_file.read_text(encoding="utf-8"))[owner]["key"])
 
-    def _renewed(self, refused: str) -> str:
+    def _renewed(self, refused: str, owner: str = "inference") -> str:
         """A key to use instead of `refused`: the one in the file if it has changed, else a new one,
         requested with the API key. (Keys expire after an hour, and nothing else renews them.)"""
         with self._lock:  # each new key invalidates the previous one
-            if self._key() == refused and self.management:
+            if self._key(owner) == refused and self.management:
                 with contextlib.suppress(requests.RequestException):
                     self._session.get(
                         f"{self.management}/token",
-                        params={"type": "inference"},
+                        params={"type": owner},
                         headers={"Authorization": f"Bearer {self._key('API')}"},
                         timeout=self.timeout,
                         verify=str(self.certificate) if self.certificate else True,
                     )
-            return self._key()
+            return self._key(owner)
 
     def _no_key_file(self) -> UserError:
         return UserError(
@@ -234,6 +249,10 @@ class Client:
 
     def _no_answer(self, address: str, reason: str) -> UserError:
         return UserError(f"{address}: no answer ({reason}); is the server running? (make serve)")
+
+
+def is_local(address: str) -> bool:
+    return "127.0.0.1" in address or "localhost" in address
 
 
 def find_server() -> tuple[Path, Server | None]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from handler.client.alt_text import NoAltText, alternative_text, write_alt_text
 from handler.client.connection import ServerError, as_text, read_file
 from handler.errors import UserError
-from handler.files import write_atomic
+from handler.files import walk, write_atomic
 from handler.image_preprocess import PHOTO_SUFFIXES, sniff
 
 # Concurrent requests, enough to fill the server's batches.
@@ -43,7 +43,7 @@ def find_photos(folder: Path) -> dict[str, Path]:
     of a photo."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; set IMAGES= to a folder of photos")
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    files = (p for p in sorted(map(Path, walk(folder))) if p.is_file() and p.name[0] != ".")
     photos = {
         path.relative_to(folder).as_posix(): path
         for path in files

@@ -86,10 +86,8 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
             raise UserError(
                 f"{ts_config}: {name} port {port} is in use; free it or set another one"
             )
-    certificate = None
     if tls:
-        certificate, key = make_certificate(home / "build" / "tls")
-        settings = with_tls(settings, certificate, key)
+        settings = with_tls(settings, *make_certificate(home / "build" / "tls"))
     folder = (home / STATE).parent
     config = folder / "config.properties"
     write_atomic(config, "".join(f"{name}={escaped(value)}\n" for name, value in settings.items()))
@@ -111,15 +109,18 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
         )
     pid_file = Path(temporary) / ".model_server.pid"
     pid = int(pid_file.read_text()) if pid_file.is_file() else 0
-    scheme = "https" if tls else "http"
+    schemes = {
+        name: urlsplit(settings.get(f"{name}_address", "http://")).scheme for name in ADDRESSES
+    }
+    certificate = settings.get("certificate_file") if "https" in schemes.values() else None
     server = Server(
         pid=pid,
-        inference="{}://{}:{}".format(scheme, *addresses["inference"]),
-        management="{}://{}:{}".format(scheme, *addresses["management"]),
+        inference="{}://{}:{}".format(schemes["inference"], *addresses["inference"]),
+        management="{}://{}:{}".format(schemes["management"], *addresses["management"]),
         grpc="{}:{}".format(*addresses["grpc inference"]),
         temporary=temporary,
-        certificate=str(certificate) if certificate else None,
-        metrics="{}://{}:{}".format(scheme, *addresses["metrics"]),
+        certificate=str(home / certificate) if certificate else None,
+        metrics="{}://{}:{}".format(schemes["metrics"], *addresses["metrics"]),
     )
     write_atomic(home / STATE, json.dumps(asdict(server), indent=2) + "\n")
     try:
@@ -197,12 +198,14 @@ def failed(server: Server, log: str) -> str | None:
 def is_ready(server: Server, model: str, home: Path) -> bool:
     """Whether the model has all its workers and all of them are READY."""
     try:
-        answer = requests.get(
-            f"{server.management}/models/{model}",
-            headers=authorization(home / KEY_FILE),
-            timeout=5,
-            verify=server.certificate or True,
-        )
+        with requests.Session() as session:
+            session.trust_env = False  # a local server must not be reached through HTTP_PROXY
+            answer = session.get(
+                f"{server.management}/models/{model}",
+                headers=authorization(home / KEY_FILE),
+                timeout=5,
+                verify=server.certificate or True,
+            )
         [state] = answer.json()
         workers = state["workers"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -294,7 +297,7 @@ def ports(settings: dict[str, str], tls: bool) -> dict[str, tuple[str, int]]:
     for name, default in ADDRESSES.items():
         try:
             address = urlsplit(settings.get(f"{name}_address", f"http://127.0.0.1:{default}"))
-            port = address.port or (443 if tls else 80)
+            port = address.port or (443 if tls or address.scheme == "https" else 80)
         except ValueError as error:
             raise UserError(f"{name}_address: {error}; set a port of 1 to 65535") from error
         addresses[name] = (address.hostname or "127.0.0.1", port)
