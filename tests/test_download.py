@@ -137,9 +137,10 @@ def test_a_wrong_sum_is_refused_and_the_file_removed(mirror: Mirror, tmp_path: P
         fetch(f"{mirror.url}/file.zip", tmp_path / "file.zip", "0" * 32)
     assert list(tmp_path.iterdir()) == []
     fetch(f"{mirror.url}/file.zip", tmp_path / "file.zip")
-    (tmp_path / "file.zip").write_bytes(b"changed since")
-    with pytest.raises(UserError, match="sha256"):
+    (tmp_path / "file.zip").write_bytes(b"of the user")
+    with pytest.raises(UserError, match="sha256.*; remove it"):
         fetch(f"{mirror.url}/file.zip", tmp_path / "file.zip")
+    assert (tmp_path / "file.zip").read_bytes() == b"of the user"
 
 
 def test_no_server_and_no_url_are_one_error(tmp_path: Path, mirror: Mirror) -> None:

@@ -17,7 +17,7 @@ from training.data.manifest import read_manifest
 from training.loop.train import train
 from training.objectives.self_critical import reward_words
 from training.prepare import main as prepare_main
-from training.scores.metrics import score, score_each
+from training.scores.metrics import plain_words, score, score_each
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 30), "blue": (30, 30, 200), "white": (250,) * 3}
 LANGUAGES = {
@@ -100,6 +100,17 @@ def test_from_photos_to_a_served_caption(language, tokenizer, tmp_path, monkeypa
 def test_letter_case_is_kept_or_lowered(kind, lowercase, written):
     tokenizer = CaptionTokenizer.train(["Ein größeres Haus."], kind, 400, 1, lowercase)
     assert tokenizer.decode(tokenizer.encode("Ein größeres Haus.")) == written
+
+
+def test_words_of_scripts_with_marks_and_joiners():
+    """Vowel signs and joiners are parts of words: Hindi lost its vowels, Persian its words."""
+    captions = ["काला कुत्ता", "می\u200cروم به خانه", "क्\u200dष", "a man \U0001f468\u200d\U0001f469"]
+    assert [len(plain_words(text)) for text in captions[:3]] == [2, 3, 1]
+    assert plain_words("cafe\u0301") == ["café"]
+    tokenizer = CaptionTokenizer.train(captions, "word", 400, 1)
+    for text in captions[:3]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(captions[3])) == "a man"
 
 
 # --- scores

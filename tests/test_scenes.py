@@ -179,6 +179,8 @@ FALSE = [
     ("squares right of a circle", "relation"),
     ("a red circle and a red circle", "count"),
     ("circle circle", "count"),
+    ("a circle isn't red", "object"),
+    ("the circle isn\u2019t here", "object"),
     ("all of the three shapes here are red circles", "count"),
     ("both of the shapes here are green stars", "count"),
 ]

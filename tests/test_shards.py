@@ -211,8 +211,31 @@ BAD: list[tuple[dict[str, bytes], str]] = [
     ({"b.jpg": photo(), "b.json": caption(" ")}, "x.tar/b.jpg: caption 1 is empty"),
     ({"b.jpg": photo(), "b.json": caption("x", split="odd")}, "x.tar/b: .json: field 'split'"),
     ({"../b.jpg": photo(), "../b.txt": b"Out ."}, "x.tar/../b: "),
+    ({"img.v1.7.jpg": photo(), "img.v1.7.json": caption("Dots .")}, "img.v1.7.jpg: a dot in"),
+    ({"b.jpg": photo(), "b.json": caption("x", id="\ud800")}, "x.tar/b: .json: field 'id'"),
     ({f"{'b' * 120}.jpg": photo(), f"{'b' * 120}.txt": b"Long ."}, "name is too long"),
 ]
+
+
+def test_names_that_other_tools_write(tmp_path, monkeypatch):
+    """Absolute paths, pictures beside a photo, and a fault whose name is not UTF-8."""
+    members = {
+        "/data/k0.jpg": photo("blue"), "/data/k0.txt": b"Absolute .",
+        "a.jpg": photo(), "a.txt": b"Mask .", "a.mask.png": b"x",
+        "caf\udce9.jpg": photo(), "caf\udce9.txt": b"Latin .",
+    }  # fmt: skip
+    tarred(tmp_path / "raw/x.tar", members, tarfile.GNU_FORMAT)
+    out = tmp_path / "out"
+    assert prepared(monkeypatch, tmp_path / "raw", out, "--max-skipped", "1") == 0
+    manifest = read_manifest(out)
+    assert {row.id: row.captions for row in manifest.rows} == {
+        "x.tar/data/k0": ("Absolute .",),
+        "x.tar/a": ("Mask .",),
+    }
+    first = next(row for row in manifest.rows if row.id.endswith("k0"))
+    assert read_bytes(manifest, first) == photo("blue")
+    [skipped] = json.loads((out / "dataset.json").read_text())["skipped"]
+    assert skipped["image"] == "x.tar/caf\\udce9"
 
 
 @pytest.mark.parametrize(("members", "said"), BAD)

@@ -536,7 +536,8 @@ class _Loader(yaml.SafeLoader):
     """YAML in which a field given twice is an error: the second would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+        names = [self.construct_object(key, deep=True) for key in keys]
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"line {node.start_mark.line + 1}: field {name!r} is given twice")

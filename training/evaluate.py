@@ -29,7 +29,13 @@ from training.scores.captions import (
 )
 from training.scores.habits import describe, little_learnt
 from training.scores.intervals import score_with_intervals
-from training.scores.metrics import DEFAULT_METRICS, METRICS, choose_tokenizer, has_spice
+from training.scores.metrics import (
+    DEFAULT_METRICS,
+    METRICS,
+    check_metrics,
+    choose_tokenizer,
+    has_spice,
+)
 
 EVALUATIONS = Path("build/evaluate")
 EVALUATION = FolderKind(
@@ -156,7 +162,9 @@ def main() -> None:
     arguments = parser.parse_args()
     options = decoding_options(arguments)
     metrics = arguments.metrics or (METRICS if has_spice() else DEFAULT_METRICS)
-    choose_tokenizer()  # a Java that does not work ends it before anything is captioned
+    # What cannot be scored ends it before anything is captioned.
+    check_metrics(metrics)
+    choose_tokenizer()
     if not arguments.predictions:
         if arguments.references:
             parser.error("--references goes with --predictions")

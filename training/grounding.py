@@ -6,6 +6,7 @@ from pathlib import Path
 from handler.errors import ArgumentParser, run_command
 from training.checkpoint import load_captioner
 from training.data.manifest import data_folder, read_manifest
+from training.model import Encoder
 from training.scores.grounding import measure
 
 
@@ -16,6 +17,10 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     arguments = parser.parse_args()
     captioner = load_captioner(arguments.checkpoint)
+    if not isinstance(captioner.encoder, Encoder):
+        parser.error(
+            f"--checkpoint {arguments.checkpoint}: its encoder is not a Vision Transformer"
+        )
     manifest = read_manifest(data_folder(arguments.data))
     rows = manifest.split(arguments.split)
     if any(row.scene is None for row in rows):

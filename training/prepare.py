@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from handler.errors import ArgumentParser, UserError, run_command
-from handler.files import FolderKind, replace_folder
+from handler.files import FolderKind, printable, replace_folder
 from handler.image_preprocess import PHOTO_SUFFIXES, InvalidImage, decode
 from training.data import download, scenes
 from training.data.coco import read_coco
@@ -166,7 +166,10 @@ def prepare_shards(name: str, source: str, out: Path, max_skipped: int | float) 
             parts = pool.map(lambda shard: read_shard(root, shard), shards)
             for photos, faults in tqdm(parts, SHARDS, len(shards), unit="shard", disable=None):
                 found += photos
-                skipped += [{"image": image, "reason": reason} for image, reason in faults]
+                skipped += [
+                    {"image": printable(image), "reason": printable(reason)}
+                    for image, reason in faults
+                ]
         finally:
             pool.shutdown(cancel_futures=True)
         samples = len(found) + len(skipped)

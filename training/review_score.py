@@ -8,8 +8,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from handler.errors import ArgumentParser, run_command
-from handler.files import write_atomic
+from handler.errors import ArgumentParser, UserError, run_command
+from handler.files import read_object, write_atomic
 from training.scores.ratings import (
     HUMAN,
     agreement,
@@ -52,6 +52,8 @@ def main() -> None:
     # Beside key-ID.json, the key of an earlier sheet, scores-ID.json.
     suffix = path.name.removeprefix("key") if path.name.startswith("key") else ".json"
     out = path.with_name(f"scores{suffix}")
+    if out.exists() and not {"raters", "systems"} <= read_object(out).keys():
+        raise UserError(f"{out}: this file has no scores of a review; move it elsewhere")
     text = json.dumps(_without_nan(result), ensure_ascii=False, indent=1)
     write_atomic(out, text + "\n")
     print_result(result)

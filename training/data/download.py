@@ -89,10 +89,11 @@ def fetch(url: str, target: Path, md5: str | None = None, pause_s: float = 1.0) 
     expected = {"md5": md5, "sha256": _recorded(record)}
     for kind, wanted in expected.items():
         if wanted is not None and wanted != sums[kind]:
-            file.unlink()
+            if file == part:
+                part.unlink()
+            way_out = "the download was removed, run again" if file == part else "remove it"
             raise UserError(
-                f"{target}: its {kind} is {sums[kind]}, not {wanted}; the file was removed, run "
-                "again"
+                f"{target}: its {kind} is {sums[kind]}, not {wanted}; {way_out}"
                 + (f" (or remove {record} if the mirror changed it)" if kind == "sha256" else "")
             )
     if file == part:

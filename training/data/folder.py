@@ -122,9 +122,14 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def captions_of(record: dict[str, Any], where: str) -> list[str]:
     """The captions of one row. null counts as an empty caption: tools write it for a missing
     one."""
-    field = _field(record, CAPTION_FIELDS, where)
-    values = record[field] if isinstance(record[field], list) else [record[field]]
-    return ["" if value is None else _text({field: value}, field, where) for value in values]
+    _field(record, CAPTION_FIELDS, where)
+    captions: list[str] = []
+    for field in CAPTION_FIELDS:
+        value = record.get(field, [])
+        values = value if isinstance(value, list) else [value]
+        texts = ["" if one is None else _text({field: one}, field, where) for one in values]
+        captions += [text for text in texts if text not in captions] if captions else texts
+    return captions
 
 
 def has_caption(record: dict[str, Any]) -> bool:

@@ -36,5 +36,6 @@ def is_header(block: bytes, member: str, length: int) -> bool:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError, OverflowError):
         return False
-    same = PurePosixPath(header.name) == PurePosixPath(member)
-    return same and header.size == length
+    # Some tools keep the "/" of an absolute path, which the name of a photo in a dataset has not.
+    names = (PurePosixPath(name.lstrip("/")) for name in (header.name, member))
+    return len(set(names)) == 1 and header.size == length

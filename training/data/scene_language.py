@@ -400,7 +400,8 @@ def referents(caption: str, scene: Scene) -> list[tuple[int, list[SceneObject]]]
 
 def caption_words(caption: str) -> list[str]:
     """The tokens of a caption: words, numbers, and punctuation that separates clauses."""
-    return re.findall(r"[a-z]+|[0-9]+|[.,;]", caption.lower())
+    text = re.sub(r"n['\u2019]t\b", " not", caption.lower())
+    return re.findall(r"[a-z]+|[0-9]+|[.,;]", text)
 
 
 class _Reading:

@@ -113,6 +113,9 @@ def read_shard(root: Path | str, shard: str) -> tuple[list[ShardPhoto], list[tup
     try:
         with _open(location) as file:
             for key, members in _samples(file, _size(file)):
+                if not members:
+                    faults.append((f"{shard}/{key}", DOTTED))
+                    continue
                 try:
                     photos.append(_read_sample(shard, key, members))
                 except UserError as error:
@@ -142,19 +145,27 @@ def _size(file: Any) -> int:
     return os.fstat(file.fileno()).st_size
 
 
+DOTTED = "a dot in the name: a sample's key ends at the first one; rename it"
+
+
 def _samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yields (key, members by suffix). Consecutive members belong to one sample if their names are
-    equal up to the first dot of the last part. Raises RepeatedKey for a second sample with the same
-    key and for a second member with the same suffix, because its captions cannot be assigned."""
+    """Yields (key, members by suffix), at the end (name, {}) for each photo whose name has a dot
+    before its suffix and which belongs to no sample. Consecutive members belong to one sample if
+    their names are equal up to the first dot of the last part. Raises RepeatedKey for a second
+    sample with the same key and for a second member with the same suffix, because its captions
+    cannot be assigned."""
     current, members = "", dict[str, Member]()
     ended = set[str]()
+    dotted: list[tuple[str, str]] = []
     for entry in read_entries(file, size):
         folder, slash, name = entry.name.rpartition("/")
         stem, dot, suffix = name.partition(".")
         kind = dot + suffix.lower()
-        if not stem or kind not in (*PHOTO_SUFFIXES, *CAPTION_SUFFIXES):
-            continue
         key = folder + slash + stem
+        if not stem or kind not in (*PHOTO_SUFFIXES, *CAPTION_SUFFIXES):
+            if stem and kind.endswith(PHOTO_SUFFIXES):
+                dotted.append((key, entry.name))
+            continue
         if key != current:
             if members:
                 ended.add(current)
@@ -169,6 +180,8 @@ def _samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]
         members[kind] = Member(entry, content)
     if members:
         yield current, members
+    # Some datasets put further pictures beside a photo, such as key.mask.png.
+    yield from ((name, {}) for key, name in dotted if key not in {*ended, current})
 
 
 def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto:
@@ -187,6 +200,7 @@ def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto
     for caption in captions:
         check_unicode(caption, f"{kind}: the caption")
     name, scene = record.get("id"), record.get("scene")
+    check_unicode(str(name), f"{kind}: field 'id'")
     split = take(record, "split", str, kind) if record.get("split") else ""
     try:
         decode(content)
@@ -196,8 +210,8 @@ def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto
     return ShardPhoto(
         shard,
         Photo(
-            name if isinstance(name, str) and name.strip() else f"{shard}/{key}",
-            image_name(f"{shard}/{entry.name}", shard),
+            name if isinstance(name, str) and name.strip() else f"{shard}/{key.lstrip('/')}",
+            image_name(f"{shard}/{entry.name.lstrip('/')}", shard),
             captions,
             split_name(split, kind),
         ),

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from handler.beam_search import DecodeOptions
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.files import write_atomic
+from handler.files import printable, write_atomic
 from training.data.manifest import Manifest, Row, data_folder, read_manifest
 from training.data.photos import read_photo
+from training.data.source import check_unicode
 from training.scores.claims import score_claims
 from training.scores.habits import describe
 from training.scores.intervals import score_with_intervals
@@ -113,15 +114,18 @@ def read_captions(path: Path, field: str | None = None) -> dict[str, list[str]]:
     """Reads captions by photo from a file of COCO: a list of {"image_id", "caption"}, or an object
     with this list in `field` (annotations)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         captions: dict[str, list[str]] = {}
         for entry in content[field] if field else content:
             image, caption = entry["image_id"], entry["caption"]
             if not isinstance(image, int | str) or not isinstance(caption, str):
                 raise TypeError
+            check_unicode(f"{image}{caption}", f"{path}: photo {printable(str(image))!r}")
             captions.setdefault(str(image), []).append(caption)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         where = f"an object whose field {field!r} is " if field else ""
         form = f'{where}a list of {{"image_id", "caption"}}'

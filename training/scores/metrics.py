@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,6 @@ from handler.errors import UserError
 DEFAULT_METRICS = ("bleu", "meteor", "rouge", "cider")
 METRICS = (*DEFAULT_METRICS, "spice")
 ENGLISH = ("meteor", "spice")
-# A character of a script without spaces, or a word.
-WORD = re.compile(rf"{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})[\w'-])+")
 # Tokens that pycocoevalcap's PTBTokenizer drops.
 PUNCTUATION = {
     *("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"),
@@ -243,7 +242,17 @@ def score_tokens(
 def plain_words(text: str) -> list[str]:
     """The words of a text in lower case, split by a simple regular expression; a character of a
     script without spaces is a word."""
-    return WORD.findall(text.lower())
+    return word_pattern().findall(unicodedata.normalize("NFC", text.lower()))
+
+
+@functools.cache
+def word_pattern() -> re.Pattern[str]:
+    """A character of a script without spaces, or a word. Vowel signs and other marks belong to
+    words, as do the two joiners, which Python's `\\w` leaves out."""
+    every = map(chr, range(sys.maxunicode + 1))
+    marks = "".join(letter for letter in every if unicodedata.category(letter) in ("Mn", "Mc"))
+    alone = SPACELESS.pattern
+    return re.compile(rf"{alone}|(?:(?!{alone})[\w{marks}\u200c\u200d'-])+")
 
 
 def _one_line(text: str) -> str:
