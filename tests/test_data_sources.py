@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from handler.errors import UserError
 from training.data.coco import read_coco
 from training.data.flickr import KNOWN_DEFECT, read_flickr8k, read_flickr30k
-from training.data.folder import read_folder
+from training.data.folder import captions_of, read_folder
 from training.data.source import HASHED, Photo, Source, locate, split_by_hash
 
 
@@ -124,6 +124,21 @@ def test_own_photos(tmp_path: Path, name: str, text: str) -> None:
     source = read_folder(made(tmp_path, **{name: text}))
     assert splits(source) == {"a.jpg": "train", "b.jpg": "val", "c.jpg": None}
     assert source.photos[0].captions == ("A dog .", "A cat .") and source.image_root == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("record", "captions"),
+    [
+        ({"caption": "a", "captions": ["b", "a", "c"]}, ["a", "b", "c"]),
+        ({"caption": "a", "text": None, "captions": []}, ["a"]),
+        ({"caption": None, "captions": ["b", "b"]}, ["b", "b"]),
+        ({"text": " "}, [" "]),
+        ({"captions": None}, [""]),
+    ],
+)
+def test_captions_in_several_fields(record, captions):
+    """Those of the second field were lost."""
+    assert captions_of(record, "x") == captions
 
 
 def test_own_photos_in_the_layouts_of_imagefolder(tmp_path: Path) -> None:

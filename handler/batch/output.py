@@ -66,5 +66,6 @@ class Output:
         self.system.invalidate_cache()
         if not self.system.exists(self.path):
             return set()
-        files = self.system.ls(self.path, detail=True)
-        return {file["name"].rpartition("/")[2] for file in files if file["size"] != 0}
+        entries = self.system.ls(self.path, detail=True)
+        kept = (one for one in entries if one["type"] != "file" or one.get("size") != 0)
+        return {one["name"].rpartition("/")[2] for one in kept}

@@ -120,15 +120,18 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def captions_of(record: dict[str, Any], where: str) -> list[str]:
-    """The captions of one row. null counts as an empty caption: tools write it for a missing
-    one."""
+    """The captions of one row, from all its fields for them. null counts as an empty caption: tools
+    write it for a missing one."""
     _field(record, CAPTION_FIELDS, where)
     captions: list[str] = []
     for field in CAPTION_FIELDS:
         value = record.get(field, [])
         values = value if isinstance(value, list) else [value]
         texts = ["" if one is None else _text({field: one}, field, where) for one in values]
-        captions += [text for text in texts if text not in captions] if captions else texts
+        if any(text.strip() for text in captions):
+            captions += [text for text in texts if text.strip() and text not in captions]
+        else:
+            captions = texts or captions
     return captions
 
 
