@@ -193,6 +193,24 @@ def test_a_missing_or_damaged_key_file_is_named(server, tmp_path, content):
         Client(server.url, key_file=path).caption(b"x")
 
 
+def test_a_key_that_expires_while_the_queue_is_full_is_renewed(
+    client, server, key_file, monkeypatch
+):
+    """It ended a whole folder of photos."""
+    server.answers = [(503, b"{}"), *server.answers]
+
+    def later(_: float) -> None:
+        server.key = "rotated"
+
+    def renewed(*_: object) -> str:
+        write_key(key_file, "rotated")
+        return "rotated"
+
+    monkeypatch.setattr(client_module.time, "sleep", later)
+    monkeypatch.setattr(Client, "_renewed", renewed)
+    assert client.caption(b"x") == ANSWER
+
+
 def test_a_server_may_need_no_key(server, tmp_path, monkeypatch):
     """As deploy/config.properties has it: there is no key file then."""
     monkeypatch.setattr(client_module, "find_server", lambda: (tmp_path, None))
@@ -251,6 +269,13 @@ def grpc_server():
     fake = GrpcServer()
     yield fake
     fake.server.stop(None)
+
+
+def test_grpc_on_this_machine_takes_no_proxy(grpc_server, key_file, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    client = Client(grpc_target=grpc_server.target, key_file=key_file)
+    assert client.caption_grpc(b"PHOTO")["caption"] == ANSWER["caption"]
 
 
 def test_grpc_carries_photo_options_and_key(grpc_server, key_file):

@@ -6,7 +6,9 @@ import re
 import shutil
 import socket
 import ssl
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import REPOSITORY, run_program
@@ -82,6 +84,29 @@ def test_a_port_that_is_none_is_named(name, value, home):
     settings = {"model_store": "model_store", "load_models": "captioner.mar", name: value}
     with pytest.raises(UserError, match=f"config.properties: {name}.*a port of 1 to 65535"):
         serve.start(config_in(home, **settings), home=home)
+
+
+def test_the_server_is_not_asked_through_a_proxy(tmp_path, monkeypatch):
+    """It was not ready then, and was ended after three minutes."""
+
+    class Management(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'[{"minWorkers": 1, "workers": [{"status": "READY"}]}]'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Management) as management:
+        threading.Thread(target=management.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{management.server_address[1]}"
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        server = serve.Server(
+            pid=0, inference="", management=address, grpc="", temporary="", metrics=""
+        )
+        assert serve.is_ready(server, "captioner", tmp_path)
+        management.shutdown()
 
 
 def test_a_server_without_keys_is_asked_without_one(tmp_path):
