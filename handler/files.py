@@ -193,7 +193,7 @@ def _write_out(path: Path) -> None:
         os.close(handle)
 
 
-def printable(text: str) -> str:
+def as_utf8(text: str) -> str:
     """A text of file names. What is not UTF-8 in them becomes escapes: no JSON or Parquet file can
     hold it."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -16,6 +16,7 @@ from handler.errors import (
     UnsupportedMediaType,
     UserError,
 )
+from handler.files import as_utf8
 from handler.image_decode import sniff
 
 IMAGE_FIELDS = ("image", "data")
@@ -280,7 +281,7 @@ def given_options(arguments: argparse.Namespace) -> dict[str, str]:
     values = {name: getattr(arguments, name) for name in OPTIONS}
     given = {name: text for name, text in values.items() if text is not None}
     for name, text in given.items():
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if as_utf8(text) != text:
             raise InvalidParameter(name, f"--{name.replace('_', '-')} is not UTF-8; write it again")
     return given
 

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from handler.errors import ArgumentParser, UserError, run_command
-from handler.files import FolderKind, printable, replace_folder
+from handler.files import FolderKind, as_utf8, replace_folder
 from handler.image_preprocess import PHOTO_SUFFIXES, InvalidImage, decode
 from training.data import download, scenes
 from training.data.coco import read_coco
@@ -167,8 +167,7 @@ def prepare_shards(name: str, source: str, out: Path, max_skipped: int | float) 
             for photos, faults in tqdm(parts, SHARDS, len(shards), unit="shard", disable=None):
                 found += photos
                 skipped += [
-                    {"image": printable(image), "reason": printable(reason)}
-                    for image, reason in faults
+                    {"image": as_utf8(image), "reason": as_utf8(reason)} for image, reason in faults
                 ]
         finally:
             pool.shutdown(cancel_futures=True)

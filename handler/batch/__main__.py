@@ -22,7 +22,7 @@ from handler.batch.pool import Pool, connected
 from handler.batch.process import caption_shards
 from handler.batch.record import describe, open_run
 from handler.batch.shard import Job, part_name
-from handler.batch.source import URL, Shard, absolute, needs_network
+from handler.batch.source import URL, Shard, absolute, names_urls, needs_network
 from handler.batch.summary import Progress, line, totals
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import locked, read_object, write_atomic
@@ -136,6 +136,15 @@ def secure(arguments: argparse.Namespace) -> None:
     )
 
 
+def is_offline(source: str, shards: list[Shard]) -> bool:
+    """Whether this job has no network, for a source that seemed to need none. It is `needs_network`
+    of the files that are known by now: a folder of a million photos is not listed again."""
+    if not namespace.is_alone() or URL.search(source):
+        return False
+    files = dict.fromkeys(shard.url for shard in shards if shard.kind == "parquet")
+    return not any(map(names_urls, files))
+
+
 def main() -> None:
     arguments = parse()
     options = decoding_options(arguments)
@@ -152,12 +161,12 @@ def main() -> None:
         shards, notices = open_run(output, run, arguments.extend)
         for notice in notices:
             print(notice, file=sys.stderr)
+        offline = is_offline(arguments.source, shards)
         shards = share(shards, arguments.shards)
         done = output.names()
         waiting = [shard for shard in shards if part_name(shard) not in done]
         device = "cuda" if arguments.gpus and torch.version.cuda else "cpu"
         export = str(arguments.export.absolute())
-        offline = namespace.is_alone() and not needs_network(arguments.source)
         job = Job(export, options, output.url, device, arguments.threads, offline)
         progress = Progress(shards, waiting)
         if waiting:

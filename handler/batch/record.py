@@ -154,17 +154,11 @@ def _compare(
     found, root, photos = find(source, output.url, first=False)
     known = {photo for shard in shards for photo in shard.photos}
     addresses = {shard.address for shard in shards}
-    whole = {shard.url for shard in shards if shard.row_group == WHOLE}
     fresh = [photo for photo in photos if photo not in known]
-    # A file that was recorded as a whole, or group by group, is known however it is read today.
-    recorded = {shard.url for shard in shards}
-    added = [
-        shard
-        for shard in found
-        if shard.address not in addresses
-        and shard.url not in whole
-        and not (shard.row_group == WHOLE and shard.url in recorded)
-    ]
+    # A file that is recorded as a whole is known group by group, and the other way round.
+    whole = {shard.url for shard in (*shards, *found) if shard.row_group == WHOLE}
+    whole &= {shard.url for shard in shards}
+    added = [s for s in found if s.address not in addresses and s.url not in whole]
     added += cut(root, fresh, first=len(shards))
     if not added:
         return shards, []

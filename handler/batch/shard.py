@@ -25,7 +25,7 @@ from handler.batch.output import Output
 from handler.batch.source import URL, Photo, Shard, read
 from handler.captioner import Captioner
 from handler.errors import UserError
-from handler.files import printable
+from handler.files import as_utf8
 from handler.request import describe_error
 
 # Photos captioned at once; tests/benchmarks/batch.py compares sizes.
@@ -81,7 +81,7 @@ def failed_name(shard: Shard) -> str:
 
 
 def error_row(photo_id: str, kind: str, message: str) -> Row:
-    error = {"type": kind, "message": printable(message)}
+    error = {"type": kind, "message": as_utf8(message)}
     return {"id": photo_id, "caption": None, "captions": None, "error": error}
 
 
@@ -207,7 +207,7 @@ def finish(output: Output, shard: Shard, rows: Iterable[Row]) -> dict[str, Any]:
     """
     started = time.perf_counter()
     try:
-        done = [{**row, "shard": printable(shard.address)} for row in rows]
+        done = [{**row, "shard": as_utf8(shard.address)} for row in rows]
     except (UserError, OSError, ValueError) as error:
         return give_up(output, shard, str(error)) | {"seconds": time.perf_counter() - started}
     counts: dict[str, int] = {}

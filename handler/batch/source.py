@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from handler.errors import UserError
-from handler.files import printable, walk
+from handler.files import as_utf8, walk
 from handler.image_preprocess import MAX_BYTES
 from handler.request import MissingImage
 
@@ -147,10 +147,11 @@ def needs_network(source: str) -> bool:
     if URL.search(source):
         return True
     files = (file for url in expand(source) for file in _files(url))
-    return any(_names_urls(file) for file in files if file.endswith(".parquet"))
+    return any(names_urls(file) for file in files if file.endswith(".parquet"))
 
 
-def _names_urls(file: str) -> bool:
+def names_urls(file: str) -> bool:
+    """Whether there are URLs among the first paths of a Parquet file."""
     try:
         with pq.ParquetFile(file) as table:
             image = table.schema_arrow.field("image").type
@@ -244,7 +245,7 @@ def read(shard: Shard) -> Iterator[Photo]:
     read_kind = {"tar": _read_tar, "parquet": _read_parquet, "folder": _read_folder}[shard.kind]
     try:
         for photo in read_kind(shard):
-            name = printable(photo.id)
+            name = as_utf8(photo.id)
             count = counts[name] = counts.get(name, 0) + 1
             yield Photo(f"{name}#{count}" if count > 1 else name, photo.content)
     except (OSError, ValueError):

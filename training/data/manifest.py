@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from handler.errors import UserError
-from handler.files import FORMAT, printable
+from handler.files import FORMAT, as_utf8
 
 SPLITS = ("train", "val", "test")
 DATASETS = Path("build/data")
@@ -271,8 +271,8 @@ def is_url(location: str) -> bool:
 def _root(image_root: Path, directory: Path) -> str:
     """Relative if possible, so that the dataset can be moved together with its photos."""
     root = Path(os.path.abspath(image_root))
-    if printable(str(root)) != str(root):
-        raise UserError(f"{printable(str(root))}: the name of a folder is not UTF-8; rename it")
+    if as_utf8(str(root)) != str(root):
+        raise UserError(f"{as_utf8(str(root))}: the name of a folder is not UTF-8; rename it")
     if root.is_relative_to(directory):
         return root.relative_to(directory).as_posix()
     return str(root)

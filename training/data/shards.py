@@ -36,6 +36,7 @@ from training.data.source import (
 from training.data.tar import BLOCK, DamagedTar, Entry, read_entries
 
 CAPTION_SUFFIXES = (".json", ".txt")
+DOTTED = "a dot in the name: a sample's key ends at the first one; rename it"
 READ_AHEAD = 4 * 2**20  # bytes per request when a whole shard is read from a server
 
 
@@ -145,9 +146,6 @@ def _size(file: Any) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-DOTTED = "a dot in the name: a sample's key ends at the first one; rename it"
-
-
 def _samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yields (key, members by suffix), at the end (name, {}) for each photo whose name has a dot
     before its suffix and which belongs to no sample. Consecutive members belong to one sample if
@@ -179,9 +177,10 @@ def _samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]
             raise DamagedTar(entry.offset, f"cut off within {entry.name}")
         members[kind] = Member(entry, content)
     if members:
+        ended.add(current)
         yield current, members
     # Some datasets put further pictures beside a photo, such as key.mask.png.
-    yield from ((name, {}) for key, name in dotted if key not in {*ended, current})
+    yield from ((name, {}) for key, name in dotted if key not in ended)
 
 
 def _read_sample(shard: str, key: str, members: dict[str, Member]) -> ShardPhoto:

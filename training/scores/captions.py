@@ -14,7 +14,7 @@ from tqdm import tqdm
 from handler.beam_search import DecodeOptions
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
-from handler.files import printable, write_atomic
+from handler.files import as_utf8, write_atomic
 from training.data.manifest import Manifest, Row, data_folder, read_manifest
 from training.data.photos import read_photo
 from training.data.source import check_unicode
@@ -120,7 +120,7 @@ def read_captions(path: Path, field: str | None = None) -> dict[str, list[str]]:
             image, caption = entry["image_id"], entry["caption"]
             if not isinstance(image, int | str) or not isinstance(caption, str):
                 raise TypeError
-            check_unicode(f"{image}{caption}", f"{path}: photo {printable(str(image))!r}")
+            check_unicode(f"{image}{caption}", f"{path}: photo {as_utf8(str(image))!r}")
             captions.setdefault(str(image), []).append(caption)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
