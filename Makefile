@@ -19,6 +19,9 @@ unexport PYTHONPATH PYTHONHOME
 
 # $(call quote,TEXT): one word to the shell, whatever is in it.
 quote = '$(subst ','\'',$(1))'
+# Fails where `make serve` has a server in this folder.
+NO_SERVER = python -c 'from pathlib import Path; from handler.serve.server import running; \
+	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
 # $(call option,--name,VALUE): nothing where the value is empty.
 option = $(if $(2),$(1) $(call quote,$(2)))
 # $(call stem,PATH): its last part without .yaml; make's own functions would split at spaces.
@@ -157,8 +160,7 @@ review-score: setup ## what the ratings say: FILES="ratings-*.json" KEY=FILE
 	@python -m training.review_score $(FILES) $(call option,--key,$(KEY))
 
 demo: setup ## the whole road on drawn scenes, as run "demo"
-	@python -c 'from pathlib import Path; from handler.serve.server import running; \
-	running(Path.cwd()) and exit("error: a server runs here; run make stop first")'
+	@$(NO_SERVER)
 	@python -m training.demo
 	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 \
 		ARGS="--overwrite --processes 2" CHECKPOINT= FROM= EXPORT=build/export/demo
@@ -173,9 +175,9 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 
 bench: setup ## speed tables: ViT-B + GPT-2, BLIP, GIT, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
 	python -W ignore -m tests.benchmarks.decoding $(ARGS)
-	if test -e $(call quote,$(CHECKPOINT)/model.safetensors); then python -W ignore \
-		-m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS); fi
-	if test -e $(call quote,$(EXPORT)/decoder.pt); then python -W ignore \
+	if test -e $(call quote,$(CHECKPOINT)/model.safetensors) -o -n $(call quote,$(CHECKPOINT_GIVEN)); \
+		then python -W ignore -m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS); fi
+	if test -e $(call quote,$(EXPORT)/decoder.pt) -o '$(origin EXPORT)' = 'command line'; then python -W ignore \
 		-m tests.benchmarks.serving --export $(call quote,$(EXPORT)); fi
 	python -W ignore -m tests.benchmarks.training $(ARGS)
 
@@ -191,5 +193,6 @@ test: lint ## lint, types, unit, parity, archive and live-server tests
 test-slow: setup ## the long proofs
 	python -m pytest -m slow
 
-clean: ## remove what was built (not .venv)
+clean: ## remove all that was built: datasets, checkpoints, exports, archives (not .venv)
+	@if test -e build/serve/server.json; then $(NO_SERVER); fi
 	rm -rf build logs key_file.json model_store/*.mar

@@ -55,14 +55,14 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
 
 
 def _keep_previous(out: Path, config: dict[str, Any]) -> None:
-    """Renames an archive of another checkpoint before the new one replaces it. An archive of an
-    earlier demo does not replace the archive that is kept already."""
+    """Renames an archive of another checkpoint before the new one replaces it. A demo's archive
+    does not replace the archive that is kept already."""
     if not out.exists():
         return
     old = _config_of(out)
     previous = out.with_name(f"{out.stem}.previous.mar")
-    demos = old.get("name") == config["name"] == DEMO
-    if old.get("checkpoint") == config["checkpoint"] or (demos and previous.exists()):
+    is_demo = old.get("name") == DEMO
+    if old.get("checkpoint") == config["checkpoint"] or (is_demo and previous.exists()):
         return
     if previous.exists() and not _config_of(previous):
         raise UserError(

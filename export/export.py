@@ -8,19 +8,21 @@ only then is it moved there. If it fails, an older export is unchanged.
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from export.precision import WAYS, in_precision, ways
 from export.torchscript import script_decoder, trace_encoder
 from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import EXPORT_FILES, Captioner
 from handler.errors import ArgumentParser, UserError, run_command
-from handler.files import FORMAT, FolderKind, check_replaceable, replace_folder
+from handler.files import FORMAT, FolderKind, as_utf8, check_replaceable, replace_folder
 from training.checkpoint import captioner_of, load_model
-from training.data.manifest import data_folder, read_manifest
+from training.data.manifest import Manifest, Row, data_folder, read_manifest
 from training.data.photos import read_photo
 from training.folders import WEIGHTS_FILE
 from training.model import CaptioningModel
@@ -43,10 +45,10 @@ def export_checkpoint(
     check_replaceable(out, EXPORT, [checkpoint])
     model, config, tokenizer = load_model(checkpoint)
     digest = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
-    config |= {"format": FORMAT, "name": checkpoint.name, "checkpoint": f"sha256:{digest}"}
+    config |= {"format": FORMAT, "name": as_utf8(checkpoint.name), "checkpoint": f"sha256:{digest}"}
     eager = captioner_of(model, config, tokenizer)
     photos = _validation_photos(config, eager, data)
-    expected = captions_of(eager, photos.images)
+    expected = captions_of(eager, photos.images, "captions of the checkpoint")
     with replace_folder(out, EXPORT, [checkpoint]) as new:
         tokenizer.save(new / "tokenizer.json")
         *rough, finest = ways(precision)
@@ -88,6 +90,19 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
+class _Photos(Sequence[Tensor]):
+    """Preprocessed photos, read when they are asked for: a thousand of 768 pixels take 7 GB."""
+
+    def __init__(self, captioner: Captioner, manifest: Manifest, rows: Sequence[Row]) -> None:
+        self.captioner, self.manifest, self.rows = captioner, manifest, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.captioner.preprocess(read_photo(self.manifest, self.rows[number]))
+
+
 def _validation_photos(
     config: dict[str, Any], captioner: Captioner, data: str | None
 ) -> ValidationPhotos:
@@ -95,12 +110,12 @@ def _validation_photos(
     if name is not None and (data is not None or data_folder(name).exists()):
         manifest = read_manifest(data_folder(name))
         rows = manifest.split("val")[:VERIFIED_PHOTOS]
-        images = [captioner.preprocess(read_photo(manifest, row)) for row in rows]
+        images = _Photos(captioner, manifest, rows)
         return ValidationPhotos(f"{manifest.name} val", images, [row.captions for row in rows])
     generator = torch.Generator().manual_seed(0)
     size = captioner.preprocessing.image_size
-    images = list(torch.randn(8, 3, size, size, generator=generator))
-    return ValidationPhotos("random images", images, None)
+    random = list(torch.randn(8, 3, size, size, generator=generator))
+    return ValidationPhotos("random images", random, None)
 
 
 def described(config: dict[str, Any]) -> str:
@@ -133,7 +148,7 @@ def main() -> None:
     out = arguments.out or Path("build/export") / name
     config = export_checkpoint(arguments.checkpoint, out, arguments.precision, arguments.data)
     verified = config["verified"]
-    print(f"{out}: {described(config)}; {told(verified)}")
+    print(f"{as_utf8(str(out))}: {described(config)}; {told(verified)}")
     if not verified["kept"]:
         least, loss = FLOORS[config["precision"]]
         print(

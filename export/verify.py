@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
@@ -18,11 +19,13 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 0.1, "int8": 0.2}
 # What a precision should keep on a trained model: the share of identical captions, and the share of
 # CIDEr that may be lost. In fp32 a violation is an error; in the others it is reported.
 FLOORS = {"fp32": (1.0, 0.0), "bf16": (0.99, 0.01), "int8": (0.95, 0.01)}
+BATCH = 32
 
 
 @dataclass(frozen=True)
 class ValidationPhotos:
-    """Preprocessed photos (3, S, S), where they come from, and their references, if any."""
+    """Preprocessed photos (3, S, S), which may be read when they are asked for, where they come
+    from, and their references, if any."""
 
     source: str
     images: Sequence[Tensor]
@@ -41,7 +44,7 @@ def verify(
     difference of numbers, and whether the floor of the precision is kept. Raises UserError for
     numbers beyond the tolerance and, in fp32, for a different caption."""
     difference = verify_numbers(eager, exported, TOLERANCES[precision])
-    captions = captions_of(exported, photos.images)
+    captions = captions_of(exported, photos.images, f"captions of the export in {precision}")
     same = [a.ids == b.ids for a, b in zip(expected, captions, strict=True)]
     if precision == "fp32" and not all(same):
         number = same.index(False)
@@ -139,11 +142,16 @@ def _difference(what: str, pair: list[Tensor], tolerance: float) -> float:
     return difference
 
 
-def captions_of(captioner: Captioner, images: Sequence[Tensor]) -> list[Caption]:
-    """The best caption of each preprocessed photo with default options."""
-    options = captioner.options()
+def captions_of(captioner: Captioner, images: Sequence[Tensor], of: str = "") -> list[Caption]:
+    """The best caption of each preprocessed photo with default options, but for sampling, behind a
+    progress bar that says `of` what."""
+    options = captioner.options(do_sample=False, num_return_sequences=1)
     captions: list[Caption] = []
-    for start in range(0, len(images), 32):
-        batch = torch.stack(list(images[start : start + 32]))
-        captions += [best[0] for best in captioner.caption_tensors(batch, [options] * len(batch))]
+    with tqdm(total=len(images), desc=of, unit="photo", delay=1) as bar:
+        for start in range(0, len(images), BATCH):
+            part = range(start, min(len(images), start + BATCH))
+            batch = torch.stack([images[number] for number in part])
+            found = captioner.caption_tensors(batch, [options] * len(batch))
+            captions += [best[0] for best in found]
+            bar.update(len(batch))
     return captions

@@ -3,7 +3,7 @@ the error body."""
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,19 +14,32 @@ from ts.handler_utils.utils import send_intermediate_predict_response
 from handler.attention_maps import overlay, png_bytes
 from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, most_prompt_tokens
 from handler.caption_tokenizer import PieceStream
-from handler.captioner import Caption, Captioner, caption_as_dict, encode_prompt, written_prompt
-from handler.image_preprocess import CheckedPhoto, seen_region
+from handler.captioner import (
+    MAX_PROMPTS,
+    Caption,
+    Captioner,
+    caption_as_dict,
+    encode_prompt,
+    written_prompt,
+)
+from handler.image_preprocess import CheckedPhoto
+from handler.image_resize import Box
 from handler.request import Request, describe_error, to_json
 from handler.words import words_of
 
 log = logging.getLogger(__name__)
+
+# Numbers in the attention maps of an answer, each of at most 13 bytes: TorchServe restarts a worker
+# whose answer is above its `max_response_size` (24 MiB here), and all requests of the batch fail.
+MAX_MAP_VALUES = 1_500_000
 
 
 @dataclass
 class Job:
     """A valid request: its index in the batch, its photo, the options of each of its prompts, and
     whether the answer is a picture. Decoding the photo sets `pixels_3SS`, the model's input
-    (3, S, S), and for a picture `image`, the whole photo."""
+    (3, S, S), and for a picture `image`, the photo of the size in which it is drawn, and `seen`,
+    the region of it that is the model's input."""
 
     index: int
     request: Request
@@ -34,7 +47,28 @@ class Job:
     options: Sequence[DecodeOptions]
     as_picture: bool
     image: Image.Image = field(init=False)
+    seen: Box = field(init=False)
     pixels_3SS: Tensor = field(init=False)
+
+
+def searched_together(
+    jobs: Sequence[Job], positions: int, max_beam_tokens: int
+) -> Iterator[list[Job]]:
+    """The jobs of a batch in groups whose searches fit in memory together: `max_beam_tokens` for
+    the keys and values of their tokens, as for one request, and one photo a job or MAX_PROMPTS for
+    those of the photos, which are repeated for each prompt."""
+    group: list[Job] = []
+    tokens = rows = 0
+    for job in jobs:
+        own = sum(o.rows * (o.max_new_tokens or positions) for o in job.options)
+        too_many = rows + len(job.options) > max(MAX_PROMPTS, len(group) + 1)
+        if group and (tokens + own > max_beam_tokens or too_many):
+            yield group
+            group, tokens, rows = [], 0, 0
+        group.append(job)
+        tokens, rows = tokens + own, rows + len(job.options)
+    if group:
+        yield group
 
 
 class TokenStream:
@@ -81,8 +115,17 @@ def answer(
         best, memory_1PD = captions[0][0], memory_PD.unsqueeze(0)
         [maps_Tgg] = captioner.attention_memory(memory_1PD, [best.ids], [best.prompt_ids])
         words = words_of(best.tokens, best.token_log_probs, maps_Tgg)
-        seen = seen_region(job.image.size, captioner.preprocessing)
-        return png_bytes(overlay(job.image, words, seen))
+        return png_bytes(overlay(job.image, words, job.seen))
+    if job.request.attention:
+        patches = captioner.config["model"]["encoder"]
+        values = (patches["image_size"] // patches["patch_size"]) ** 2
+        values *= sum(len(caption.ids) for best in captions for caption in best)
+        if values > MAX_MAP_VALUES:
+            raise InvalidParameter(
+                "attention",
+                f"attention: the maps of all tokens of these captions have {values} numbers, an "
+                f"answer at most {MAX_MAP_VALUES}; ask for fewer captions or tokens",
+            )
     entries = [_entry(captioner, job, memory_PD, for_prompt) for for_prompt in captions]
     if job.request.prompts is None:
         body = {**entries[0], "model": model}

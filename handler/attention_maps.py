@@ -29,13 +29,19 @@ TITLE = ("Title", "Word maps of a caption")
 OPACITY = 0.55
 
 
+def shrunk(photo: Image.Image) -> Image.Image:
+    """The photo in the size in which `overlay` draws it."""
+    scale = PANEL / max(photo.size)
+    width, height = (max(1, round(side * scale)) for side in photo.size)
+    return photo.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def overlay(photo: Image.Image, words: Sequence[Word], seen: Box) -> Image.Image:
     """Draws the photo (RGB), then for each word the photo with the word's map over the region
     `seen`, in fractions of the photo. Each map is scaled by its largest value. Words that do not
     name anything visible have no map: where the model looked for them means nothing."""
-    scale = PANEL / max(photo.size)
-    width, height = (max(1, round(side * scale)) for side in photo.size)
-    photo = photo.resize((width, height), Image.Resampling.BICUBIC)
+    photo = shrunk(photo)
+    width, height = photo.size
     panels = [("", photo)]
     for word in words:
         grey = photo.convert("L").convert("RGB")

@@ -10,10 +10,27 @@ from typing import Any
 import torch
 from PIL import Image
 
-from handler.answer import Job, TokenStream, answer, check_stream, failure, model_card
+from handler.answer import (
+    Job,
+    TokenStream,
+    answer,
+    check_stream,
+    failure,
+    model_card,
+    searched_together,
+)
+from handler.attention_maps import shrunk
 from handler.beam_search import InvalidParameter
 from handler.captioner import Captioner, prompted, yielding
-from handler.image_preprocess import Patience, check, decode, decode_resized, to_tensor
+from handler.errors import UserError
+from handler.image_preprocess import (
+    Patience,
+    check,
+    decode,
+    decode_resized,
+    seen_region,
+    to_tensor,
+)
 from handler.request import HandlerSettings, parse_request, to_json, within
 from handler.server_metrics import ServerMetrics
 
@@ -41,6 +58,10 @@ class CaptionHandler:
         )
         own = self.captioner.decoding
         self.captioner.decoding = {**yielding(settings.decoding, own), **own}
+        try:
+            self.captioner.options()
+        except InvalidParameter as error:
+            raise UserError(f"model-config.yaml: handler.decoding: {error}") from error
         self.max_beam_tokens = settings.max_beam_tokens
         manifest, config = context.manifest["model"], self.captioner.config
         self.model = {
@@ -50,8 +71,8 @@ class CaptionHandler:
             "precision": config["precision"],
         }
         self.metrics = ServerMetrics(context.metrics, self.model["name"])
-        # Invalid defaults or a broken model fail now, not in each request, and the first client
-        # does not wait for the first, slower run of TorchScript.
+        # A broken model fails now, not in each request, and the first client does not wait for the
+        # first, slower run of TorchScript.
         self.captioner.caption([Image.new("RGB", (32, 32))])
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[str | bytes]:
@@ -117,12 +138,18 @@ class CaptionHandler:
         with self.metrics.timed("captioner_decode_seconds"):
             job.pixels_3SS = to_tensor(decode_resized(job.photo, config, patience), config)
             if job.as_picture:
-                job.image = decode(job.photo, patience)
+                whole = decode(job.photo, patience)
+                job.seen = seen_region(whole.size, config)
+                # The photos of a batch wait for each other: none of them as it was decoded.
+                job.image = shrunk(whole)
 
     def _caption(self, jobs: Sequence[Job], context: Any) -> list[Any]:
         """The answers to the requests of a batch, or their error bodies."""
-        if not jobs:
-            return []
+        longest = self.captioner.decoder.max_positions - 1
+        groups = searched_together(jobs, longest, self.max_beam_tokens)
+        return [body for group in groups for body in self._caption_group(group, context)]
+
+    def _caption_group(self, jobs: Sequence[Job], context: Any) -> list[Any]:
         stream = TokenStream(self.captioner, jobs, context)
         try:
             with self.metrics.timed("captioner_encode_seconds"):

@@ -34,13 +34,18 @@ from handler.native_library import native_library
 from handler.shared_weights import name_of_weights, packing
 
 Photo = bytes | bytearray | memoryview | Image.Image
-# Batch size for a list of photos.
+# Batch size for a list of photos; each prompt of a photo counts, for it has keys of its own.
 BATCH = 16
+# Maximum number of tokens whose attention is computed at a time: that of BLIP base has 330 KB each.
+ATTENDED = 512
 # Maximum number of prompts for one photo.
 MAX_PROMPTS = 16
 # Maximum bytes of the largest activation when a CPU encodes a batch. The allocator returns larger
 # ones to the system each time, which costs an int8 ViT-B a quarter of its time.
 ENCODED_BYTES = 10_000_000
+# Decoding defaults that count a prompt's tokens, too, if `total_lengths` of a config names them:
+# `generate`'s `max_length` and `min_length`.
+TOTAL_LENGTHS = ("max_new_tokens", "min_new_tokens")
 # The files of an export.
 EXPORT_FILES = ("encoder.pt", "decoder.pt", "config.json", "tokenizer.json")
 # Methods and attributes that a scripted decoder needs for the search.
@@ -138,7 +143,8 @@ class Captioner:
         """Decoding options: the checkpoint's defaults, overridden by `given`. Raises
         InvalidParameter for an unknown name or a value out of this model's range."""
         sizes = self.decoder.vocab_size, self.decoder.max_positions
-        return choose_options(given, self.decoding, self.tokenizer, *sizes)
+        counted = self.config.get("total_lengths", [])
+        return choose_options(given, self.decoding, self.tokenizer, *sizes, counted)
 
     @overload
     def caption(
@@ -181,8 +187,9 @@ class Captioner:
     ) -> list[list[Caption]]:
         """One list of captions for each of `options`, of which each photo has `each` in turn."""
         captions: list[list[Caption]] = []
-        for start in range(0, len(photos), BATCH):
-            part = photos[start : start + BATCH]
+        size = max(1, BATCH // each)
+        for start in range(0, len(photos), size):
+            part = photos[start : start + size]
             memory_BPD = self.encode(torch.stack([self.preprocess(photo) for photo in part]))
             if each > 1:
                 memory_BPD = memory_BPD.repeat_interleave(each, dim=0)
@@ -258,10 +265,11 @@ class Captioner:
 
     @torch.inference_mode()
     def attention(
-        self, image_3SS: Tensor, ids: Sequence[int], prompt_ids: Sequence[int] = ()
+        self, image_3SS: Tensor, ids: Sequence[int], prompt_ids: Sequence[int] | None = None
     ) -> Tensor:
         """The attention maps of the T generated tokens `ids` of a caption: (T, grid, grid), each
-        map summing to 1. The tokens of the prompt have no maps.
+        map summing to 1. The tokens of the prompt have no maps; without `prompt_ids` there is none,
+        or the default one of a model with tasks.
 
         One parallel pass over the finished caption: the mean over heads of the cross-attention of
         the layers in `word_maps.layers` of `config.json`, or of all layers, over the image patches
@@ -269,7 +277,8 @@ class Captioner:
         where the truth is known (see training.scores.grounding).
         """
         memory_1PD = self.encoder(image_3SS.unsqueeze(0).to(self.device))
-        return self.attention_memory(memory_1PD, [ids], [prompt_ids])[0]
+        prompts = None if prompt_ids is None else [prompt_ids]
+        return self.attention_memory(memory_1PD, [ids], prompts)[0]
 
     @torch.inference_mode()
     def attention_memory(
@@ -301,7 +310,10 @@ class Captioner:
         mask_QQ = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
         mask_BQQ = mask_QQ.expand(len(ids), -1, -1)
         inputs = (tokens_BQ, positions_BQ, mask_BQQ, memory_BPD)
-        maps_BQP = self._attention(inputs, prompts)[:, :, encoder["prefix_tokens"] :]
+        size = max(1, ATTENDED // longest)
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+        maps_BQP = torch.cat([self._attention([x[p] for x in inputs], prompts[p]) for p in parts])
+        maps_BQP = maps_BQP[:, :, encoder["prefix_tokens"] :]
         maps_BQP = maps_BQP / maps_BQP.sum(-1, keepdim=True)
         maps_BQgg = maps_BQP.unflatten(2, (grid, grid)).cpu()
         return [
@@ -336,10 +348,11 @@ def choose_options(
     tokenizer: CaptionTokenizer,
     vocab_size: int,
     max_positions: int,
+    total_lengths: Sequence[str] = (),
 ) -> DecodeOptions:
     """A model's `defaults`, overridden by the options `given`. A default length is shortened if the
-    model has too few positions after the prompt. Raises InvalidParameter for an unknown name or a
-    value out of the model's range."""
+    model has too few positions after the prompt, and by the prompt if `total_lengths` names it.
+    Raises InvalidParameter for an unknown name or a value out of the model's range."""
     for name in given:
         if name not in OPTIONS:
             raise InvalidParameter(
@@ -347,6 +360,13 @@ def choose_options(
             )
     options = DecodeOptions(**{**yielding(defaults, given), **given})
     prompt = written_prompt(tokenizer, encode_prompt(tokenizer, options.prompt))
+    if prompt and total_lengths:
+        behind = {
+            name: max(int(name == "max_new_tokens"), defaults[name] - len(prompt))
+            for name in total_lengths
+            if defaults.get(name)
+        }
+        options = DecodeOptions(**{**yielding({**defaults, **behind}, given), **given})
     if prompt and len(prompt) <= most_prompt_tokens(max_positions):
         longest = max_positions - 1 - len(prompt)
         lengths: dict[str, Any] = {
@@ -480,6 +500,7 @@ def check_config(directory: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: {error}") from error
     except TypeError as error:
         raise UserError(f"{path}: field 'preprocessing' or 'decoding': {error}") from error
+    _check_optional(path, config)
     layers = decoder.get("layers")
     try:
         chosen = config.get("word_maps", {}).get("layers")
@@ -498,6 +519,22 @@ def check_config(directory: Path, config: dict[str, Any]) -> None:
             f"{path}: field 'preprocessing.image_size' is {preprocessing.image_size}, "
             f"'model.encoder.image_size' is {_short(encoder['image_size'])}; they must be equal"
         )
+
+
+def _check_optional(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError for a section that may be left out and is none."""
+    trained = config.get("training", {})
+    inner = trained.get("config", {}) if isinstance(trained, dict) else {}
+    parts = config.get("parts", {})
+    for name, section in (("training", trained), ("training.config", inner), ("parts", parts)):
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: field {name!r} must hold fields; leave it out")
+    if not isinstance(inner.get("data"), str | None):
+        raise UserError(f"{path}: field 'training.config.data' must be a string; leave it out")
+    lengths = config.get("total_lengths", [])
+    if not isinstance(lengths, list) or any(name not in TOTAL_LENGTHS for name in lengths):
+        names = " or ".join(TOTAL_LENGTHS)
+        raise UserError(f"{path}: field 'total_lengths' must be a list of {names}")
 
 
 def load_tokenizer(directory: Path, config: dict[str, Any]) -> CaptionTokenizer:

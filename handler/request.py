@@ -96,19 +96,21 @@ def within(
     options: DecodeOptions, positions: int, max_beam_tokens: int, asked: bool
 ) -> DecodeOptions:
     """Applies the server's limit on beams (or samples) x tokens to the options of one prompt. Above
-    it, a length that the client `asked` for raises InvalidParameter; a default length is shortened.
+    it, a length that the client `asked` for raises InvalidParameter; a default length is shortened,
+    unless that would leave no token.
     """
     longest = options.max_new_tokens or positions
     if options.rows * longest <= max_beam_tokens:
         return options
-    if asked:
+    shortened = max_beam_tokens // options.rows
+    if asked or not shortened:
         factor = "num_return_sequences" if options.do_sample else "num_beams"
         raise InvalidParameter(
             "max_new_tokens",
             f"{factor} {options.rows} x max_new_tokens {longest} is above the server's limit of "
             f"{max_beam_tokens} (max_beam_tokens); lower one of them",
         )
-    return replace(options, max_new_tokens=max_beam_tokens // options.rows)
+    return replace(options, max_new_tokens=shortened)
 
 
 def describe_error(error: Exception) -> dict[str, Any]:

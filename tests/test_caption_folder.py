@@ -244,6 +244,26 @@ def test_a_wrong_option_ends_the_folder_at_once(folder, tmp_path):
         caption_folder(refuse, folder, tmp_path / "captions.jsonl", {})
 
 
+def test_a_server_without_the_model_or_a_worker_ends_the_folder(folder, tmp_path, monkeypatch):
+    """All photos were waited for, and listed as photos to repair."""
+    out = tmp_path / "captions.jsonl"
+    caption_folder(Asked(), folder, out, {})
+    before = out.read_bytes()
+    change_photo(folder, {})
+    monkeypatch.setattr("handler.client.folder.MOST_UNSERVED", 2)
+    for error in (
+        ServerError("ModelNotFoundException", 404, "Model not found: captioner"),
+        ServerError("ServiceUnavailableException", 503, "no worker"),
+    ):
+
+        def refuse(photo: bytes, error=error, **_: object) -> dict:
+            raise error
+
+        with pytest.raises(ServerError, match=error.kind):
+            caption_folder(refuse, folder, out, {"num_beams": 2})
+        assert out.read_bytes() == before
+
+
 ROW = b'{"image": "a.jpg", "caption": "x", "captions": []}'
 
 

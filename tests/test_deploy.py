@@ -208,12 +208,13 @@ def test_the_image_starts_torchserve_so(tiny_export, tiny_data, tmp_path):
     config.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     text = (DEPLOY / "Dockerfile").read_text()
     command = json.loads(re.search(r"ENTRYPOINT (\[.*\])", text, re.DOTALL)[1].replace("\\\n", ""))
-    assert command[0] == "torchserve"
     places = {
+        "/srv/start.py": DEPLOY / "start.py",
         "/srv/config.properties": config,
         "/srv/log4j2.xml": REPOSITORY / "handler/serve/log4j2.xml",
     }
-    command = [sys.executable, "-m", "ts.model_server", *(places.get(w, w) for w in command[1:])]
+    assert command[0] == "python"
+    command = [sys.executable, *(places.get(word, word) for word in command[1:])]
     server = subprocess.Popen(
         command,
         cwd=tmp_path / "run",
@@ -243,3 +244,5 @@ def test_the_image_starts_torchserve_so(tiny_export, tiny_data, tmp_path):
         _, alive = psutil.wait_procs(family, timeout=20)
         for process in alive:
             process.kill()
+    assert not alive  # the launcher ends on SIGTERM when Java has ended
+    assert server.wait(5) >= 0

@@ -59,6 +59,9 @@ def test_the_job_runs_the_command_that_there_is(monkeypatch):
     for path in (arguments.source, arguments.out, str(arguments.export)):
         assert any(path.startswith(mount + "/") for mount in mounts)
     assert CLUSTER["authOptions"] == {"mode": "token"}
+    # The policy admits no submitter in a pod of its own. KubeRay asks for this beside it.
+    assert JOB["spec"]["submissionMode"] == "SidecarMode"
+    assert CLUSTER["headGroupSpec"]["template"]["spec"]["restartPolicy"] == "Never"
     pinned = (REPOSITORY / "requirements-batch.txt").read_text()
     assert re.search(rf"^ray=={re.escape(CLUSTER['rayVersion'])}$", pinned, re.MULTILINE)
 

@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from export.export import export_checkpoint
 from handler.captioner import Captioner
 from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
+from training.config import TokenizerChoice
 from training.import_huggingface import import_huggingface
+from training.loop.start import make_tokenizer, vocab_size_of
 
 PHOTOS = [natural(*size) for size in ((40, 30), (30, 40), (64, 20))]
 # Every decoder, and every way of a prefix before the patches.
@@ -178,6 +181,28 @@ def test_without_options_it_captions_as_generate_does(name, families):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    "lengths", [{"max_length": 9}, {"max_length": 15, "min_length": 8}], ids=str
+)
+def test_lengths_of_a_generation_config_count_the_prompt(lengths, families, tmp_path):
+    """`generate` counts the prompt in a `max_length` and a `min_length` of the model's own."""
+    name = "dinov2_with_registers+roberta"
+    _, _, tokenizer, processor = families(name)
+    model, *_ = save_family(tmp_path / "theirs", name)
+    path = tmp_path / "theirs/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | lengths | {"num_beams": 3}))
+    model = type(model).from_pretrained(tmp_path / "theirs").eval()
+    import_huggingface(str(tmp_path / "theirs"), tmp_path / "ours")
+    ours = load_captioner(tmp_path / "ours")
+    for prompt in PROMPTS:
+        found = ours.caption(PHOTOS, prompt=prompt)
+        same_as_generate(found, model, processor, tokenizer, prompt)
+    # Of a request they are what they are called: of the new tokens.
+    found = ours.caption(PHOTOS, prompt=PROMPTS[1], max_new_tokens=5)
+    same_as_generate(found, model, processor, tokenizer, PROMPTS[1], max_new_tokens=5)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("name", SEARCHED)
 def test_an_export_says_the_same(name, families, tmp_path: Path):
     checkpoint, model, tokenizer, processor = families(name)
@@ -201,7 +226,11 @@ def test_an_export_says_the_same(name, families, tmp_path: Path):
 
 def test_the_begin_token_of_blip_is_beyond_its_tokenizer(families):
     checkpoint, _, tokenizer, _ = families("blip")
-    assert load_captioner(checkpoint).tokenizer.begin_id == len(tokenizer)
+    ours = load_captioner(checkpoint)
+    assert ours.tokenizer.begin_id == len(tokenizer)
+    # A new decoder that uses the tokenizer, as a student does: it had no row for that id.
+    choice = TokenizerChoice(checkpoint=str(checkpoint))
+    assert vocab_size_of(choice, make_tokenizer(choice, [])) == ours.decoder.vocab_size
 
 
 def pair(encoder: object, decoder: object) -> object:

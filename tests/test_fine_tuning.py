@@ -121,6 +121,7 @@ def test_the_config_that_trained_it_contradicts_nothing(start, tmp_path):
         ({"encoder": {"image_size": 64}}, "encoder.image_size is 64, but .* has 32"),
         ({"encoder": {"layers": 12}}, "encoder.layers is 12, but .* has 1"),  # the usual number
         ({"encoder": {"pretrained": "timm/x"}}, "encoder.pretrained is .* brings its own"),
+        ({"encoder": {"stem": "convolutional"}}, "stem is 'convolutional', but .* has 'linear'"),
         ({"decoder": {"heads": 4}}, "decoder.heads is 4, but .* has 2"),
         ({"decoder": {"max_tokens": 11}}, "decoder.max_tokens is 11, but .* has 10 positions"),
         ({"tokenizer": {"kind": "bpe"}}, "tokenizer.kind is 'bpe', but .* has 'word'"),

@@ -306,6 +306,9 @@ def test_maps_are_over_the_photo_alone(exported, eager):
         torch.testing.assert_close(alone.sum((1, 2)), torch.ones(len(alone)))
         for maps in together:
             torch.testing.assert_close(maps[photo], alone, atol=1e-5, rtol=1e-4)
+    # Without a prompt it is that of the default task.
+    plain = eager.attention(eager.preprocess(PHOTOS[0]), found[0].ids)
+    torch.testing.assert_close(plain, together[0][0], atol=1e-5, rtol=1e-4)
     other = eager.attention(eager.preprocess(PHOTOS[0]), found[0].ids, found[1].prompt_ids)
     assert not torch.allclose(other, together[0][0])
 
@@ -483,6 +486,21 @@ def test_without_a_generation_config_the_text_config_is_read(theirs, copy, tmp_p
     found = json.loads((tmp_path / "ours/config.json").read_text())
     assert found["decoding"]["num_beams"] == found["decoding"]["no_repeat_ngram_size"] == 2
     assert found["tokenizer"]["first_id"] == 0 and found["tokenizer"]["forces_end"]
+
+
+def test_a_head_of_its_own_does_not_become_the_embedding(copy, tmp_path):
+    """Both were read into the one weight that a tied model has: all captions were wrong."""
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = False
+    (copy / "config.json").write_text(json.dumps(config))
+    state = load_file(copy / "model.safetensors")
+    table = state["model.language_model.shared.weight"]
+    state["lm_head.weight"] = torch.randn_like(table)
+    save_file(state, copy / "model.safetensors")
+    import_huggingface(str(copy), tmp_path / "ours")
+    model, _, _ = load_model(tmp_path / "ours")
+    assert torch.equal(model.decoder.head.weight, state["lm_head.weight"])
+    assert torch.equal(model.decoder.token_embedding.weight, table)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ from photos import encoded, natural, smooth
 from PIL import Image
 from worker import Worker, by_grpc, rest
 
+import handler.answer
 from export.archive import build_archive
 from handler import caption_handler
 from handler.attention_maps import GAP, LABEL, PANEL
 from handler.captioner import Captioner
+from handler.errors import UserError
 
 JPEG = "image/jpeg"
 
@@ -353,6 +355,33 @@ def test_explanations_as_a_picture_beside_others(worker, photos):
     assert (bad.status, bad.headers["content-type"]) == (415, "application/json")
 
 
+def test_pictures_wait_for_each_other_small(worker, monkeypatch):
+    """A batch held all of its photos as they were decoded: 256 MB for one of 64 megapixels."""
+    sizes = []
+    whole = caption_handler.answer
+
+    def watched(captioner, job, *rest):
+        sizes.append(job.image.size)
+        return whole(captioner, job, *rest)
+
+    monkeypatch.setattr(caption_handler, "answer", watched)
+    photo = encoded(smooth(2000, 1000), "JPEG")
+    [answer] = worker.predict(rest({"image": photo}, explain="True", accept="image/png"))
+    assert Image.open(io.BytesIO(answer.body)).format == "PNG"
+    assert sizes == [(PANEL, PANEL // 2)]
+
+
+def test_maps_beyond_an_answer_are_refused(worker, photos, monkeypatch):
+    """An answer of more than `max_response_size` ends the worker, and the batch with it."""
+    monkeypatch.setattr(handler.answer, "MAX_MAP_VALUES", 16)
+    refused, plain = worker.predict(
+        rest({"image": photos[0], "attention": b"true", "min_new_tokens": b"2"}),
+        rest({"image": photos[0]}),
+    )
+    assert (refused.status, refused.json["type"], plain.status) == (400, "InvalidParameter", 200)
+    assert refused.json["message"].startswith("attention: the maps of all tokens")
+
+
 def test_description_is_the_model_card(worker):
     [answer] = worker.predict({"headers": rest({}, describe="True")["headers"], "parameters": []})
     card = answer.json
@@ -494,5 +523,5 @@ def test_a_prompt_by_default(folder, tmp_path, photos):
     [({"num_beams": 99}, "num_beams"), ({"prompt": "a purple"}, "'purple'")],
 )
 def test_a_bad_default_fails_at_the_start(folder, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=f"model-config.yaml: handler.decoding: .*{message}"):
         load_with(folder, tmp_path, settings, {})

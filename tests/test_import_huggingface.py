@@ -128,7 +128,15 @@ def old_shards(folder: Path, _) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("store", [shards, pickled, old_shards])
+def head_alone(folder: Path, _) -> None:
+    """As safetensors' `save_model` writes tied weights: under the first of their names."""
+    state = load_file(folder / "model.safetensors")
+    assert "decoder.lm_head.weight" not in state
+    state["decoder.lm_head.weight"] = state.pop("decoder.transformer.wte.weight")
+    save_file(state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("store", [shards, pickled, old_shards, head_alone])
 def test_the_weights_may_lie_in_any_of_the_usual_files(store, saved, copy, imported, tmp_path):
     store(copy, saved[1])
     import_huggingface(str(copy), tmp_path / "ours")

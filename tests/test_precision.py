@@ -1,6 +1,7 @@
 """Packed layers against torch's own, and exports in every precision."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -216,6 +217,15 @@ def test_a_damaged_export_is_not_believed(tiny_run, tiny_export):
         eager.decoder.blocks[0].mlp.down.bias[0].add_(1.0)
     with pytest.raises(UserError, match=r"export: decoder logits differs"):
         verify(eager, exported, photos, captions_of(eager, images), "fp32")
+
+
+def test_a_checkpoint_that_samples_by_default_is_exported(tiny_run, tmp_path):
+    """Its samples were compared, which differ each time."""
+    shutil.copytree(tiny_run / "build/checkpoints/tiny", tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny/config.json").read_text())
+    config["decoding"] |= {"do_sample": True, "num_return_sequences": 3, "temperature": 2.0}
+    (tmp_path / "tiny/config.json").write_text(json.dumps(config))
+    assert export_checkpoint(tmp_path / "tiny", tmp_path / "export")["verified"]["kept"]
 
 
 def test_another_caption_in_fp32_is_an_error(tiny_run, tiny_export):

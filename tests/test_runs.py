@@ -510,6 +510,20 @@ def test_every_archive_of_another_checkpoint_is_kept(run, kept, tiny_export, tmp
     assert capsys.readouterr().out.count("captioner.previous.mar") == (2 if run == "tiny" else 1)
 
 
+def test_the_archive_of_a_demo_is_never_the_one_that_is_kept_instead(tiny_export, tmp_path):
+    """After a demo, the user's next archive replaced the user's first one, which had been kept."""
+    config = json.loads((tiny_export / "config.json").read_text())
+    out, previous = (tmp_path / f"captioner{part}.mar" for part in ("", ".previous"))
+    for number, name in enumerate(["mine", "demo", "other"]):
+        export = tmp_path / f"export{number}"
+        shutil.copytree(tiny_export, export)
+        changed = {**config, "name": name, "checkpoint": f"sha256:{number}"}
+        (export / "config.json").write_text(json.dumps(changed))
+        build_archive(export, out, "1.0")
+    with zipfile.ZipFile(previous) as archive:
+        assert json.loads(archive.read("config.json"))["checkpoint"] == "sha256:0"
+
+
 # --- a full disk ---
 
 

@@ -1,6 +1,7 @@
 """What one client may cost the server: beams times tokens, encoder passes, streamed tokens, lines
 of the logs."""
 
+import base64
 import contextlib
 import json
 import re
@@ -19,6 +20,7 @@ from worker import Worker, rest
 from export.archive import build_archive
 from handler.beam_search import DecodeOptions, InvalidParameter
 from handler.caption_tokenizer import CaptionTokenizer, PieceStream
+from handler.captioner import Captioner
 from handler.errors import UserError
 from handler.request import HandlerSettings, within
 from handler.serve import server as serve
@@ -73,6 +75,12 @@ def test_beams_times_tokens_are_capped(options, asked, expected):
         assert within(options, 1023, 4096, asked).max_new_tokens == expected
 
 
+def test_a_cap_that_leaves_no_token_is_named():
+    """The client was told that a length which it had not sent must be 1 or more."""
+    with pytest.raises(InvalidParameter, match="num_beams 5 x .* above the server's limit of 4"):
+        within(DecodeOptions(num_beams=5), 30, 4, asked=False)
+
+
 def test_a_request_above_the_cap_is_refused_by_name(worker, handler, photo):
     handler.max_beam_tokens = 16
     refused, shortened, good = worker.predict(
@@ -89,6 +97,28 @@ def test_a_request_above_the_cap_is_refused_by_name(worker, handler, photo):
     assert len(shortened.json["captions"][0]["tokens"]) <= 2
     [card] = worker.predict({"headers": rest({}, describe="True")["headers"], "parameters": []})
     assert card.json["max_beam_tokens"] == 16
+
+
+def test_a_batch_keeps_within_the_cap_too(worker, handler, photo, monkeypatch):
+    """Eight requests just within it took eight times its memory."""
+    searched, whole = [], Captioner.caption_memory
+
+    def counted(self, memory, *rest):
+        searched.append(len(memory))
+        return whole(self, memory, *rest)
+
+    monkeypatch.setattr(Captioner, "caption_memory", counted)
+    fields = {"image": photo, "num_beams": b"4", "max_new_tokens": b"5"}
+    body = {"image": base64.b64encode(photo).decode(), "max_new_tokens": 2, "num_beams": 1}
+    requests = [rest(fields)] * 5 + [
+        rest({"body": body | {"prompts": ["a"] * 9}}, "application/json") for _ in range(2)
+    ]
+    together = [answer.json for answer in worker.predict(*requests)]
+    assert searched == [14, 9]  # no more than 16 photos, or one a request
+    searched.clear()
+    handler.max_beam_tokens = 40
+    assert [answer.json for answer in worker.predict(*requests)] == together
+    assert searched == [2, 2, 10, 9]
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,7 @@ def test_sources_that_are_no_shards_are_one_line(tmp_path: Path, server, monkeyp
         (f"{server.url}/x.zip", "x.zip: not a shard"),
         (f"{server.url}/absent.tar", "absent.tar: the server answers 404"),
         ("http://a/x.tar::http://b/x.tar", "must be on one server"),
+        ("http://a/x-{000112..000000}.tar", "the range {000112..000000} is empty"),
     ):
         assert prepared(monkeypatch, source, tmp_path / "out") == 2
         error = capsys.readouterr().err

@@ -29,7 +29,7 @@ from training.data.captions import mirrored, pack_captions
 from training.data.features import FeatureCache, FrozenEncoder
 from training.data.manifest import read_manifest
 from training.data.photos import Augment, epoch_order
-from training.loop.distributed import Processes
+from training.loop.distributed import Processes, processes_for
 from training.loop.optimizer import learning_rate, set_checkpointing
 from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
@@ -210,6 +210,71 @@ def test_processes_end_with_the_first(tiny_data, tmp_path):
     command = ["--config", "tiny.yaml", "--data", str(tiny_data), "--run", "run"]
     done = run_program("training.train", *command, "--processes", "2", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("error:") == 1, done.stderr
+
+
+def test_a_process_that_ends_before_it_has_joined_is_named(tiny_data, tmp_path):
+    """The first one waited six hours for it."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    # Every process but the first dies as soon as it has read its program.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK', '0') != '0':\n    print('no memory', flush=True)\n"
+        "    os._exit(1)\n"
+    )
+    command = ["--config", "tiny.yaml", "--data", str(tiny_data), "--run", "run"]
+    places = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    done = run_program(
+        "training.train", *command, "--processes", "2", cwd=tmp_path, PYTHONPATH=places
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("error: process 1 of 2 ended with status 1: no memory\n")
+    assert not (tmp_path / "build/checkpoints/run").exists()
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert [processes_for(cuda, "auto", n) for n in (1, 2, 3)] == [1, 2, 2]
+    assert [processes_for(cuda, "cuda:0", n) for n in (1, 3)] == [1, 1]
+    assert processes_for(cpu, "auto", 3) == 3
+
+
+def test_more_processes_than_photos_replace_no_run(tiny_run, tiny_data, tmp_path):
+    """A run of this name had been renamed, and the one before it removed."""
+    shutil.copytree(tiny_run / "build", tmp_path / "build")
+    stages = [{**TINY["stages"][0], "batch_photos": 2}]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "stages": stages}))
+    before = (tmp_path / "build/checkpoints/tiny/train_state.pt").read_bytes()
+    command = ["--data", str(tiny_data), "--run", "tiny", "--overwrite", "--processes", "3"]
+    command += ["--from", "start", "--config", "tiny.yaml"]
+    (tmp_path / "build/checkpoints/tiny").rename(tmp_path / "start")
+    shutil.copytree(tmp_path / "start", tmp_path / "build/checkpoints/tiny")
+    done = run_program("training.train", *command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "3 processes for a batch of 2 photos" in done.stderr, done.stderr
+    assert (tmp_path / "build/checkpoints/tiny/train_state.pt").read_bytes() == before
+    assert [p.name for p in (tmp_path / "build/checkpoints").iterdir()] == ["tiny"]
+
+
+def test_a_run_goes_on_without_its_log_and_with_a_moved_dataset(
+    tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """Each was a traceback, or a demand for a folder that is no more."""
+    monkeypatch.chdir(tmp_path)
+    first = {**TINY["stages"][0], "epochs": 1}
+    shutil.copytree(tiny_data, "data")
+    config = config_of(Path("tiny.yaml"), stages=[first], data="data")
+    train(config, read_manifest(Path("data")), Path("run"), None)
+    second = {**first, "name": "more"}
+    config = config_of(Path("tiny.yaml"), stages=[first, second], data="moved")
+    Path("data").rename("moved")
+    Path("run/metrics.jsonl").unlink()
+    state = torch.load("run/train_state.pt", weights_only=True)
+    state["machine"]["processes"] = 3
+    torch.save(state, "run/train_state.pt")
+    train(config, read_manifest(Path("moved")), Path("run"), None, resume=True)
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"more"}
+    assert "resumed with processes 1, but begun with 3" in capsys.readouterr().out
 
 
 def test_layers_further_down_learn_more_slowly():

@@ -4,6 +4,8 @@ browser by file, camera and keyboard."""
 import http.client
 import io
 import re
+import socket
+import struct
 import threading
 from urllib.parse import quote
 
@@ -204,6 +206,26 @@ def test_localhost_is_a_name_of_its_own(page, photo_file):
 def test_what_else_is_refused(page, client, changes, status):
     assert ask(page, **changes)[0] == status
     assert client.photos == []
+
+
+def test_a_tab_that_is_closed_is_no_error(page, client, photo_file, capfd):
+    """It printed a traceback; half of a photo was sent to TorchServe."""
+    content = photo_file.read_bytes()
+    head = (
+        f"POST /caption?key={page.key} HTTP/1.1\r\nHost: 127.0.0.1:{page.port}\r\n"
+        f"Origin: http://127.0.0.1:{page.port}\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    for body in (content[:100], content):
+        with socket.create_connection(("127.0.0.1", page.port)) as connection:
+            # Closed with a reset, as by a browser that does not wait for what is still to come.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(head.encode() + body)
+            if body != content:
+                connection.shutdown(socket.SHUT_WR)
+                assert connection.recv(100) == b""
+    assert ask(page, body=content)[0] == 200
+    assert set(client.photos) == {content}
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

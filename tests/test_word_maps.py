@@ -5,6 +5,7 @@ import base64
 import pytest
 import torch
 
+from handler.captioner import Captioner
 from handler.web.word_maps import box, centre, on_photo, peak, place_name, word_as_dict
 from handler.words import Word, words_of
 
@@ -96,3 +97,15 @@ def test_only_content_words_have_a_map():
     assert len(values) == 16 and values[6] == 255 and sum(values) == 255
     for text in ("The", "of", ".", ""):
         assert word_as_dict(Word(text, 0.0, map_gg)) == {"text": text, "probability": 1.0}
+
+
+def test_maps_are_the_same_a_part_at_a_time(tiny_export, monkeypatch):
+    """All captions at once took gigabytes for a large model and many tokens."""
+    captioner = Captioner.load(tiny_export)
+    memory_BPD = captioner.encode(torch.randn(1, 3, 32, 32)).expand(5, -1, -1)
+    ids = [[4, 5, 6], [5], [6, 4], [4], [5, 6, 4, 5]]
+    whole = captioner.attention_memory(memory_BPD, ids)
+    monkeypatch.setattr("handler.captioner.ATTENDED", 8)
+    parts = captioner.attention_memory(memory_BPD, ids)
+    assert [len(maps) for maps in parts] == [3, 1, 2, 1, 4]
+    torch.testing.assert_close(parts, whole)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def save_checkpoint(
     decoding: dict[str, Any],
     training: dict[str, Any],
     word_maps: dict[str, Any] | None = None,
+    total_lengths: Sequence[str] = (),
 ) -> None:
     """Writes the folder. The weights are written first and take their place last: a full disk is
     met before anything is replaced, and where the weights are new, the rest is too."""
@@ -49,6 +51,7 @@ def save_checkpoint(
         "preprocessing": preprocessing,
         "tokenizer": tokenizer.settings,
         "decoding": decoding,
+        **({"total_lengths": list(total_lengths)} if total_lengths else {}),
         **({} if word_maps is None else {"word_maps": word_maps}),
         "training": training,
     }

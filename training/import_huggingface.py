@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from handler.errors import ArgumentParser, run_command
+from handler.files import as_utf8
 from training.folders import CHECKPOINTS
 from training.weights.huggingface import import_huggingface
 
@@ -23,7 +24,7 @@ def main() -> None:
     out = arguments.out or CHECKPOINTS / os.path.basename(os.path.abspath(arguments.model))
     model = import_huggingface(arguments.model, out)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{out}: {millions:.1f} M parameters from {arguments.model}")
+    print(as_utf8(f"{out}: {millions:.1f} M parameters from {arguments.model}"))
 
 
 if __name__ == "__main__":

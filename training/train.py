@@ -8,7 +8,7 @@ from training.config import is_folder_name, load_config, read_fields
 from training.data.manifest import data_folder, read_manifest
 from training.folders import CHECKPOINTS
 from training.loop.allocator import keep_freed_memory
-from training.loop.distributed import together
+from training.loop.distributed import processes_for, together
 from training.loop.fine_tuning import fine_tuning_config
 from training.loop.run import pick_device
 from training.loop.train import train
@@ -62,13 +62,18 @@ def main() -> None:
         config = fine_tuning_config(preset, arguments.start, arguments.add_words, **overrides)
     if config.data is None:
         parser.error(f"config {config.name!r} names no dataset; give --data NAME (make: DATA=NAME)")
-    pick_device(config)  # refused before anything is read
+    device, _ = pick_device(config)  # refused before anything is read
+    processes = processes_for(device, config.device, arguments.processes)
+    if processes < arguments.processes:
+        print(f"{processes} of {arguments.processes} processes: each needs a GPU of its own")
     keep_freed_memory()
     manifest = read_manifest(data_folder(config.data))
     _, own = read_fields(preset)
     is_own = arguments.data is None or own["data"] in (arguments.data, manifest.name)
     name = arguments.run or (config.name if is_own else manifest.name)  # as in the Makefile
-    with together(arguments.processes):
+    if not is_folder_name(name):
+        parser.error(f"{name!r}, the dataset's name, is no name for a run; give one with --run")
+    with together(processes):
         train(
             config,
             manifest,

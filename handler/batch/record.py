@@ -35,7 +35,8 @@ def describe(export: Path, options: dict[str, Any], source: str) -> dict[str, An
             )
     tokenizer, shape = load_tokenizer(export, config), config["model"]["decoder"]
     sizes = shape["vocab_size"], shape["max_positions"]
-    chosen = choose_options(options, config.get("decoding", {}), tokenizer, *sizes)
+    counted = config.get("total_lengths", [])
+    chosen = choose_options(options, config.get("decoding", {}), tokenizer, *sizes, counted)
     return {
         "format": FORMAT,
         "checkpoint": config["checkpoint"],

@@ -288,6 +288,8 @@ def _answer(status: int, content: bytes) -> dict[str, Any]:
     if status == 413 and not body:
         body = {"type": "ImageTooLarge", "message": "the request is above the server's limit"}
     message = " ".join(str(body.get("message", "no reason given")).split())
+    if status == 404:
+        message += "; load it with make mar serve, or give the address of another server"
     raise ServerError(str(body.get("type", "the server failed")), status, message)
 
 

@@ -27,6 +27,8 @@ from handler.image_preprocess import PHOTO_SUFFIXES, sniff
 
 # Concurrent requests, enough to fill the server's batches.
 IN_FLIGHT = 8
+# So many answers in a row that no worker is free, each after all retries: there is none.
+MOST_UNSERVED = 2 * IN_FLIGHT
 # Reasons to caption a photo again, as the final message counts them.
 CHANGED_PHOTO, OTHER_OPTIONS = "changed", "with other options"
 OTHER_MODEL = "by another checkpoint or precision"
@@ -169,7 +171,7 @@ class FolderRequest:
 
     def row(self, name: str) -> Row | UserError:
         """The row of a photo, or the reason why it has none. Raises the errors that concern every
-        photo: no server answers, or it refuses an option or the key."""
+        photo: no server answers, it refuses an option or the key, or it does not have the model."""
         try:
             name.encode()
             photo = self.photos[name].read_bytes()
@@ -180,7 +182,7 @@ class FolderRequest:
         try:
             answer = self.ask(photo, **self.options)
         except ServerError as error:
-            if error.kind in ("InvalidParameter", "InvalidKeyException"):
+            if error.kind in ("InvalidParameter", "InvalidKeyException") or error.code == 404:
                 raise
             return error
         record = {**content_of(photo), **model_of(answer["model"])}
@@ -217,8 +219,8 @@ def caption_folder(
     the server's model has changed since.
 
     Returns the photos that could not be read or were refused, and the reasons. They get no new row,
-    and a row of a former content is removed. Raises UserError if no server answers, if it refuses
-    an option, or if the disk is full; the rows so far are kept.
+    and a row of a former content is removed. Raises UserError if no server answers or none of its
+    workers does, if it refuses an option, or if the disk is full; the rows so far are kept.
     """
     photos = find_photos(folder)
     check_writable(out)
@@ -234,12 +236,17 @@ def caption_folder(
         again = differences(request, file)
         unchanged = [name for name in photos if name in file.rows and name not in again]
         with tqdm(desc="captions", unit="photo", total=len(photos), disable=None) as bar:
+            unserved = 0
 
             def caption_all(names: Sequence[str]) -> list[Row]:
                 """Appends the rows of these photos and returns them."""
+                nonlocal unserved
                 rows: list[Row] = []
                 for name, row in zip(names, in_order(request.row, names), strict=True):
                     bar.update()
+                    unserved = unserved + 1 if getattr(row, "code", None) == 503 else 0
+                    if isinstance(row, ServerError) and unserved == MOST_UNSERVED:
+                        raise row
                     if isinstance(row, UserError):
                         bar.write(f"{printable(folder / name)}: {row}", file=sys.stderr)
                         refused.append((name, row))

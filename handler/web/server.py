@@ -8,6 +8,7 @@ address, and photos that another page sends.
 """
 
 import secrets
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ class WebServer(ThreadingHTTPServer):
         ).encode()
         self.preprocessings: dict[str, PreprocessConfig] = {}
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A tab that was closed before its answer came is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def preprocessing(self, checkpoint: str) -> PreprocessConfig:
         """The preprocessing of a checkpoint's model, from its model card."""
         if checkpoint not in self.preprocessings:
@@ -104,6 +110,9 @@ class PageHandler(BaseHTTPRequestHandler):
             self.refuse(413, f"The photo has more than {MAX_BYTES // 2**20} MiB; make it smaller.")
         else:
             photo = self.rfile.read(int(self.headers["Content-Length"]))
+            if len(photo) < int(self.headers["Content-Length"]):  # the tab was closed
+                self.close_connection = True
+                return
             [prompt] = parse_qs(address.query).get("prompt", [""])[:1]
             try:
                 self.answer(200, card(self.server, photo, prompt), "text/html")

@@ -44,6 +44,8 @@ BATCHES = (8, 32, 64)
 SHARD = 250  # photos of a tar and of a row group
 # Photos that are enough for the in-process rates, and for one worker beside two.
 BASELINE, PAIR = 1024, 1024
+# To read the memory of processes of a gigabyte each second takes 3 % of two cores.
+SAMPLE_SECONDS = 10
 BROKEN_EVERY, DRAWN_EVERY = 100, 10  # one photo in a hundred is broken, one in ten is drawn
 
 
@@ -157,7 +159,7 @@ def run_batch(source: str, out: Path, *given: str) -> dict[str, Any]:
         while process.poll() is None:
             if list(out.glob("part-*")):
                 samples.append(megabytes(known))
-            time.sleep(1)
+            time.sleep(SAMPLE_SECONDS)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -97,6 +97,8 @@ def _expand(pattern: str) -> Iterator[str]:
         yield pattern
         return
     first, last = match[1], match[2]
+    if int(first) > int(last):
+        raise UserError(f"{pattern}: the range {match[0]} is empty; write the lower number first")
     for number in range(int(first), int(last) + 1):
         for rest in _expand(pattern[match.end() :]):
             yield pattern[: match.start()] + str(number).zfill(len(first)) + rest

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,9 +33,13 @@ from handler.errors import UserError
 
 # How long the others wait while the first process computes features or validates.
 PATIENCE = timedelta(hours=6)
+# How long a process takes to end whose connection is lost.
+ENDING_SECONDS = 10
 
 # The file by which processes of one machine find each other: no port is opened but on loopback.
 STORE = "TRAINING_STORE"
+# The other processes on this machine that `together` has started.
+_others: list["subprocess.Popen[bytes]"] = []
 
 T = TypeVar("T")
 
@@ -121,6 +126,8 @@ def join(device: torch.device) -> Processes:
         # Objects are broadcast over gloo, gradients on GPUs over NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = os.environ.get(STORE)
+        if store is not None:
+            _meet(Path(store), rank, world)
         dist.init_process_group(
             backend,
             init_method=None if store is None else f"file://{store}",
@@ -129,6 +136,27 @@ def join(device: torch.device) -> Processes:
             world_size=world,
         )
     return Processes(rank, world, local)
+
+
+def _meet(store: Path, rank: int, world: int) -> None:
+    """Returns in the first process when the others have come so far, or raises RuntimeError if one
+    has ended: torch would wait for it for as long as it waits for a validation."""
+    seats = [store.with_name(f"joined-{number}") for number in range(1, world)]
+    if rank:
+        seats[rank - 1].touch()
+        return
+    while not all(seat.exists() for seat in seats):
+        if any(other.poll() is not None for other in _others):
+            raise RuntimeError("a process ended before it had joined the others")
+        time.sleep(0.05)
+
+
+def processes_for(device: torch.device, named: str, count: int) -> int:
+    """How many of `count` processes can train together on a device: one on each GPU, and one alone
+    on a GPU that is `named` by its number."""
+    if device.type != "cuda":
+        return count
+    return min(count, 1 if ":" in named else torch.cuda.device_count())
 
 
 @contextlib.contextmanager
@@ -154,26 +182,28 @@ def together(count: int) -> Iterator[None]:
         }
         torch.set_num_threads(threads)
         command = [sys.executable, *sys.orig_argv[1:]]
-        others = []
+        _others.clear()
         for rank in range(count):
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             if rank:
                 output = stack.enter_context(Path(folder, str(rank)).open("wb"))
-                others.append(subprocess.Popen(command, stdout=output, stderr=output))
-                stack.callback(_end, others[-1])
+                _others.append(subprocess.Popen(command, stdout=output, stderr=output))
+                stack.callback(_end, _others[-1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
         try:
             yield
         except RuntimeError as error:  # how gloo and NCCL report a lost connection
-            for rank, other in enumerate(others, start=1):
-                if other.poll():
+            for rank, other in enumerate(_others, start=1):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    other.wait(ENDING_SECONDS)
+                if other.returncode:
                     last = Path(folder, str(rank)).read_text(errors="replace").splitlines()[-1:]
                     raise UserError(
                         f"process {rank} of {count} ended with status {other.returncode}: "
                         + " ".join(last)
                     ) from error
             raise
-        for other in others:
+        for other in _others:
             other.wait()
 
 

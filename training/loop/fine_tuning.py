@@ -25,7 +25,7 @@ from training.model import CaptioningModel
 # The fields of a config that a start settles, by section.
 SETTLED = {
     "": ("resize",),
-    "encoder": ("image_size", "patch_size", "width", "layers", "heads", "pretrained"),
+    "encoder": ("image_size", "patch_size", "stem", "width", "layers", "heads", "pretrained"),
     "decoder": ("width", "layers", "heads"),
     "tokenizer": ("kind", "vocab_size", "min_count", "lowercase", "checkpoint"),
 }
@@ -55,7 +55,9 @@ def fine_tuning_config(
         encoder, decoder = (checkpoint["model"][part] for part in ("encoder", "decoder"))
         own = {
             # Of a DaViT, sizes that are lists have no field in a config.
-            "encoder": {n: v for n, v in encoder.items() if isinstance(v, int | float)},
+            "encoder": {
+                n: v for n, v in encoder.items() if isinstance(v, int | float) or n == "stem"
+            },
             "decoder": decoder,
             "tokenizer": {"kind": kind, "checkpoint": str(start)},
             "resize": checkpoint["preprocessing"].get("resize", "squash"),

@@ -19,7 +19,7 @@ import torch
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, encode_prompt, read_config, written_prompt
 from handler.errors import UserError
-from handler.files import FORMAT, atomic_path
+from handler.files import FORMAT, atomic_path, write_atomic
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import encoder_config, load_model, save_checkpoint, update_training
 from training.config import TrainConfig
@@ -160,6 +160,7 @@ class Run:
             "decoder": dataclasses.asdict(self.model.decoder_config),
             "preprocessing": self.preprocessing.to_dict(),
             "tokenizer": list(self.tokenizer.settings.values()),
+            "machine": self.machine(),
             "epoch": epoch,
             "step_in_epoch": step_in_epoch,
             **{name: getattr(self, name) for name in PROGRESS},
@@ -184,8 +185,24 @@ class Run:
         for name in PROGRESS:
             setattr(self, name, state[name])
         if self.processes.first:
-            with (self.folder.final / LOG_FILE).open("r+b") as file:
-                file.truncate(state["log_bytes"])
+            # A log that was lost, or is shorter after a power cut, goes on with what there is.
+            path = self.folder.final / LOG_FILE
+            lines = path.read_bytes()[: state["log_bytes"]] if path.exists() else b""
+            write_atomic(path, lines[: lines.rfind(b"\n") + 1])
+        for name, value in self.machine().items():
+            if (old := state.get("machine", {}).get(name, value)) != value:
+                self.log.say(
+                    f"{self.folder.final}: resumed with {name} {value}, but begun with {old}: the "
+                    "weights will differ a little from those of a run that was not interrupted"
+                )
+
+    def machine(self) -> dict[str, Any]:
+        """What the weights depend on beside the config and the dataset."""
+        return {
+            "processes": self.processes.world,
+            "device": self.device.type,
+            "precision": "bf16" if self.bf16 else "fp32",
+        }
 
     def begin_stage(self) -> None:
         """Each stage starts from the best weights so far."""
@@ -276,6 +293,8 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
     given, saved = dataclasses.asdict(config), dict(state["config"])
     for fields in (given, saved):
         fields["stages"] = fields["stages"][: state["stage"] + 1]
+    if "data_hash" in state:  # wherever the dataset is now
+        saved["data"] = given["data"]
     if (name := changed_field(given, saved)) is not None:
         raise UserError(
             f"{path}: field {name!r} of the config has changed; resume with its old value"

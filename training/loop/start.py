@@ -55,6 +55,13 @@ def make_tokenizer(
     return tokenizer
 
 
+def vocab_size_of(choice: TokenizerChoice, tokenizer: CaptionTokenizer) -> int:
+    """The decoder's: a checkpoint's may have ids beside its tokenizer's (BLIP's begin token)."""
+    if choice.checkpoint is None:
+        return tokenizer.vocab_size
+    return int(read_config(Path(choice.checkpoint))["model"]["decoder"]["vocab_size"])
+
+
 def make_model(
     config: TrainConfig, tokenizer: CaptionTokenizer, weights: Path | None
 ) -> tuple[CaptioningModel, PreprocessConfig]:
@@ -86,7 +93,7 @@ def make_model(
             dropout=source.dropout,
         )
     decoder_config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size_of(config.tokenizer, tokenizer),
         max_positions=shape.max_tokens,
         width=shape.width,
         layers=shape.layers,

@@ -31,10 +31,18 @@ class Interface:
 
 def check_teachers(config: TrainConfig, student: Student) -> None:
     """Finds errors at the start of a run that one of its stages would raise hours later."""
-    for number, stage in enumerate(config.stages):
+    trained: Stage | None = None
+    for stage in config.stages:
         if stage.distillation is not None:
-            shared_encoder = all(s.encoder == "frozen" for s in config.stages[: number + 1])
-            load_teachers(stage, student, shared_encoder)
+            if trained is not None and stage.encoder == "frozen":
+                raise UserError(
+                    f"stage {stage.name!r} has a frozen encoder and teachers, which must share it, "
+                    f"but stage {trained.name!r} before it trains it; set encoder: trained in "
+                    f"stage {stage.name!r}"
+                )
+            load_teachers(stage, student, stage.encoder == "frozen")
+        if stage.encoder == "trained":
+            trained = stage
 
 
 def load_teachers(stage: Stage, student: Student, shared_encoder: bool) -> Ensemble:

@@ -11,6 +11,7 @@ same weights as an uninterrupted one. Several processes of torchrun train one mo
 
 import contextlib
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from handler.errors import UserError
 from training.config import TrainConfig
 from training.data.captions import Captions
 from training.data.manifest import Manifest
+from training.data.photos import epoch_order, shard_numbers
 from training.folders import STATE_FILE
-from training.loop.distributed import leave
+from training.loop.distributed import STORE, leave
 from training.loop.fine_tuning import check_start, load_start
 from training.loop.folder import RunFolder
 from training.loop.run import Run, read_state, restore_parts
@@ -63,8 +65,12 @@ def train(
             train_stages(run, prepare(run, weights, resume))
         except KeyboardInterrupt:
             saved = (folder / STATE_FILE).exists() and run_folder.path == folder
+            again = typed = "--resume"
+            if os.environ.get(STORE):
+                again += f" --processes {run.processes.world}"
+                typed = f'"{again}"'
             raise KeyboardInterrupt(
-                "interrupted; continue with --resume (make: ARGS=--resume)"
+                f"interrupted; continue with {again} (make: ARGS={typed})"
                 if saved
                 else "interrupted before anything was saved; no files were changed"
             ) from None
@@ -106,6 +112,10 @@ def prepare(run: Run, weights: Path | None, resume: bool) -> dict[str, Any] | No
     run.average = copy.deepcopy(run.model).requires_grad_(False).eval()
     # Defaults that this model cannot decode by are an error now, not at the first validation.
     run.captioner().options(num_beams=run.config.validation.num_beams)
+    # And so are batches with fewer photos than processes, before a run is replaced.
+    shards = shard_numbers(run.train_rows)
+    for stage in run.config.stages:
+        run.processes.share(epoch_order(shards, stage.batch_photos, run.config.seed, 0))
     return state
 
 

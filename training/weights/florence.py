@@ -127,6 +127,7 @@ def _decoder(config: Config) -> DecoderConfig:
         dropout=text.value("dropout", 0.1),
         norm="post",
         embedding_norm=True,
+        tied_head=text.value("tie_word_embeddings", True),
         head_bias=_is_original(config),
         prompt_layers=text.value("encoder_layers", 12),
         prompt_heads=text.value("encoder_attention_heads", 16),

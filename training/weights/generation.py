@@ -148,6 +148,15 @@ def import_decoding(
     return decoding
 
 
+def total_lengths(generation: Mapping[str, Any]) -> list[str]:
+    """The lengths of `import_decoding` that count the prompt's tokens in `generate`."""
+    return [
+        f"{which}_new_tokens"
+        for which in ("max", "min")
+        if f"{which}_length" in generation and f"{which}_new_tokens" not in generation
+    ]
+
+
 def _length(generation: Mapping[str, Any], which: str, default: int) -> int:
     """The max or min number of generated tokens; `max_length` and `min_length` include the begin
     token."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.errors import UserError, naming
-from handler.files import check_replaceable, replace_folder
+from handler.files import as_utf8, check_replaceable, replace_folder
 from training.checkpoint import save_checkpoint
 from training.folders import IMPORTED, LOG_FILE, STATE_FILE, WEIGHTS_FILE
 from training.model import CaptioningModel
@@ -22,7 +22,12 @@ from training.weights.files import (
     read_processor,
     read_state,
 )
-from training.weights.generation import import_decoding, import_forced, import_ids
+from training.weights.generation import (
+    import_decoding,
+    import_forced,
+    import_ids,
+    total_lengths,
+)
 from training.weights.image_processor import import_preprocessing
 from training.weights.tokenizer import import_tasks, import_tokenizer
 
@@ -54,6 +59,7 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
         )
         ids = import_ids(generation, decoder.vocab_size)
         ids |= import_forced(generation, decoder.vocab_size) if family.forced else {}
+        counted = total_lengths(generation)
     settings: dict[str, Any] = {}
     for name in (ADDED, SPECIAL, TOKENIZER):
         if (folder / name).exists():
@@ -79,7 +85,8 @@ def import_huggingface(name_or_folder: str, out: Path) -> CaptioningModel:
             CaptionTokenizer(tokenizer, **ids, tasks=tasks),
             preprocessing.to_dict(),
             decoding,
-            {"imported_from": name_or_folder},
+            {"imported_from": as_utf8(name_or_folder)},
+            total_lengths=counted,
         )
     return model
 

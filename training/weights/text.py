@@ -193,19 +193,25 @@ def _arrange_roberta(section: Section, weights: Weights) -> None:
 
 
 def tie_head(section: Section, weights: Weights, default: bool) -> None:
-    """Sets the output head to the token embedding if the config ties them. A stored head must then
-    be equal to it; a head that is not tied must be stored. Raises UserError otherwise."""
-    embedding = weights.ours.get("decoder.token_embedding.weight", torch.empty(0))
-    stored = weights.ours.get("decoder.head.weight")
+    """Sets the output head to the token embedding if the config ties them, or the embedding to the
+    head where that alone is stored. If both are, they must be equal; a head that is not tied must
+    be stored. Raises UserError otherwise."""
+    names = "decoder.token_embedding.weight", "decoder.head.weight"
+    embedding, stored = (weights.ours.get(name) for name in names)
     tied = section.value("tie_word_embeddings", default)
     field = f"config.json's field '{section.prefix}tie_word_embeddings' is"
-    if stored is None and tied:
+    if tied and stored is None and embedding is not None:
         weights.ours["decoder.head.weight"] = embedding
-    elif stored is None:
+    elif tied and embedding is None and stored is not None:
+        # safetensors stores a shared weight once, under the first of its names.
+        weights.ours["decoder.token_embedding.weight"] = stored
+    elif stored is None and not tied:
         raise UserError(
             f"{weights.where}: {weights.their('decoder.head.weight')} is missing, and {field} false"
         )
-    elif tied and not torch.equal(stored, embedding):
+    elif (
+        tied and embedding is not None and stored is not None and not torch.equal(stored, embedding)
+    ):
         raise UserError(
             f"{weights.where}: {weights.their('decoder.head.weight')} is not "
             f"{weights.their('decoder.token_embedding.weight')}, but {field} true"
