@@ -610,11 +610,21 @@ def test_the_demo_removes_no_earlier_run_of_a_user(demo, config, tiny_data, monk
         training_demo()
 
 
-@pytest.mark.parametrize("own", ["other config", "import", "stripped", "export", "thesis", "file"])
+@pytest.mark.parametrize(
+    "own", ["other config", "other data", "import", "stripped", "export", "thesis", "file"]
+)
 def test_the_demo_replaces_nothing_else(own, demo, config, tiny_data, tmp_path, monkeypatch):
     """A run, an import or an export that a user called `demo` was replaced by the second demo."""
     place = demo
     training = {"imported_from": "x"}
+    if own == "other data":
+        shutil.copytree(tiny_data, "mine")
+        train(
+            dataclasses.replace(config, data="mine"),
+            read_manifest(Path("mine")),
+            demo,
+            overwrite=True,
+        )
     if own in ("other config", "stripped", "export"):
         config = config_of(Path("other.yaml"), data=str(tiny_data), stages=ONE_STAGE, seed=7)
         train(config, read_manifest(tiny_data), demo, overwrite=True)
@@ -622,14 +632,14 @@ def test_the_demo_replaces_nothing_else(own, demo, config, tiny_data, tmp_path, 
     if own == "export":
         place = Path("build/export/demo")
         demo.rename("build/checkpoints/mine")
-    if own not in ("other config", "export"):
+    if own not in ("other config", "other data", "export"):
         shutil.rmtree(demo)
     if own == "file":
         demo.write_text("x")
     elif own == "thesis":
         demo.mkdir()
         (demo / "thesis.txt").write_text("x")
-    elif own != "other config":
+    elif own not in ("other config", "other data"):
         place.mkdir(parents=True)
         (place / "config.json").write_text(json.dumps({"training": training}))
     monkeypatch.setattr("sys.argv", ["training.demo"])

@@ -28,8 +28,8 @@ def is_of_demo(folder: Path) -> bool:
     config = load_config(CONFIG, data=CONFIG)
     try:
         if (folder / STATE_FILE).exists():
-            read_state(folder, config)
-            return True
+            # A run of the same config on photos of a user's own is no demo.
+            return bool(read_state(folder, config)["config"].get("data") == config.data)
         training: Any = read_object(folder / "config.json").get("training")
         return changed_field(dataclasses.asdict(config), training["config"]) is None
     except (KeyError, TypeError, UserError):
