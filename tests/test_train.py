@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -228,6 +229,27 @@ def test_a_process_that_ends_before_it_has_joined_is_named(tiny_data, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.endswith("error: process 1 of 2 ended with status 1: no memory\n")
     assert not (tmp_path / "build/checkpoints/run").exists()
+
+
+def test_processes_end_whose_first_was_killed_before_it_had_joined(tiny_data, tmp_path):
+    """They waited six hours for it."""
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, "-W", "ignore", "-m", "training.train", "--config", "tiny.yaml"]
+    first = subprocess.Popen(
+        [*command, "--data", str(tiny_data), "--processes", "2"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (others := psutil.Process(first.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    _, alive = psutil.wait_procs(others, timeout=60)
+    for other in alive:
+        other.kill()
+    assert others and not alive
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -38,6 +38,7 @@ ENDING_SECONDS = 10
 
 # The file by which processes of one machine find each other: no port is opened but on loopback.
 STORE = "TRAINING_STORE"
+FIRST = "TRAINING_FIRST"  # the id of the first of them, which has started the others
 # The other processes on this machine that `together` has started.
 _others: list["subprocess.Popen[bytes]"] = []
 
@@ -139,16 +140,19 @@ def join(device: torch.device) -> Processes:
 
 
 def _meet(store: Path, rank: int, world: int) -> None:
-    """Returns in the first process when the others have come so far, or raises RuntimeError if one
-    has ended: torch would wait for it for as long as it waits for a validation."""
-    seats = [store.with_name(f"joined-{number}") for number in range(1, world)]
+    """Returns when all processes have come so far, or raises RuntimeError if one has ended: torch
+    would wait for it for as long as it waits for a validation."""
+    seats = [store.with_name(f"joined-{number}") for number in range(world)]
+    awaited = seats[:1] if rank else seats[1:]
     if rank:
-        seats[rank - 1].touch()
-        return
-    while not all(seat.exists() for seat in seats):
-        if any(other.poll() is not None for other in _others):
+        seats[rank].touch()
+    while not all(seat.exists() for seat in awaited):
+        is_orphan = rank > 0 and os.getppid() != int(os.environ[FIRST])
+        if is_orphan or any(other.poll() is not None for other in _others):
             raise RuntimeError("a process ended before it had joined the others")
         time.sleep(0.05)
+    if not rank:
+        seats[0].touch()
 
 
 def processes_for(device: torch.device, named: str, count: int) -> int:
@@ -175,6 +179,7 @@ def together(count: int) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         os.environ |= {
             STORE: f"{folder}/store",
+            FIRST: str(os.getpid()),
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "OMP_NUM_THREADS": str(threads),
