@@ -117,9 +117,8 @@ def answer(
         words = words_of(best.tokens, best.token_log_probs, maps_Tgg)
         return png_bytes(overlay(job.image, words, job.seen))
     if job.request.attention:
-        patches = captioner.config["model"]["encoder"]
-        values = (patches["image_size"] // patches["patch_size"]) ** 2
-        values *= sum(len(caption.ids) for best in captions for caption in best)
+        tokens = sum(len(caption.ids) for best in captions for caption in best)
+        values = tokens * captioner.grid**2
         if values > MAX_MAP_VALUES:
             raise InvalidParameter(
                 "attention",

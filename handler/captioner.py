@@ -198,6 +198,12 @@ class Captioner:
             )
         return captions
 
+    @property
+    def grid(self) -> int:
+        """The side of a photo, and of its word maps, in patches."""
+        shape = self.config["model"]["encoder"]
+        return int(shape["image_size"] // shape["patch_size"])
+
     def preprocess(self, photo: Photo) -> Tensor:
         """A photo as input of the encoder: float32 (3, S, S), normalized."""
         return preprocess(photo, self.preprocessing)
@@ -218,10 +224,9 @@ class Captioner:
         """Preprocessed photos -> memory (B, P, D)."""
         images_B3SS = images_B3SS.to(self.device)
         shape = self.config["model"]["encoder"]
-        patches = (shape["image_size"] // shape["patch_size"]) ** 2
         photos = 1  # for a DaViT, whose first stage has a token for each 4 x 4 pixels
         if "kind" not in shape:
-            photos = max(1, ENCODED_BYTES // (4 * patches * shape["mlp_width"]))
+            photos = max(1, ENCODED_BYTES // (4 * self.grid**2 * shape["mlp_width"]))
         if self.device.type != "cpu" or len(images_B3SS) <= photos:
             return self.encoder(images_B3SS)
         return torch.cat([self.encoder(part) for part in images_B3SS.split(photos)])
@@ -289,8 +294,7 @@ class Captioner:
     ) -> list[Tensor]:
         """Like `attention`, for one caption of each of B photos that are already encoded. `prompts`
         contains the ids of their prompts."""
-        encoder = self.config["model"]["encoder"]
-        grid = encoder["image_size"] // encoder["patch_size"]
+        encoder, grid = self.config["model"]["encoder"], self.grid
         if not any(ids):
             return [torch.zeros(0, grid, grid) for _ in ids]
         if prompts is None:
