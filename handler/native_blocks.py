@@ -324,6 +324,7 @@ class NativeEncoder:
     ) -> None:
         """Takes the weights of the blocks out of `script`."""
         self._script, self._prefix = script, getattr(script, "prefix", None)
+        self._memory_positions = bool(config.get("memory_positions"))
         layers = list(_encoder_layers(script))
         weights = _Weights(layers, config, name)
         blocks = [self._block(weights, block) for block in script.blocks.children()]
@@ -354,7 +355,10 @@ class NativeEncoder:
         else:
             x_BPD = x_BPD + positions
         x_BPD = self._stack.read(_apply(script.norm_pre, x_BPD).contiguous())
-        return _apply(script.projection, _apply(script.norm, x_BPD))
+        x_BPD = _apply(script.norm, x_BPD)
+        if self._memory_positions:
+            x_BPD = x_BPD + positions
+        return _apply(script.projection, x_BPD)
 
 
 def _apply(module: Any, x: Tensor) -> Tensor:

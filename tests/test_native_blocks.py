@@ -141,7 +141,11 @@ ENCODERS = {
         "projection_width": 24,
     },
     "dinov2": {"layer_scale": True, "prefix_tokens": 3, "prefix_positions": False},
-    "convolutional": {"stem": "convolutional", "activation": "gelu_tanh"},
+    "convolutional": {
+        "stem": "convolutional",
+        "activation": "gelu_tanh",
+        "memory_positions": True,
+    },
 }
 
 

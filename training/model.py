@@ -83,7 +83,9 @@ class EncoderConfig(PatchGrid):
     layer norm that CLIP puts before the first block; `layer_scale` the per-channel gain after each
     branch (Touvron et al. 2021); `projection_width` the width of the memory where a linear layer
     and a norm follow (GIT). `stem` is what makes tokens of patches: one linear layer, or
-    convolutions (see `ConvolutionalStem`).
+    convolutions (see `ConvolutionalStem`). `memory_positions` adds the positions to the memory as
+    well, as DETR does to the keys of its decoder (Carion et al. 2020, arXiv:2005.12872): from
+    scratch, a decoder hardly learns without them where the object is of which it speaks.
     """
 
     width: int
@@ -103,6 +105,7 @@ class EncoderConfig(PatchGrid):
     dropout: float = 0.0
     projection_width: int | None = None
     stem: Literal["linear", "convolutional"] = "linear"
+    memory_positions: bool = False
 
     def __post_init__(self) -> None:
         refuse_unless(
@@ -120,6 +123,10 @@ class EncoderConfig(PatchGrid):
         )
         _check_transformer("encoder", self.width, self.heads, self.layers, self.activation)
         refuse_unless(self.prefix_tokens >= 0, "encoder.prefix_tokens must be 0 or more")
+        refuse_unless(
+            not self.memory_positions or self.prefix_positions or not self.prefix_tokens,
+            "encoder.memory_positions needs encoder.prefix_positions",
+        )
 
     @property
     def memory_width(self) -> int:
@@ -514,7 +521,8 @@ class Encoder(ImageEncoder):
         x_BPD = self.norm_pre(self.dropout(x_BPD))
         for block in self.blocks:
             x_BPD = block(x_BPD)
-        return self.projection(self.norm(x_BPD))
+        x_BPD = self.norm(x_BPD)
+        return self.projection(x_BPD + self.positions if self.config.memory_positions else x_BPD)
 
 
 def waves(grid: int, width: int) -> Tensor:

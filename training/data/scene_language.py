@@ -97,13 +97,16 @@ class _Describer:
             groups.setdefault(key, []).append(item)
         self.groups = list(groups.values())
         self.single = [group[0] for group in self.groups if len(group) == 1]
+        # Sizes are said above all where they tell objects apart.
+        sizes = {item["size"] for item in scene["objects"]}
+        self.says_size = 0.75 if len(sizes) > 1 else 0.15
 
     def thing(self, item: SceneObject, article: str = "a") -> str:
         """A noun phrase such as `a large red circle` or `three dotted hearts`."""
         known = {"shape": item["shape"], "colour": item["colour"]}
         count = len(matching(self.scene, {**known, "size": item["size"],
                                           "texture": item["texture"]}))  # fmt: skip
-        if self.rng.random() < 0.35:
+        if self.rng.random() < self.says_size:
             known["size"] = item["size"]
         if item["texture"] != "plain" and self.rng.random() < 0.6:
             known["texture"] = item["texture"]
@@ -286,15 +289,29 @@ RELATION_WORDINGS = (
 )
 
 
+def _salient(scene: Scene, rng: random.Random) -> tuple[Callable[[_Describer], str | None], ...]:
+    """The wordings for what first strikes the eye: where a single object is, how two are arranged,
+    how many there are if there are more."""
+    number = len(scene["objects"])
+    if number == 1:
+        return _Describer.there_is, _Describer.sits, _Describer.place_first
+    if number == 2:
+        return RELATION_WORDINGS
+    relation = rng.choice(RELATION_WORDINGS)
+    return _Describer.counted, _Describer.background_first, _Describer.there_is, relation
+
+
 def describe(scene: Scene, rng: random.Random, captions: int = 5) -> tuple[str, ...]:
-    """True captions of 6 to 18 words, each with a different wording. If two objects are beside or
-    above each other, at least one caption says so."""
+    """True captions of 6 to 18 words, each with a different wording. Most of them say what is
+    salient in the scene: a beam search generates what most captions of such a scene say, and would
+    otherwise never say what each says in another way. If two objects are beside or above each
+    other, at least one caption says so."""
     describer = _Describer(scene, rng)
     sentences: list[str] = []
-    relation = rng.choice(RELATION_WORDINGS)
-    others = describer.shuffled(wording for wording in WORDINGS if wording is not relation)
+    salient = describer.shuffled(_salient(scene, rng))
+    others = describer.shuffled(w for w in WORDINGS if w not in (*salient, *RELATION_WORDINGS))
     # A second round for the few scenes in which too many sentences are too short or too long.
-    for wording in (relation, *others, *WORDINGS):
+    for wording in (*salient, *others, *WORDINGS):
         sentence = wording(describer)
         if sentence is None or sentence in sentences:
             continue

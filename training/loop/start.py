@@ -91,6 +91,7 @@ def make_model(
             patch_size=source.patch_size,
             stem=source.stem,
             dropout=source.dropout,
+            memory_positions=True,
         )
     decoder_config = DecoderConfig(
         vocab_size=vocab_size_of(config.tokenizer, tokenizer),
