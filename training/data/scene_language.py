@@ -231,7 +231,9 @@ class _Describer:
             return f"{every} shapes here are {look}"
         verb = "is" if len(group) == 1 else "are"
         noun = self.rng.choice(("shapes", "objects"))
-        return f"{NUMBERS[total]} {noun} in all and {self.thing(group[0])} {verb} among them"
+        where = self.place(group) if self.rng.random() < 0.75 else None
+        thing = f"{self.thing(group[0])} {verb} {where or 'among them'}"
+        return f"{NUMBERS[total]} {noun} in all and {thing}"
 
     def place_first(self) -> str | None:
         groups = [(group, self.place(group)) for group in self.groups]
