@@ -152,12 +152,21 @@ def test_own_photos_in_the_layouts_of_imagefolder(tmp_path: Path) -> None:
     source = read_folder(tmp_path)
     assert splits(source) == {"train/a.jpg": "train", "test/b.jpg": "test"}
     assert source.splits == "by the folders' names"
+    made(
+        tmp_path,
+        metadata__csv="file_name,text\nimages/train/a.jpg,A dog .\nimages/test/b.jpg,A cat .\n",
+    )
+    source = read_folder(tmp_path)
+    assert splits(source) == {"images/train/a.jpg": "train", "images/test/b.jpg": "test"}
+    made(tmp_path, metadata__csv="file_name,text\nimages/a.jpg,A dog .\nimages/b.jpg,A cat .\n")
+    assert read_folder(tmp_path).splits == HASHED
 
 
 def test_own_photos_from_a_spreadsheet_beside_a_folder_of_images(tmp_path: Path) -> None:
     made(
         tmp_path, photos__csv='\ufeffimage;caption\r\na.jpg;"A dog, ""big""; red ."\r\nb.jpg;x\r\n'
     )
+    (tmp_path / "._photos.csv").write_bytes(b"what a Macintosh leaves beside a file")
     assert read_folder(tmp_path).image_root == tmp_path
     (tmp_path / "images" / "b.jpg").touch()
     source = read_folder(tmp_path)

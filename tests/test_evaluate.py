@@ -211,6 +211,7 @@ def test_a_broken_photo_is_named(tiny_run, tiny_data, tmp_path):
         (["--predictions", "nowhere.json", "--data", "x"], "nowhere.json"),
         (["--predictions", "tiny.yaml", "--data", "x"], "not in COCO's format"),
         (["--predictions", "tiny.yaml"], "needs --data or --references"),
+        (["--predictions", "p.json", "--data", "x", "--references", "r.json"], "one of them"),
         ([], "--checkpoint"),
     ],
 )

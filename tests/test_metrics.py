@@ -2,6 +2,7 @@
 
 import logging
 import stat
+import unicodedata
 from pathlib import Path
 
 import psutil
@@ -92,6 +93,14 @@ def test_awkward_captions_keep_their_neighbours_scores():
     ]
     for key, scores in plain.items():
         assert each[key] == scores
+
+
+def test_accents_score_however_they_are_encoded():
+    truth = "un garçon près du château est à côté de la forêt"
+    apart = unicodedata.normalize("NFD", truth)
+    assert apart != truth
+    scores = score_each({"1": apart}, {"1": [truth]}, ("bleu", "meteor"))[1]["1"]
+    assert scores["BLEU-4"] > 0.99 and scores["METEOR"] > 0.99
 
 
 def test_the_machines_locale_changes_nothing(monkeypatch):

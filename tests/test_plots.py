@@ -34,4 +34,7 @@ def test_no_points_no_chart():
 
 
 def test_a_constant_is_drawn():
-    ET.fromstring(line_chart("flat", {"a": [(3, 0), (3, 0)]}, "step"))
+    svg = line_chart("flat", {"a": [(3, 0), (3, 0)]}, "step")
+    ET.fromstring(svg)
+    across = re.findall(r'<text x="[0-9.]+" y="[0-9.]+" text-anchor="middle">([0-9.]+)</text>', svg)
+    assert "3" in across and len(set(across)) == len(across)

@@ -67,11 +67,23 @@ def _empty_caption(folder: Path) -> None:
     path.write_text(path.read_text().replace("a.png,Red .", "a.png, ", 1))
 
 
+def _caption_of_signs(folder: Path) -> None:
+    path = folder / "captions.csv"
+    path.write_text(path.read_text().replace("a.png,Red .", "a.png,... -", 1))
+
+
+def _huge_file(folder: Path) -> None:
+    with (folder / "a.png").open("ab") as file:
+        file.truncate(1 << 40)  # sparse: reading all of it would end the machine
+
+
 def _missing_photo(folder: Path) -> None:
     (folder / "a.png").unlink()
 
 
-@pytest.mark.parametrize("damage", [_break_photo, _empty_caption, _missing_photo])
+@pytest.mark.parametrize(
+    "damage", [_break_photo, _empty_caption, _caption_of_signs, _huge_file, _missing_photo]
+)
 def test_a_fault_is_named_and_passes_only_below_the_limit(
     damage: Callable[[Path], None],
     photos: Path,

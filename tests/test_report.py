@@ -21,6 +21,7 @@ from training.pages.system import (
     maps_of,
     read_log,
 )
+from training.report import choose, name_apart
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,32 @@ def test_scores_captions_and_references_stand_in_it(report, tiny_run, tiny_data)
         assert all(caption in html for caption in row.captions)
     # The checkpoint's two losses, BLEU-4, CIDEr and rate; the export has no log.
     assert html.count("<polyline") == 5
+
+
+def test_photos_stand_where_they_are_better():
+    """With few photos, those better with one system stood below the other as well."""
+    rows = [Row(key, f"{key}.png", ("a",), "val") for key in "abc"]
+    one, other = (System(name, Path(name), MagicMock()) for name in ("one", "other"))
+    one.each = {key: {"CIDEr": 1.0} for key in "abc"}
+    other.each = {"a": {"CIDEr": 2.0}, "b": {"CIDEr": 1.0}, "c": {"CIDEr": 0.5}}
+    groups = choose([one, other], rows)
+    assert [row.id for row in groups["Better with one"]] == ["c"]
+    assert [row.id for row in groups["Better with other"]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("x/b/one", "x/b/two"), ["one", "two"]),
+        (("x/a/demo", "x/b/demo"), ["a/demo", "b/demo"]),
+        (("x/a/b/demo", "x/c/b/demo"), ["a/b/demo", "c/b/demo"]),
+        (("x/demo", "x/demo"), ["x/demo (1)", "x/demo (2)"]),
+    ],
+)
+def test_systems_have_names_apart(folders, names):
+    systems = [System(Path(f).name, Path("/", f), MagicMock()) for f in folders]
+    name_apart(systems)
+    assert [system.name for system in systems] == names
 
 
 def test_nothing_is_loaded_from_elsewhere(report):

@@ -15,7 +15,7 @@ from training.data.manifest import Row, read_manifest
 from training.pages.review import key_of, make_items, plain, read_systems, render
 from training.review_score import main
 from training.scores.agreement import kendall, krippendorff_alpha, spearman
-from training.scores.captions import write_predictions
+from training.scores.captions import evaluated_name, write_predictions
 from training.scores.ratings import (
     HUMAN,
     Ratings,
@@ -289,6 +289,11 @@ def test_a_system_is_named_after_what_was_evaluated(tmp_path):
         paths.append(folder / "predictions.json")
     assert list(read_systems(paths[:2])) == ["a", "b"]
     assert list(read_systems(paths)) == ["a", "b/d-val", "b/d-val-12345678"]
+    folder = tmp_path / "c" / evaluated_name("my photos", "val")
+    folder.mkdir(parents=True)
+    write_predictions(folder / "predictions.json", {"1": "c"})
+    (folder / "metrics.json").write_text('{"data": "my photos", "split": "val"}')
+    assert list(read_systems([folder / "predictions.json"])) == ["c"]
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,11 @@ def test_the_program_writes_a_new_folder_or_nothing(
 
     assert said(*command, "1") == "deep/er: 16 train, 4 val in 2 shards\n"
     assert said(*command, "0.01") == "deep/er: 16 train, 4 val in 4 shards\n"  # its own, again
-    Path("deep/er/thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="'thesis.txt' is not part of a folder of shards"):
-        said(*command, "1")
-    Path("deep/er/thesis.txt").unlink()
+    for foreign in ("thesis.txt", "backup.tar"):
+        Path("deep/er", foreign).write_text("x")
+        with pytest.raises(UserError, match=f"'{foreign}' is not part of a folder of shards"):
+            said(*command, "1")
+        Path("deep/er", foreign).unlink()
     with pytest.raises(UserError, match="--shard-mb"):
         said(*command, "0")
     shutil.copytree(tiny_data, "broken")

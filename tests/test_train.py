@@ -451,6 +451,7 @@ def test_an_augmented_photo_is_cut_as_every_other():
 
 def test_mirrored_captions_swap_sides_and_nothing_else():
     assert mirrored("Left of a right leftover") == "right of a left leftover"
+    assert mirrored("r\u0131ght of a left one") == "r\u0131ght of a right one"
 
 
 @pytest.mark.parametrize("name", ["scenes", "scenes_full", "flickr8k", "coco", "coco_large"])

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from training.folders import WEIGHTS_FILE
 from training.scores.captions import (
     caption_rows,
     dataset_of,
+    evaluated_name,
     read_captions,
     read_predictions,
     score_rows,
@@ -49,7 +49,7 @@ def location(
 ) -> Path:
     """Where the scores of a checkpoint or export go: a folder for each dataset and split, and where
     the options are not the model's defaults, with a hash of them at its end."""
-    name = re.sub(r"[^\w.-]+", "-", manifest.name) + f"-{split}"
+    name = evaluated_name(manifest.name, split)
     chosen, usual = (captioner.options(**given) for given in (options, {}))
     # Beams that are not given are those of the default.
     chosen, usual = (dataclasses.replace(each, num_beams=each.beams) for each in (chosen, usual))
@@ -174,6 +174,8 @@ def main() -> None:
         parser.error(f"{next(iter(options))}: --predictions are captions already")
     if not arguments.data and not arguments.references:
         parser.error("--predictions needs --data or --references")
+    if arguments.data and arguments.references:
+        parser.error("--references replaces --data; give one of them")
     evaluate_predictions(arguments, metrics)
 
 

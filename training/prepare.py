@@ -7,6 +7,8 @@ otherwise nothing is written.
 """
 
 import argparse
+import itertools
+import json
 import os
 import sys
 from collections import Counter
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import FolderKind, as_utf8, replace_folder
-from handler.image_preprocess import PHOTO_SUFFIXES, InvalidImage, decode
+from handler.image_preprocess import MAX_BYTES, PHOTO_SUFFIXES, InvalidImage, decode
 from training.data import download, scenes
 from training.data.coco import read_coco
 from training.data.flickr import read_flickr8k, read_flickr30k
@@ -69,7 +71,10 @@ def find_fault(path: Path | None) -> str | None:
     if path is None or not os.path.isfile(path):
         return "photo is missing"
     try:
-        decode(path.read_bytes())
+        with path.open(
+            "rb"
+        ) as file:  # one byte beyond the limit: `decode` says that it is too large
+            decode(file.read(MAX_BYTES + 1))
     except OSError as error:
         return f"photo cannot be read ({error.strerror})"
     except InvalidImage as error:
@@ -78,10 +83,15 @@ def find_fault(path: Path | None) -> str | None:
 
 
 def clean(raw: tuple[str, ...]) -> tuple[list[str], tuple[str, ...], list[str]]:
-    """Captions whose blanks are single, those of them that are not empty, and the faults."""
+    """Captions whose blanks are single, those of them that say anything, and the faults."""
     captions = [" ".join(caption.split()) for caption in raw]
-    reasons = [f"caption {n} is empty" for n, text in enumerate(captions, 1) if not text]
-    return captions, tuple(caption for caption in captions if caption), reasons
+    said = [any(map(str.isalnum, caption)) for caption in captions]
+    reasons = [
+        f"caption {n} is {json.dumps(text, ensure_ascii=False) if text else 'empty'}"
+        for n, (text, says) in enumerate(zip(captions, said, strict=True), 1)
+        if not says
+    ]
+    return captions, tuple(itertools.compress(captions, said)), reasons
 
 
 def check_photos(source: Source, found: dict[str, str]) -> tuple[list[Row], list[dict[str, str]]]:

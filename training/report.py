@@ -31,9 +31,11 @@ def choose(systems: Sequence[System], rows: Sequence[Row]) -> dict[str, list[Row
     groups = {}
     if len(systems) == 2:
         gain = {r.id: systems[1].each[r.id]["CIDEr"] - first.each[r.id]["CIDEr"] for r in rows}
-        apart = sorted((row for row in rows if gain[row.id]), key=lambda row: gain[row.id])
-        groups[f"Better with {first.name}"] = apart[:GROUP]
-        groups[f"Better with {systems[1].name}"] = apart[::-1][:GROUP]
+        apart = sorted(rows, key=lambda row: gain[row.id])
+        worse = [row for row in apart if gain[row.id] < 0]
+        better = [row for row in reversed(apart) if gain[row.id] > 0]
+        groups[f"Better with {first.name}"] = worse[:GROUP]
+        groups[f"Better with {systems[1].name}"] = better[:GROUP]
     groups["Best"] = ranked[:GROUP]
     groups["Worst"] = ranked[::-1][:GROUP]
     groups["Random"] = random.Random(0).sample(list(rows), min(GROUP, len(rows)))
@@ -43,6 +45,20 @@ def choose(systems: Sequence[System], rows: Sequence[Row]) -> dict[str, list[Row
             some = random.Random(0).sample(photos, min(GROUP_OF_MISTAKES, len(photos)))
             groups[f"Wrong {kind}"] = some
     return groups
+
+
+def name_apart(systems: Sequence[System]) -> None:
+    """Adds as much of the path to the names as tells systems apart: an export and its checkpoint
+    have the same name. A folder beside itself has a number."""
+    paths = [system.folder.resolve().parts for system in systems]
+    for length in range(2, max(map(len, paths))):
+        if len({system.name for system in systems}) == len(systems):
+            return
+        for system, path in zip(systems, paths, strict=True):
+            system.name = "/".join(path[-length:])
+    if len({system.name for system in systems}) < len(systems):
+        for number, system in enumerate(systems, 1):
+            system.name += f" ({number})"
 
 
 def show(
@@ -76,9 +92,7 @@ def main() -> None:
     folders = [arguments.checkpoint or arguments.export]
     folders += [arguments.compare] if arguments.compare else []
     systems = [load_system(folder) for folder in folders]
-    if len({system.name for system in systems}) < len(systems):
-        for system in systems:  # an export and its checkpoint have the same name
-            system.name = "/".join(system.folder.resolve().parts[-2:])
+    name_apart(systems)
     manifest = dataset_of(systems[0].captioner, folders[0], arguments.data)
     rows = manifest.split(arguments.split)
     out = arguments.out or Path("build/report") / folders[0].resolve().name

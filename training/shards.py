@@ -35,8 +35,11 @@ from training.data.manifest import (
 from training.data.photos import read_bytes
 
 SHARD_MB = 256
+# `_write_split` names them; a tar of another name is nobody's to delete.
+SHARD_FILES = f"*-{'[0-9]' * 6}.tar"
 SHARDED = FolderKind(
-    *("a folder of shards", DATASET_FILE, ("shard_bytes",)), (DATASET_FILE, CAPTIONS_FILE, "*.tar")
+    *("a folder of shards", DATASET_FILE, ("shard_bytes",)),
+    (DATASET_FILE, CAPTIONS_FILE, SHARD_FILES),
 )
 SUFFIXES = {"JPEG": "jpg"}  # other formats are called by their names
 

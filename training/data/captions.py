@@ -95,8 +95,12 @@ SIDES = {"left": "right", "right": "left"}
 
 def mirrored(caption: str) -> str:
     """The caption of the mirrored photo: left and right are swapped."""
+    # Python finds "rıght" as well, without a dot on its i, where case does not matter.
     return re.sub(
-        r"\b(left|right)\b", lambda match: SIDES[match[0].lower()], caption, flags=re.IGNORECASE
+        r"\b(left|right)\b",
+        lambda match: SIDES.get(match[0].lower(), match[0]),
+        caption,
+        flags=re.IGNORECASE,
     )
 
 

@@ -59,7 +59,7 @@ def read_folder(source: Path) -> Source:
 
     how = "by the column 'split'"
     if not has_splits:
-        outermost = {image: PurePosixPath(image).parts[0].lower() for image in captions}
+        outermost = {image: _outermost(PurePosixPath(image).parts) for image in captions}
         in_folders = set(outermost.values()) <= SPLIT_NAMES.keys()
         how = "by the folders' names" if in_folders else HASHED
         split_of.update(
@@ -71,6 +71,11 @@ def read_folder(source: Path) -> Source:
     roots = (source, source / "images")
     there = (root for root in roots if root.is_dir() and locate(root, captions)[0])
     return Source(next(there, source), photos, splits=how)
+
+
+def _outermost(parts: tuple[str, ...]) -> str:
+    """The folder whose name may be a split's, within `images/` where the name begins with it."""
+    return parts[1 if parts[0] == "images" and len(parts) > 2 else 0].lower()
 
 
 def _relative(name: str, source: Path, below: Path) -> str:
@@ -88,7 +93,8 @@ def _relative(name: str, source: Path, below: Path) -> str:
 
 def _caption_files(source: Path) -> list[Path]:
     named = [source / name for name in CAPTION_FILES if (source / name).is_file()]
-    files = named or sorted([*source.glob("*.jsonl"), *source.glob("*.csv")])
+    # What other systems leave beside a file, such as `._captions.csv`, is hidden.
+    files = named or sorted([*source.glob("[!.]*.jsonl"), *source.glob("[!.]*.csv")])
     if not files:
         files = [
             folder / name

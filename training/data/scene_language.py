@@ -228,7 +228,8 @@ class _Describer:
         if len(group) == total:
             every = "both of the" if total == 2 else f"all of the {NUMBERS[total]}"
             look = f"{group[0]['colour']} {_plural(group[0]['shape'])}"
-            return f"{every} shapes here are {look}"
+            end = f" on a {self.background()} background" if self.rng.random() < 0.5 else ""
+            return f"{every} shapes here are {look}{end}"
         verb = "is" if len(group) == 1 else "are"
         noun = self.rng.choice(("shapes", "objects"))
         where = self.place(group) if self.rng.random() < 0.75 else None

@@ -76,7 +76,9 @@ def find_shards(source: str) -> tuple[Path | str, list[str]]:
         folder = Path(source)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; SOURCE must be the folder of the shards")
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tar"))
+        below = (path.relative_to(folder) for path in folder.rglob("*.tar"))
+        hidden = re.compile(r"(^|/)\.")  # such as `._a.tar`, which is no tar
+        names = sorted(name for name in map(Path.as_posix, below) if not hidden.search(name))
         if not names:
             raise UserError(f"{folder}: contains no .tar; SOURCE must be the folder of the shards")
         return folder, names

@@ -94,7 +94,8 @@ class _Axes:
     ) -> None:
         self.x_low, self.x_high = across
         self.y_low, self.y_high = up
-        self.x_high = max(self.x_high, self.x_low + 1e-9)
+        if self.x_high == self.x_low:  # a single validation
+            self.x_low, self.x_high = self.x_low - 1, self.x_high + 1
         self.y_high = max(self.y_high, self.y_low + 1e-9)
         self.percent = percent
 

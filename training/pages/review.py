@@ -22,7 +22,7 @@ from handler.files import read_object
 from handler.web.page import page, photo
 from training.data.manifest import Manifest, Row
 from training.data.photos import read_photo
-from training.scores.captions import read_predictions
+from training.scores.captions import evaluated_name, read_predictions
 from training.scores.ratings import HUMAN, SCALE
 
 HERE = Path(__file__).parent
@@ -133,5 +133,5 @@ def name_of(path: Path) -> str:
     folder = path.resolve().parent
     metrics = folder / "metrics.json"
     scores = read_object(metrics) if metrics.exists() else {}
-    evaluated = f"{scores.get('data')}-{scores.get('split')}"
+    evaluated = evaluated_name(str(scores.get("data")), str(scores.get("split")))
     return folder.parent.name if folder.name.startswith(evaluated) else folder.name

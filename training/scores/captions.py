@@ -3,6 +3,7 @@ them."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def caption_rows(
         for row, best in zip(part, results, strict=True):
             captions[row.id] = [scored_text(captioner, chosen, caption) for caption in best]
     return captions
+
+
+def evaluated_name(data: str, split: str) -> str:
+    """The beginning of the name of the folder that holds the scores of a dataset's split."""
+    return re.sub(r"[^\w.-]+", "-", data) + f"-{split}"
 
 
 def dataset_of(captioner: Captioner, folder: Path, data: str | None) -> Manifest:

@@ -256,8 +256,10 @@ def word_pattern() -> re.Pattern[str]:
 
 
 def _one_line(text: str) -> str:
-    """`text` without characters that Java treats as the end of a line or cannot encode."""
-    spaced = re.sub(r"[\s\x00-\x1f\x7f\x85\u2028\u2029]+", " ", text)
+    """`text` without characters that Java treats as the end of a line or cannot encode; letters
+    with an accent are one character, since the tokenizer drops marks that stand alone."""
+    composed = unicodedata.normalize("NFC", text)
+    spaced = re.sub(r"[\s\x00-\x1f\x7f\x85\u2028\u2029]+", " ", composed)
     return spaced.encode("utf-8", "replace").decode("utf-8")
 
 
