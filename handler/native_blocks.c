@@ -9,7 +9,7 @@
  *
  * Weights: panels of PANEL outputs; in each, one step after the other; in each step the 4 bytes of every output:
  * one float32, two bfloat16 or four int8 inputs. Inputs: tiles of ROWS rows; in each, the same 4 bytes of every row,
- * step after step.
+ * step after step. For a matrix unit (AMX), which takes 16 steps of 16 rows at a time, they stand row by row instead.
  */
 
 #include <immintrin.h>
@@ -18,11 +18,16 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define PANEL 32 /* outputs: two registers */
-#define ROWS 12  /* rows of inputs that share a weight in registers */
+#define ROWS 11  /* rows of inputs that share a weight in registers; with 12, gcc for some processors spills them */
+#define DEPTH 16 /* steps, and most rows, of a tile of the matrix unit */
 #define QUERIES 8 /* that share a key in registers */
 #define PLACES 32 /* keys: two registers */
+#define BLOCK 192 /* steps of weights that stay in the innermost cache, for GROUP rows at most */
+#define GROUP 192
 #define AHEAD 2048 /* bytes of weights that are fetched before they are needed */
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -82,12 +87,31 @@ ALWAYS __m512 add_products(__m512 sum, __m512i v, __m512i w) {
 }
 #endif
 
+ALWAYS int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+static int has_tiles;
+
+/* Whether Linux lets this process use the matrix unit: it must be asked once (ARCH_REQ_XCOMP_PERM, XTILEDATA). */
+__attribute__((constructor)) static void ask_for_tiles(void) { has_tiles = !syscall(SYS_arch_prctl, 0x1023, 18); }
+#else
+#define has_tiles 0
+#endif
+
+/* With a matrix unit the last inputs are padded with zeros, to whole tiles. */
 ALWAYS int64_t steps_of(int64_t kind, int64_t inputs) {
-    int64_t each = kind == FP32 ? 1 : kind == BF16 ? 2 : 4;
-    return (inputs + each - 1) / each;
+    int64_t each = kind == FP32 ? 1 : kind == BF16 ? 2 : 4, steps = (inputs + each - 1) / each;
+    return has_tiles && kind != FP32 ? up_to(steps, DEPTH) : steps;
 }
 
-ALWAYS int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+/* In int8, both ways have the same sums, and few rows are faster without the matrix unit. */
+ALWAYS int uses_tiles(int64_t kind, int64_t rows) { return has_tiles && (kind == BF16 || (kind == INT8 && rows > ROWS)); }
+
+/* From one row of converted inputs to the next for the matrix unit; 64 bytes more, lest rows collide in the cache. */
+ALWAYS int64_t pitch_of(int64_t steps) { return steps * 4 + 64; }
+
+/* Bytes of converted inputs of any kind; the matrix unit reads whole tiles. */
+ALWAYS int64_t input_bytes(int64_t rows, int64_t inputs) { return (rows + DEPTH) * 4 * (inputs + 2 * DEPTH); }
 
 int64_t packed_bytes(int64_t kind, int64_t inputs, int64_t outputs) {
     return steps_of(kind, inputs) * 4 * up_to(outputs, PANEL);
@@ -107,7 +131,7 @@ void pack(int64_t kind, int64_t inputs, int64_t outputs, const char *plain, char
             char *to = packed + ((o / PANEL * steps + k) * PANEL + o % PANEL) * 4;
             int64_t rest = inputs * size - 4 * k;
             memset(to, 0, 4);
-            if (o < outputs) memcpy(to, plain + o * inputs * size + 4 * k, rest < 4 ? rest : 4);
+            if (o < outputs && rest > 0) memcpy(to, plain + o * inputs * size + 4 * k, rest < 4 ? rest : 4);
         }
 }
 
@@ -159,16 +183,17 @@ ALWAYS __m512 activate(int64_t which, __m512 x) {
 
 ALWAYS __mmask16 lanes(int64_t rest) { return rest >= 16 ? 0xffff : (__mmask16)((1u << rest) - 1); }
 
-/* How many rows a tile has, if `rows` are divided evenly. */
-ALWAYS int64_t tile_of(int64_t rows) {
-    int64_t tiles = (rows + ROWS - 1) / ROWS;
+/* How many rows a tile of at most `most` has, if `rows` are divided evenly. */
+ALWAYS int64_t tile_of(int64_t rows, int64_t most) {
+    int64_t tiles = (rows + most - 1) / most;
     return tiles ? (rows + tiles - 1) / tiles : 0;
 }
 
 /* Row `r` of `rows`, as input of a product; `scale` receives that of an int8 row. */
 static void convert(int64_t kind, const float *x, int64_t n, int64_t r, int64_t rows, char *inputs, float *scale) {
-    int64_t steps = steps_of(kind, n), bytes = steps * 4, tile = tile_of(rows);
-    char to[bytes];
+    int64_t steps = steps_of(kind, n), bytes = steps * 4, tile = tile_of(rows, ROWS);
+    int by_row = uses_tiles(kind, rows);
+    char own_row[bytes], *to = by_row ? inputs + r * pitch_of(steps) : own_row;
     if (kind == FP32) {
         memcpy(to, x, n * 4);
     } else if (kind == BF16) {
@@ -194,6 +219,7 @@ static void convert(int64_t kind, const float *x, int64_t n, int64_t r, int64_t 
         }
         if (bytes > n) memset(to + n, 0, bytes - n); /* their weights are 0 */
     }
+    if (by_row) return;
     int64_t first = r / tile * tile, width = rows - first < tile ? rows - first : tile;
     char *own = inputs + (first * steps + r - first) * 4;
     for (int64_t k = 0; k < steps; k++) memcpy(own + k * width * 4, to + 4 * k, 4);
@@ -216,10 +242,15 @@ static void normalise(const Norm *norm, const float *x, int64_t n, float *to) {
     }
 }
 
-/* The products of a tile of `rows` rows with one panel; meanwhile `ahead`, so many bytes a step, is fetched. */
-ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_t steps, const char *ahead,
-                    int64_t bytes, __m512i sums[ROWS][2]) {
-    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
+/* The products of a tile of `rows` rows with a block of one panel, which are added to `to` unless it is the first
+ * (`before` is the steps before it); meanwhile `ahead`, so many bytes a step, is fetched. */
+ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_t steps, int64_t before,
+                    const char *ahead, int64_t bytes, __m512i to[][2]) {
+    __m512i sums[ROWS][2]; /* in registers */
+    for (int r = 0; r < rows; r++) {
+        sums[r][0] = before ? to[r][0] : _mm512_setzero_si512();
+        sums[r][1] = before ? to[r][1] : _mm512_setzero_si512();
+    }
     for (int64_t k = 0; k < steps; k++, w += PANEL * 4, x += 4 * rows, ahead += bytes) {
         __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
         _mm_prefetch(ahead, _MM_HINT_T0);
@@ -240,17 +271,103 @@ ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_
             }
         }
     }
+    for (int r = 0; r < rows; r++) to[r][0] = sums[r][0], to[r][1] = sums[r][1];
 }
 
 #define TILE(n)                                            \
     case n:                                                \
-        product(kind, n, w, x, steps, ahead, bytes, sums); \
+        product(kind, n, w, x, steps, before, ahead, bytes, sums); \
         break;
 
-ALWAYS void products(int64_t kind, int rows, const char *w, const char *x, int64_t steps, const char *ahead,
-                     int64_t bytes, __m512i sums[ROWS][2]) {
+ALWAYS void products(int64_t kind, int rows, const char *w, const char *x, int64_t steps, int64_t before,
+                     const char *ahead, int64_t bytes, __m512i sums[][2]) {
     switch (rows) {
-        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11)
+    }
+}
+
+#ifdef __AMX_INT8__
+/* The matrix unit's: tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs, all of `rows` rows but the weights. */
+static void use_tiles(int64_t rows) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = i == 4 || i == 5 ? DEPTH : rows;
+    _tile_loadconfig(&config);
+}
+
+#define TILE_PRODUCT(to, x, w)                \
+    if (kind == INT8) _tile_dpbusd(to, x, w); \
+    else _tile_dpbf16ps(to, x, w);
+
+/* The same of one tile or two, whose inputs are `pitch` bytes apart. */
+static void tile_products(int64_t kind, int64_t rows, int64_t tile, const char *w, const char *x, int64_t steps,
+                          int64_t pitch, int64_t before, const char *ahead, int64_t bytes, __m512i sums[][2]) {
+    int two = rows > tile;
+    if (before) {
+        _tile_loadd(0, sums[0], sizeof sums[0]);
+        _tile_loadd(1, &sums[0][1], sizeof sums[0]);
+        if (two) {
+            _tile_loadd(2, sums[tile], sizeof sums[0]);
+            _tile_loadd(3, &sums[tile][1], sizeof sums[0]);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < steps; k += DEPTH, w += DEPTH * PANEL * 4, x += 4 * DEPTH, ahead += bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
+        _tile_loadd(4, w, PANEL * 4);
+        _tile_loadd(5, w + 64, PANEL * 4);
+        _tile_loadd(6, x, pitch);
+        if (two) _tile_loadd(7, x + tile * pitch, pitch);
+        TILE_PRODUCT(0, 6, 4)
+        TILE_PRODUCT(1, 6, 5)
+        if (!two) continue;
+        TILE_PRODUCT(2, 7, 4)
+        TILE_PRODUCT(3, 7, 5)
+    }
+    _tile_stored(0, sums[0], sizeof sums[0]);
+    _tile_stored(1, &sums[0][1], sizeof sums[0]);
+    if (!two) return;
+    _tile_stored(2, sums[tile], sizeof sums[0]);
+    _tile_stored(3, &sums[tile][1], sizeof sums[0]);
+}
+#else
+static void use_tiles(int64_t rows) { (void)rows; }
+#define tile_products(...) (void)0
+#define _tile_release() (void)0
+#endif
+
+/* y = f(sums + b), or y += with `add`, of `count` rows and the 32 outputs from `first`. */
+static void finish(const Linear *l, __m512i sums[][2], const float *scales, int64_t count, int64_t first, float *y,
+                   int64_t y_stride, int add) {
+    for (int side = 0; side < 2; side++) {
+        int64_t column = first + side * 16;
+        if (column >= l->outputs) break;
+        __mmask16 m = lanes(l->outputs - column);
+        __m512 bias = l->bias ? _mm512_maskz_loadu_ps(m, l->bias + column) : _mm512_setzero_ps();
+        for (int64_t r = 0; r < count; r++) {
+            __m512 v = (__m512)sums[r][side];
+            if (l->kind == INT8) {
+                __m512i exact = _mm512_sub_epi32(sums[r][side], _mm512_maskz_loadu_epi32(m, l->offset + column));
+                __m512 scale = _mm512_maskz_loadu_ps(m, l->scale + column);
+                scale = _mm512_mul_ps(scale, _mm512_set1_ps(scales[r]));
+                v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, bias);
+            } else if (l->scale) {
+                v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(m, l->scale + column), bias);
+            } else {
+                v = _mm512_add_ps(v, bias);
+            }
+            v = activate(l->activation, v);
+            float *to = y + r * y_stride + column;
+            if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, to));
+            _mm512_mask_storeu_ps(to, m, v);
+        }
     }
 }
 
@@ -258,44 +375,34 @@ ALWAYS void products(int64_t kind, int rows, const char *w, const char *x, int64
 static void project(const Linear *l, const char *x, const float *scales, int64_t rows, float *y, int64_t y_stride,
                     int add, int64_t thread, int64_t threads) {
     int64_t steps = steps_of(l->kind, l->inputs), panels = up_to(l->outputs, PANEL) / PANEL;
-    int64_t tile = tile_of(rows), size = steps * PANEL * 4;
-    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
-        const char *w = l->weight + p * size;
-        for (int64_t row = 0; row < rows; row += tile) {
-            int count = rows - row < tile ? rows - row : tile;
-            const char *part = x + row * steps * 4;
-            /* With one tile what it needs soon, with several each a part of the next panel. */
-            const char *ahead = tile == rows ? w + AHEAD : w + size + size / rows * row;
-            int64_t bytes = tile == rows ? PANEL * 4 : PANEL * 4 * tile / rows;
-            __m512i sums[ROWS][2];
-            if (l->kind == INT8) products(INT8, count, w, part, steps, ahead, bytes, sums);
-            else if (l->kind == BF16) products(BF16, count, w, part, steps, ahead, bytes, sums);
-            else products(FP32, count, w, part, steps, ahead, bytes, sums);
-            for (int side = 0; side < 2; side++) {
-                int64_t column = p * PANEL + side * 16;
-                if (column >= l->outputs) break;
-                __mmask16 m = lanes(l->outputs - column);
-                __m512 bias = l->bias ? _mm512_maskz_loadu_ps(m, l->bias + column) : _mm512_setzero_ps();
-                for (int r = 0; r < count; r++) {
-                    __m512 v = (__m512)sums[r][side];
-                    if (l->kind == INT8) {
-                        __m512i exact = _mm512_sub_epi32(sums[r][side], _mm512_maskz_loadu_epi32(m, l->offset + column));
-                        __m512 scale = _mm512_maskz_loadu_ps(m, l->scale + column);
-                        scale = _mm512_mul_ps(scale, _mm512_set1_ps(scales[row + r]));
-                        v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, bias);
-                    } else if (l->scale) {
-                        v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(m, l->scale + column), bias);
-                    } else {
-                        v = _mm512_add_ps(v, bias);
-                    }
-                    v = activate(l->activation, v);
-                    float *to = y + (row + r) * y_stride + column;
-                    if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, to));
-                    _mm512_mask_storeu_ps(to, m, v);
+    int by_tiles = uses_tiles(l->kind, rows), depth = by_tiles ? DEPTH : 1;
+    int64_t tile = tile_of(rows, by_tiles ? DEPTH : ROWS), pitch = by_tiles ? pitch_of(steps) : steps * 4;
+    /* A group has several rounds, for which a block of weights stays in the cache. */
+    int64_t round = by_tiles ? 2 * tile : tile, group = rows <= round ? rows : GROUP / round * round;
+    int64_t block = rows <= round ? steps : BLOCK;
+    __m512i sums[GROUP][2];
+    if (by_tiles) use_tiles(tile);
+    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
+        for (int64_t first = 0; first < rows; first += group) {
+            int64_t together = rows - first < group ? rows - first : group;
+            const char *w = l->weight + p * steps * PANEL * 4;
+            for (int64_t k = 0; k < steps; k += block, w += block * PANEL * 4) {
+                int64_t now = steps - k < block ? steps - k : block, size = now * PANEL * 4;
+                for (int64_t r = 0; r < together; r += round) {
+                    int count = together - r < round ? together - r : round;
+                    const char *part = x + (first + r) * pitch + 4 * k * (by_tiles ? 1 : count);
+                    /* With one round what it needs soon, with several each a part of the next block. */
+                    const char *ahead = rows <= round ? w + AHEAD : w + size + size / together * r;
+                    int64_t bytes = depth * PANEL * 4 * count / together;
+                    if (by_tiles) tile_products(l->kind, count, tile, w, part, now, pitch, k, ahead, bytes, sums + r);
+                    else if (l->kind == INT8) products(INT8, count, w, part, now, k, ahead, bytes, sums + r);
+                    else if (l->kind == BF16) products(BF16, count, w, part, now, k, ahead, bytes, sums + r);
+                    else products(FP32, count, w, part, now, k, ahead, bytes, sums + r);
                 }
             }
+            finish(l, sums, scales + first, together, p * PANEL, y + first * y_stride, y_stride, add);
         }
-    }
+    if (by_tiles) _tile_release();
 }
 
 ALWAYS __m512 load16(int bfloat16, __mmask16 m, const void *base, int64_t index) {
@@ -482,7 +589,7 @@ static Parts parts_of(const Run *run) {
 #define PART(name, type, count)                      \
     p.name = (type *)(run->scratch + at);            \
     at += up_to((count) * (int64_t)sizeof(type), 64);
-    PART(inputs, char, rows * 4 * (largest(run->width, run->hidden) + 1))
+    PART(inputs, char, input_bytes(rows, largest(run->width, run->hidden)))
     PART(scales, float, rows)
     PART(qkv, float, rows * 3 * run->width)
     PART(attended, float, rows * run->width)
@@ -565,7 +672,7 @@ void run_blocks(const Run *run) {
     }
 }
 
-int64_t linear_scratch_bytes(const Linear *l, int64_t rows) { return rows * 4 * (steps_of(l->kind, l->inputs) + 1); }
+int64_t linear_scratch_bytes(const Linear *l, int64_t rows) { return up_to(rows * 4, 64) + input_bytes(rows, l->inputs); }
 
 /* What the structures in native_library.py have to be. */
 int64_t layout(int64_t which) { return (int64_t[]){sizeof(Block), sizeof(Run), PLACES, PANEL}[which]; }
@@ -573,7 +680,7 @@ int64_t layout(int64_t which) { return (int64_t[]){sizeof(Block), sizeof(Run), P
 /* y (rows, outputs) of x (rows, inputs). */
 void run_linear(const Linear *l, const float *x, int64_t rows, float *y, char *scratch, int64_t threads) {
     float *scales = (float *)scratch;
-    char *inputs = scratch + 4 * rows;
+    char *inputs = scratch + up_to(4 * rows, 64);
 #pragma omp parallel num_threads(threads)
     {
         int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
