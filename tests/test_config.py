@@ -68,6 +68,7 @@ def stage(**fields: object) -> dict[str, object]:
         (stage(warmup=2), "warmup must be 0 to 1"),
         (stage(encoder="half"), "stage 'a': encoder must be frozen or trained, not 'half'"),
         (stage(label_smoothing=float("nan")), "label_smoothing"),
+        (stage(logit_adjustment=2), "logit_adjustment must be 0 to 1"),
         (stage(name=" "), "name is empty"),
         ({"stages": 2 * stage()["stages"]}, "two of them have the same name"),
         ({"stages": []}, "at least one stage"),

@@ -195,6 +195,10 @@ def test_the_reward_costs_little():
             "label_smoothing is of cross-entropy",
         ),
         (
+            lambda: Stage("x", 1, self_critical=SelfCritical(), logit_adjustment=0.1),
+            "logit_adjustment is of cross-entropy alone",
+        ),
+        (
             lambda: TrainConfig("x", "y", (Stage("z", 1, self_critical=SelfCritical()),)),
             "'z': self_critical needs a stage of cross-entropy before it",
         ),

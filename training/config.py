@@ -324,6 +324,14 @@ class Stage:
         default=None,
         metadata=about("Label smoothing of cross-entropy, 0 to below 1", default="`0.1`"),
     )
+    logit_adjustment: float = field(
+        default=0.0,
+        metadata=about(
+            "Rare words are said more often: the loss is that of logits to which this times the "
+            "log of each token's share of the captions is added (Menon et al. 2021)",
+            Range(0, 1, "0 to 1"),
+        ),
+    )
     distillation: Distillation | None = field(
         default=None, metadata=about("Distillation from teachers (table below)")
     )
@@ -377,6 +385,10 @@ class Stage:
             or self.distillation is None
             or self.distillation.weight < 1,
             f"{where} label_smoothing is of cross-entropy, which distillation.weight 1 leaves out",
+        )
+        _require(
+            not self.logit_adjustment or not (self.distillation or self.self_critical),
+            f"{where} logit_adjustment is of cross-entropy alone; leave it out",
         )
         _require(0 < self.encoder_layer_decay <= 1, f"{where} encoder_layer_decay is above 0, to 1")
         frozen = self.encoder == "frozen"

@@ -228,13 +228,12 @@ class _Describer:
         if len(group) == total:
             every = "both of the" if total == 2 else f"all of the {NUMBERS[total]}"
             look = f"{group[0]['colour']} {_plural(group[0]['shape'])}"
-            end = f" on a {self.background()} background" if self.rng.random() < 0.5 else ""
-            return f"{every} shapes here are {look}{end}"
+            return f"{every} shapes here are {look} on a {self.background()} background"
         verb = "is" if len(group) == 1 else "are"
         noun = self.rng.choice(("shapes", "objects"))
-        where = self.place(group) if self.rng.random() < 0.75 else None
-        thing = f"{self.thing(group[0])} {verb} {where or 'among them'}"
-        return f"{NUMBERS[total]} {noun} in all and {thing}"
+        where = self.place(group) if self.rng.random() < 0.5 else None
+        where = where or f"against a {self.background()} background"
+        return f"{NUMBERS[total]} {noun} in all and {self.thing(group[0])} {verb} {where}"
 
     def place_first(self) -> str | None:
         groups = [(group, self.place(group)) for group in self.groups]

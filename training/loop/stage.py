@@ -46,7 +46,10 @@ class Work:
             teachers = load_teachers(stage, run.student(), stage.encoder == "frozen")
         prompt = run.prompt()
         longest = run.decoding()["max_new_tokens"]
-        loss = make_loss(stage, teachers, run.train_rows, run.tokenizer, longest, self.seed, prompt)
+        loss = make_loss(
+            *(stage, teachers, run.train_rows, run.tokenizer, longest, self.seed, prompt),
+            run.model.decoder_config.vocab_size,
+        )
         self.whole = Objective(run.model, loss, stage.encoder == "frozen")
         self.objective = run.processes.parallel(self.whole)
         self.shard_of_N = shard_numbers(run.train_rows)

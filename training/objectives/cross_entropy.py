@@ -9,14 +9,17 @@ Dimension key: B photos, P memory tokens, D width, Q packed tokens of a photo, N
 padding, n those of a slice, V vocabulary.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from handler.caption_tokenizer import CaptionTokenizer
 from training.data.captions import IGNORED, Batch
+from training.data.manifest import Row
 from training.model import Decoder
 
 # Elements in a slice: half a megabyte of float32.
@@ -24,12 +27,16 @@ SLICE = 2**17
 
 
 class CrossEntropyLoss:
-    """The default objective: predict the next token of each caption of a photo."""
+    """The default objective: predict the next token of each caption of a photo.
+
+    With an `adjustment` (V,) added to the logits, a token whose entry is t log p becomes less
+    likely in inference, where it is not added, by p to the power t: the logit-adjusted loss of
+    Menon et al. 2021 (arXiv:2007.07314), with p a token's share of the captions."""
 
     dropout = True
 
-    def __init__(self, smoothing: float) -> None:
-        self.smoothing = smoothing
+    def __init__(self, smoothing: float, adjustment: Tensor | None = None) -> None:
+        self.smoothing, self.adjustment_V = smoothing, adjustment
 
     def __call__(
         self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
@@ -40,9 +47,21 @@ class CrossEntropyLoss:
         hidden_ND = decoder.hidden(batch.tokens, batch.positions, batch.mask, memory_BPD, real_BQ)
         targets_M, learnt_N = batch.learnt(real_BQ)
         hidden_MD = hidden_ND if learnt_N is None else hidden_ND[learnt_N]
-        total = summed_cross_entropy(decoder.head(hidden_MD), targets_M, self.smoothing)
+        logits_MV = decoder.head(hidden_MD)
+        if self.adjustment_V is not None:
+            logits_MV = logits_MV + self.adjustment_V.to(logits_MV)
+        total = summed_cross_entropy(logits_MV, targets_M, self.smoothing)
         tokens = real_BQ if learnt_N is None else learnt_N
         return total, tokens.sum(), {}
+
+
+def log_shares(rows: Sequence[Row], tokenizer: CaptionTokenizer, vocabulary: int) -> Tensor:
+    """The log of each token's share of the captions of `rows` and their ends, (V,); a token that
+    does not occur counts as if it occurred once."""
+    captions = [tokenizer.encode(caption) for row in rows for caption in row.captions]
+    tokens = torch.tensor([*itertools.chain(*captions), *[tokenizer.end_id] * len(captions)])
+    counts_V = tokens.bincount(minlength=vocabulary).clamp(min=1)
+    return (counts_V / counts_V.sum()).log()
 
 
 def summed_cross_entropy(logits_NV: Tensor, targets_N: Tensor, smoothing: float) -> Tensor:

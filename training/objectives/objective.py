@@ -13,7 +13,7 @@ from training.config import Stage
 from training.data.captions import Batch
 from training.data.manifest import Row
 from training.model import CaptioningModel, Decoder
-from training.objectives.cross_entropy import CrossEntropyLoss
+from training.objectives.cross_entropy import CrossEntropyLoss, log_shares
 from training.objectives.distillation import DistillationLoss
 from training.objectives.ensemble import Ensemble
 from training.objectives.self_critical import SelfCriticalLoss
@@ -54,13 +54,17 @@ def make_loss(
     max_new_tokens: int,
     seed: int,
     prompt: Sequence[int],
+    vocabulary: int,
 ) -> Loss:
-    """The loss of a stage that trains on `rows`, whose captions follow the ids of a `prompt`.
-    `teachers` are required for distillation."""
+    """The loss of a stage that trains on `rows`, whose captions follow the ids of a `prompt`, a
+    decoder with a `vocabulary` of that size. `teachers` are required for distillation."""
     if stage.distillation is not None:
         assert teachers is not None
         frozen = stage.encoder == "frozen"
         return DistillationLoss(stage.distillation, teachers, stage.smoothing, frozen)
     if stage.self_critical is not None:
         return SelfCriticalLoss(stage.self_critical, rows, tokenizer, max_new_tokens, seed, prompt)
-    return CrossEntropyLoss(stage.smoothing)
+    adjustment_V = None
+    if stage.logit_adjustment:
+        adjustment_V = stage.logit_adjustment * log_shares(rows, tokenizer, vocabulary)
+    return CrossEntropyLoss(stage.smoothing, adjustment_V)
