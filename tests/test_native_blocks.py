@@ -203,8 +203,8 @@ def test_a_photo_depends_neither_on_its_batch_nor_on_the_threads(precision, tmp_
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 40),
-    inputs=st.integers(1, 90),
+    rows=st.integers(1, 40) | st.integers(180, 220),  # in one group, and in two
+    inputs=st.integers(1, 90) | st.integers(700, 850),  # in one block, and in up to five
     outputs=st.integers(1, 90),
     kind=st.sampled_from(PRECISIONS),
     activation=st.sampled_from(("gelu", "gelu_tanh", "quick_gelu")),
@@ -324,11 +324,12 @@ def test_threads_share_a_decoder(pair):
 
 
 @needs_native
-def test_without_the_instructions_for_bfloat16_the_numbers_are_the_same(
-    anew, monkeypatch, tmp_path
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_without_bfloat16_and_a_matrix_unit_the_numbers_are_the_same(
+    anew, monkeypatch, tmp_path, precision
 ):
     model = build_decoder("gpt2", SHAPES[1])
-    quantised = script_decoder(in_precision(model, "bf16", "bf16").decoder)
+    quantised = script_decoder(in_precision(model, precision, precision).decoder)
     memory = torch.randn(PHOTOS, 26, 72)
     decoders = []
     for processor in ("native", "cascadelake"):
