@@ -8,8 +8,9 @@
  * depends on its batch, nor on the number of threads.
  *
  * Weights: panels of PANEL outputs; in each, one step after the other; in each step the 4 bytes of every output:
- * one float32, two bfloat16 or four int8 inputs. Inputs: tiles of ROWS rows; in each, the same 4 bytes of every row,
- * step after step. For a matrix unit (AMX), which takes 16 steps of 16 rows at a time, they stand row by row instead.
+ * one float32, two bfloat16 or four int8 inputs. Inputs: tiles of at most ROWS rows; in each, the same 4 bytes of
+ * every row, step after step. For a matrix unit (AMX), which takes 16 steps of 16 rows at a time, inputs are stored
+ * row by row instead.
  */
 
 #include <immintrin.h>
@@ -22,12 +23,12 @@
 #include <unistd.h>
 
 #define PANEL 32 /* outputs: two registers */
-#define ROWS 11  /* rows of inputs that share a weight in registers; with 12, gcc for some processors spills them */
+#define ROWS 11 /* of inputs that share a weight in registers; with 12, gcc spills the sums for some processors */
 #define DEPTH 16 /* steps, and most rows, of a tile of the matrix unit */
 #define QUERIES 8 /* that share a key in registers */
 #define PLACES 32 /* keys: two registers */
-#define BLOCK 192 /* steps of weights that stay in the innermost cache, for GROUP rows at most */
-#define GROUP 192
+#define BLOCK 192 /* steps of weights that stay in the L1 cache */
+#define GROUP 192 /* rows at most for which a block of weights is read again */
 #define AHEAD 2048 /* bytes of weights that are fetched before they are needed */
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -52,7 +53,7 @@ typedef struct {
     Linear qkv, out, cross_q, cross_out, up, down; /* cross: weight NULL where there is none */
 } Block;
 
-/* Keys of photos are stored by channel, (B, H, d, places), places a multiple of PLACES. */
+/* Keys of photos are stored in panels of PLACES tokens, and in each by channel: (B, H, places / PLACES, d, PLACES). */
 typedef struct {
     const Block *blocks;
     int64_t layers, photos, queries, width, heads, hidden, threads;
@@ -90,24 +91,29 @@ ALWAYS __m512 add_products(__m512 sum, __m512i v, __m512i w) {
 ALWAYS int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define TILE_UNIT 1
 static int has_tiles;
 
 /* Whether Linux lets this process use the matrix unit: it must be asked once (ARCH_REQ_XCOMP_PERM, XTILEDATA). */
 __attribute__((constructor)) static void ask_for_tiles(void) { has_tiles = !syscall(SYS_arch_prctl, 0x1023, 18); }
 #else
+#define TILE_UNIT 0
 #define has_tiles 0
 #endif
 
-/* With a matrix unit the last inputs are padded with zeros, to whole tiles. */
+/* Where there may be a matrix unit, the last inputs are padded with zeros, to whole tiles. This is decided when it is
+ * compiled, not by has_tiles: processes share packed weights. */
 ALWAYS int64_t steps_of(int64_t kind, int64_t inputs) {
     int64_t each = kind == FP32 ? 1 : kind == BF16 ? 2 : 4, steps = (inputs + each - 1) / each;
-    return has_tiles && kind != FP32 ? up_to(steps, DEPTH) : steps;
+    return TILE_UNIT && kind != FP32 ? up_to(steps, DEPTH) : steps;
 }
 
 /* In int8, both ways have the same sums, and few rows are faster without the matrix unit. */
-ALWAYS int uses_tiles(int64_t kind, int64_t rows) { return has_tiles && (kind == BF16 || (kind == INT8 && rows > ROWS)); }
+ALWAYS int uses_tiles(int64_t kind, int64_t rows) {
+    return has_tiles && (kind == BF16 || (kind == INT8 && rows > ROWS));
+}
 
-/* From one row of converted inputs to the next for the matrix unit; 64 bytes more, lest rows collide in the cache. */
+/* From one row of inputs to the next for the matrix unit; 64 bytes more, or rows would share few sets of the cache. */
 ALWAYS int64_t pitch_of(int64_t steps) { return steps * 4 + 64; }
 
 /* Bytes of converted inputs of any kind; the matrix unit reads whole tiles. */
@@ -274,8 +280,8 @@ ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_
     for (int r = 0; r < rows; r++) to[r][0] = sums[r][0], to[r][1] = sums[r][1];
 }
 
-#define TILE(n)                                            \
-    case n:                                                \
+#define TILE(n)                                                    \
+    case n:                                                        \
         product(kind, n, w, x, steps, before, ahead, bytes, sums); \
         break;
 
@@ -286,8 +292,8 @@ ALWAYS void products(int64_t kind, int rows, const char *w, const char *x, int64
     }
 }
 
-#ifdef __AMX_INT8__
-/* The matrix unit's: tiles 0 to 3 are sums, 4 and 5 weights, 6 and 7 inputs, all of `rows` rows but the weights. */
+#if TILE_UNIT
+/* Configures the matrix unit: tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 inputs; all but weights have `rows`. */
 static void use_tiles(int64_t rows) {
     struct {
         uint8_t palette, start, reserved[14];
@@ -295,7 +301,8 @@ static void use_tiles(int64_t rows) {
         uint8_t rows[16];
     } config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = i == 4 || i == 5 ? DEPTH : rows;
-    _tile_loadconfig(&config);
+    /* Not _tile_loadconfig: gcc 12.2 believes that it reads 8 bytes, and may leave the rest unset. */
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
 #define TILE_PRODUCT(to, x, w)                \
@@ -381,6 +388,7 @@ static void project(const Linear *l, const char *x, const float *scales, int64_t
     int64_t round = by_tiles ? 2 * tile : tile, group = rows <= round ? rows : GROUP / round * round;
     int64_t block = rows <= round ? steps : BLOCK;
     __m512i sums[GROUP][2];
+    if (!rows) return;
     if (by_tiles) use_tiles(tile);
     for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
         for (int64_t first = 0; first < rows; first += group) {
@@ -411,14 +419,15 @@ ALWAYS __m512 load16(int bfloat16, __mmask16 m, const void *base, int64_t index)
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
 }
 
-/* Logits of `count` queries for the tokens of a photo, whose keys are stored by channel. */
+/* Logits of `count` queries for the tokens of a photo. */
 ALWAYS void dense_logits(int bfloat16, int count, const float *q, int64_t q_stride, const void *keys, int64_t places,
                          int64_t d, float *logits, int64_t stride) {
     for (int64_t p = 0; p < places; p += PLACES) {
         __m512 sums[QUERIES][2];
         for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
         for (int64_t j = 0; j < d; j++) {
-            __m512 k0 = load16(bfloat16, 0xffff, keys, j * places + p), k1 = load16(bfloat16, 0xffff, keys, j * places + p + 16);
+            int64_t at = p * d + j * PLACES;
+            __m512 k0 = load16(bfloat16, 0xffff, keys, at), k1 = load16(bfloat16, 0xffff, keys, at + 16);
             for (int i = 0; i < count; i++) {
                 __m512 one = _mm512_set1_ps(q[i * q_stride + j]);
                 sums[i][0] = _mm512_fmadd_ps(one, k0, sums[i][0]);
@@ -550,7 +559,7 @@ static void keep(const Run *run, int64_t layer, int64_t b, int64_t h, const floa
         const float *k = qkv + (b * run->queries + i) * 3 * width + width + h * d, *v = k + width;
         if (run->image) {
             float *keys = (float *)run->photo_keys[layer] + unit * d * run->places;
-            for (int64_t j = 0; j < d; j++) keys[j * run->places + i] = k[j];
+            for (int64_t j = 0; j < d; j++) keys[(i / PLACES * d + j) * PLACES + i % PLACES] = k[j];
             memcpy((float *)run->photo_values[layer] + (unit * run->tokens + i) * d, v, d * 4);
         } else {
             int64_t slot = unit * run->slots + run->used + i;

@@ -249,10 +249,14 @@ def test_nan_is_not_hidden(precision, tmp_path):
 
 @pytest.fixture
 def pair(tmp_path):
+    return build_pair(tmp_path, "fp32", "int8")
+
+
+def build_pair(tmp_path, *precisions):
     """An encoder and a decoder in C."""
     model = build_decoder("gpt2", SHAPES[0])
-    decoder = loaded(script_decoder(in_precision(model, "fp32", "int8").decoder), tmp_path)
-    encoder = loaded(trace_encoder(in_precision(model, "fp32", "int8").encoder, 80), tmp_path)
+    decoder = loaded(script_decoder(in_precision(model, *precisions).decoder), tmp_path)
+    encoder = loaded(trace_encoder(in_precision(model, *precisions).encoder, 80), tmp_path)
     return (
         native_encoder(encoder, asdict(model.encoder_config)),
         native_decoder(decoder, asdict(model.decoder_config)),
@@ -290,8 +294,9 @@ def test_what_does_not_fit_is_an_error(pair):
 
 @needs_native
 @torch.inference_mode()
-def test_no_photos_give_no_numbers(pair):
-    encoder, decoder = pair
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_photos_give_no_numbers(precision, tmp_path):
+    encoder, decoder = build_pair(tmp_path, precision, precision)
     memory = encoder(torch.zeros(0, 3, 80, 80))
     assert memory.shape == (0, 26, 32)
     assert decoder.begin(memory).values[0].size(0) == 0
