@@ -27,8 +27,6 @@
 #define DEPTH 16 /* steps, and most rows, of a tile of the matrix unit */
 #define QUERIES 8 /* that share a key in registers */
 #define PLACES 32 /* keys: two registers */
-#define BLOCK 192 /* steps of weights that stay in the L1 cache */
-#define GROUP 192 /* rows at most for which a block of weights is read again */
 #define AHEAD 2048 /* bytes of weights that are fetched before they are needed */
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -53,7 +51,7 @@ typedef struct {
     Linear qkv, out, cross_q, cross_out, up, down; /* cross: weight NULL where there is none */
 } Block;
 
-/* Keys of photos are stored in panels of PLACES tokens, and in each by channel: (B, H, places / PLACES, d, PLACES). */
+/* Keys of photos are stored by channel, (B, H, d, places), places a multiple of PLACES. */
 typedef struct {
     const Block *blocks;
     int64_t layers, photos, queries, width, heads, hidden, threads;
@@ -248,15 +246,11 @@ static void normalise(const Norm *norm, const float *x, int64_t n, float *to) {
     }
 }
 
-/* The products of a tile of `rows` rows with a block of one panel, which are added to `to` unless it is the first
- * (`before` is the steps before it); meanwhile `ahead`, so many bytes a step, is fetched. */
-ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_t steps, int64_t before,
-                    const char *ahead, int64_t bytes, __m512i to[][2]) {
+/* The products of a tile of `rows` rows with one panel; meanwhile `ahead`, so many bytes a step, is fetched. */
+ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_t steps, const char *ahead,
+                    int64_t bytes, __m512i to[][2]) {
     __m512i sums[ROWS][2]; /* in registers */
-    for (int r = 0; r < rows; r++) {
-        sums[r][0] = before ? to[r][0] : _mm512_setzero_si512();
-        sums[r][1] = before ? to[r][1] : _mm512_setzero_si512();
-    }
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
     for (int64_t k = 0; k < steps; k++, w += PANEL * 4, x += 4 * rows, ahead += bytes) {
         __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
         _mm_prefetch(ahead, _MM_HINT_T0);
@@ -280,13 +274,13 @@ ALWAYS void product(int64_t kind, int rows, const char *w, const char *x, int64_
     for (int r = 0; r < rows; r++) to[r][0] = sums[r][0], to[r][1] = sums[r][1];
 }
 
-#define TILE(n)                                                    \
-    case n:                                                        \
-        product(kind, n, w, x, steps, before, ahead, bytes, sums); \
+#define TILE(n)                                            \
+    case n:                                                \
+        product(kind, n, w, x, steps, ahead, bytes, sums); \
         break;
 
-ALWAYS void products(int64_t kind, int rows, const char *w, const char *x, int64_t steps, int64_t before,
-                     const char *ahead, int64_t bytes, __m512i sums[][2]) {
+ALWAYS void products(int64_t kind, int rows, const char *w, const char *x, int64_t steps, const char *ahead,
+                     int64_t bytes, __m512i sums[][2]) {
     switch (rows) {
         TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11)
     }
@@ -305,27 +299,18 @@ static void use_tiles(int64_t rows) {
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
-#define TILE_PRODUCT(to, x, w)                \
-    if (kind == INT8) _tile_dpbusd(to, x, w); \
+#define TILE_PRODUCT(to, x, w)                      \
+    if (kind == INT8) _tile_dpbusd(to, x, w);       \
     else _tile_dpbf16ps(to, x, w);
 
-/* The same of one tile or two, whose inputs are `pitch` bytes apart. */
-static void tile_products(int64_t kind, int64_t rows, int64_t tile, const char *w, const char *x, int64_t steps,
-                          int64_t pitch, int64_t before, const char *ahead, int64_t bytes, __m512i sums[][2]) {
-    int two = rows > tile;
-    if (before) {
-        _tile_loadd(0, sums[0], sizeof sums[0]);
-        _tile_loadd(1, &sums[0][1], sizeof sums[0]);
-        if (two) {
-            _tile_loadd(2, sums[tile], sizeof sums[0]);
-            _tile_loadd(3, &sums[tile][1], sizeof sums[0]);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+/* The products of one tile or `two` with one panel. */
+static void tile_products(int64_t kind, int two, int64_t tile, const char *w, const char *x, int64_t steps,
+                          const char *ahead, int64_t bytes, __m512i sums[][2]) {
+    int64_t pitch = pitch_of(steps);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     for (int64_t k = 0; k < steps; k += DEPTH, w += DEPTH * PANEL * 4, x += 4 * DEPTH, ahead += bytes) {
         for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
         _tile_loadd(4, w, PANEL * 4);
@@ -350,66 +335,53 @@ static void use_tiles(int64_t rows) { (void)rows; }
 #define _tile_release() (void)0
 #endif
 
-/* y = f(sums + b), or y += with `add`, of `count` rows and the 32 outputs from `first`. */
-static void finish(const Linear *l, __m512i sums[][2], const float *scales, int64_t count, int64_t first, float *y,
-                   int64_t y_stride, int add) {
-    for (int side = 0; side < 2; side++) {
-        int64_t column = first + side * 16;
-        if (column >= l->outputs) break;
-        __mmask16 m = lanes(l->outputs - column);
-        __m512 bias = l->bias ? _mm512_maskz_loadu_ps(m, l->bias + column) : _mm512_setzero_ps();
-        for (int64_t r = 0; r < count; r++) {
-            __m512 v = (__m512)sums[r][side];
-            if (l->kind == INT8) {
-                __m512i exact = _mm512_sub_epi32(sums[r][side], _mm512_maskz_loadu_epi32(m, l->offset + column));
-                __m512 scale = _mm512_maskz_loadu_ps(m, l->scale + column);
-                scale = _mm512_mul_ps(scale, _mm512_set1_ps(scales[r]));
-                v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, bias);
-            } else if (l->scale) {
-                v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(m, l->scale + column), bias);
-            } else {
-                v = _mm512_add_ps(v, bias);
-            }
-            v = activate(l->activation, v);
-            float *to = y + r * y_stride + column;
-            if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, to));
-            _mm512_mask_storeu_ps(to, m, v);
-        }
-    }
-}
-
 /* One thread's part of y = f(x W' + b), or y += with `add`; x converted, with one scale a row in int8. */
 static void project(const Linear *l, const char *x, const float *scales, int64_t rows, float *y, int64_t y_stride,
                     int add, int64_t thread, int64_t threads) {
     int64_t steps = steps_of(l->kind, l->inputs), panels = up_to(l->outputs, PANEL) / PANEL;
     int by_tiles = uses_tiles(l->kind, rows), depth = by_tiles ? DEPTH : 1;
-    int64_t tile = tile_of(rows, by_tiles ? DEPTH : ROWS), pitch = by_tiles ? pitch_of(steps) : steps * 4;
-    /* A group has several rounds, for which a block of weights stays in the cache. */
-    int64_t round = by_tiles ? 2 * tile : tile, group = rows <= round ? rows : GROUP / round * round;
-    int64_t block = rows <= round ? steps : BLOCK;
-    __m512i sums[GROUP][2];
+    int64_t tile = tile_of(rows, by_tiles ? DEPTH : ROWS), size = steps * PANEL * 4;
+    int64_t pitch = by_tiles ? pitch_of(steps) : steps * 4, most = by_tiles ? 2 * tile : tile;
     if (!rows) return;
     if (by_tiles) use_tiles(tile);
-    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
-        for (int64_t first = 0; first < rows; first += group) {
-            int64_t together = rows - first < group ? rows - first : group;
-            const char *w = l->weight + p * steps * PANEL * 4;
-            for (int64_t k = 0; k < steps; k += block, w += block * PANEL * 4) {
-                int64_t now = steps - k < block ? steps - k : block, size = now * PANEL * 4;
-                for (int64_t r = 0; r < together; r += round) {
-                    int count = together - r < round ? together - r : round;
-                    const char *part = x + (first + r) * pitch + 4 * k * (by_tiles ? 1 : count);
-                    /* With one round what it needs soon, with several each a part of the next block. */
-                    const char *ahead = rows <= round ? w + AHEAD : w + size + size / together * r;
-                    int64_t bytes = depth * PANEL * 4 * count / together;
-                    if (by_tiles) tile_products(l->kind, count, tile, w, part, now, pitch, k, ahead, bytes, sums + r);
-                    else if (l->kind == INT8) products(INT8, count, w, part, now, k, ahead, bytes, sums + r);
-                    else if (l->kind == BF16) products(BF16, count, w, part, now, k, ahead, bytes, sums + r);
-                    else products(FP32, count, w, part, now, k, ahead, bytes, sums + r);
+    for (int64_t p = panels * thread / threads; p < panels * (thread + 1) / threads; p++) {
+        const char *w = l->weight + p * size;
+        for (int64_t row = 0; row < rows; row += most) {
+            int count = rows - row < most ? rows - row : most;
+            const char *part = x + row * pitch;
+            /* With one round what it needs soon, with several each a part of the next panel. */
+            const char *ahead = most >= rows ? w + AHEAD : w + size + size / rows * row;
+            int64_t bytes = depth * PANEL * 4 * (most >= rows ? rows : most) / rows;
+            __m512i sums[2 * DEPTH][2];
+            if (by_tiles) tile_products(l->kind, count > tile, tile, w, part, steps, ahead, bytes, sums);
+            else if (l->kind == INT8) products(INT8, count, w, part, steps, ahead, bytes, sums);
+            else if (l->kind == BF16) products(BF16, count, w, part, steps, ahead, bytes, sums);
+            else products(FP32, count, w, part, steps, ahead, bytes, sums);
+            for (int side = 0; side < 2; side++) {
+                int64_t column = p * PANEL + side * 16;
+                if (column >= l->outputs) break;
+                __mmask16 m = lanes(l->outputs - column);
+                __m512 bias = l->bias ? _mm512_maskz_loadu_ps(m, l->bias + column) : _mm512_setzero_ps();
+                for (int r = 0; r < count; r++) {
+                    __m512 v = (__m512)sums[r][side];
+                    if (l->kind == INT8) {
+                        __m512i exact = _mm512_sub_epi32(sums[r][side], _mm512_maskz_loadu_epi32(m, l->offset + column));
+                        __m512 scale = _mm512_maskz_loadu_ps(m, l->scale + column);
+                        scale = _mm512_mul_ps(scale, _mm512_set1_ps(scales[row + r]));
+                        v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), scale, bias);
+                    } else if (l->scale) {
+                        v = _mm512_fmadd_ps(v, _mm512_maskz_loadu_ps(m, l->scale + column), bias);
+                    } else {
+                        v = _mm512_add_ps(v, bias);
+                    }
+                    v = activate(l->activation, v);
+                    float *to = y + (row + r) * y_stride + column;
+                    if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(m, to));
+                    _mm512_mask_storeu_ps(to, m, v);
                 }
             }
-            finish(l, sums, scales + first, together, p * PANEL, y + first * y_stride, y_stride, add);
         }
+    }
     if (by_tiles) _tile_release();
 }
 
@@ -419,15 +391,14 @@ ALWAYS __m512 load16(int bfloat16, __mmask16 m, const void *base, int64_t index)
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
 }
 
-/* Logits of `count` queries for the tokens of a photo. */
+/* Logits of `count` queries for the tokens of a photo, whose keys are stored by channel. */
 ALWAYS void dense_logits(int bfloat16, int count, const float *q, int64_t q_stride, const void *keys, int64_t places,
                          int64_t d, float *logits, int64_t stride) {
     for (int64_t p = 0; p < places; p += PLACES) {
         __m512 sums[QUERIES][2];
         for (int i = 0; i < count; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
         for (int64_t j = 0; j < d; j++) {
-            int64_t at = p * d + j * PLACES;
-            __m512 k0 = load16(bfloat16, 0xffff, keys, at), k1 = load16(bfloat16, 0xffff, keys, at + 16);
+            __m512 k0 = load16(bfloat16, 0xffff, keys, j * places + p), k1 = load16(bfloat16, 0xffff, keys, j * places + p + 16);
             for (int i = 0; i < count; i++) {
                 __m512 one = _mm512_set1_ps(q[i * q_stride + j]);
                 sums[i][0] = _mm512_fmadd_ps(one, k0, sums[i][0]);
@@ -559,7 +530,7 @@ static void keep(const Run *run, int64_t layer, int64_t b, int64_t h, const floa
         const float *k = qkv + (b * run->queries + i) * 3 * width + width + h * d, *v = k + width;
         if (run->image) {
             float *keys = (float *)run->photo_keys[layer] + unit * d * run->places;
-            for (int64_t j = 0; j < d; j++) keys[(i / PLACES * d + j) * PLACES + i % PLACES] = k[j];
+            for (int64_t j = 0; j < d; j++) keys[j * run->places + i] = k[j];
             memcpy((float *)run->photo_values[layer] + (unit * run->tokens + i) * d, v, d * 4);
         } else {
             int64_t slot = unit * run->slots + run->used + i;

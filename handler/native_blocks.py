@@ -241,10 +241,11 @@ class _Stack:
         self._blocks = (Block * len(blocks))(*blocks)
 
     def room(self, photos: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """For the keys, in panels, and values of photos in one layer."""
-        d = self.width // self.heads
-        keys = torch.zeros([photos, self.heads, -(-tokens // PLACES), d, PLACES], **ON_CPU)
-        return keys, torch.empty([photos, self.heads, tokens, d], **ON_CPU)
+        """For the keys, by channel, and values of photos in one layer."""
+        shape = [photos, self.heads, self.width // self.heads]
+        places = -(-tokens // PLACES) * PLACES
+        keys_BHdp = torch.zeros([*shape, places], **ON_CPU)
+        return keys_BHdp, torch.empty([*shape[:2], tokens, shape[2]], **ON_CPU)
 
     def read(self, x_BPD: Tensor, kept: KeysValues | None = None) -> Tensor:
         """The tokens of each photo attend to each other; `kept` receives the keys and values of
@@ -270,11 +271,11 @@ class _Stack:
         """Replaces `x`, contiguous float32, by the output of the last block. Raises RuntimeError if
         shapes or types do not fit."""
         photos, queries, _ = x_BQD.shape
-        tokens, panels = photo.values[0].size(2), photo.keys[0].size(2)
+        tokens, places = photo.values[0].size(2), photo.keys[0].size(3)
         d = self.width // self.heads
         _check(x_BQD, (photos, queries, self.width))
         dtype = photo.keys[0].dtype
-        _check(photo.keys[0], (photos, self.heads, panels, d, PLACES), dtype)
+        _check(photo.keys[0], (photos, self.heads, d, places), dtype)
         _check(photo.values[0], (photos, self.heads, tokens, d), dtype)
         run = Run(
             blocks=ctypes.addressof(self._blocks),
@@ -286,7 +287,7 @@ class _Stack:
             hidden=self._hidden,
             threads=torch.get_num_threads(),
             tokens=tokens,
-            places=panels * PLACES,
+            places=places,
             bfloat16=dtype == torch.bfloat16,
             used=used,
             x=x_BQD.data_ptr(),
@@ -414,8 +415,8 @@ class NativeDecoder:
             self._packed_words = weights.panels(self._head)
 
     def begin(self, memory_BPD: Tensor, prompt_BT: Tensor | None = None) -> KeysValues:
-        """Like `Decoder.begin`, with the keys in panels of PLACES tokens, and in each by channel:
-        (B, H, panels, d, PLACES). In bfloat16 unless the weights are float32."""
+        """Like `Decoder.begin`, with the keys by channel, (B, H, d, places): places are the tokens
+        up to a multiple of PLACES. In bfloat16 unless the weights are float32."""
         if self._prompt_encoder is not None:
             memory_BPD = self._read_prompt(memory_BPD, prompt_BT)
         rooms: list[tuple[Tensor, Tensor]] = []
@@ -426,8 +427,8 @@ class NativeDecoder:
         for linear in self._kv:
             kv_BPD = self._weights.product(linear, memory_BPD.float())
             keys_BHPd, values_BHPd = (self._by_head(x) for x in kv_BPD.chunk(2, dim=-1))
-            keys_BHPd = F.pad(keys_BHPd, [0, 0, 0, -keys_BHPd.size(2) % PLACES])
-            rooms.append((keys_BHPd.unflatten(2, (-1, PLACES)).transpose(3, 4), values_BHPd))
+            missing = -keys_BHPd.size(2) % PLACES
+            rooms.append((F.pad(keys_BHPd.transpose(2, 3), [0, missing]), values_BHPd))
         return KeysValues(
             [keys.to(self._memory_dtype).contiguous() for keys, _ in rooms],
             [values.to(self._memory_dtype).contiguous() for _, values in rooms],
