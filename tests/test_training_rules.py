@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -178,3 +180,21 @@ def test_training_stops_after_its_patience(patience, epochs, tiny_data, tmp_path
     train(config, read_manifest(tiny_data), Path("run"))
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert sum("val" in line for line in lines) == epochs
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_kept_memory_is_released_before_a_fork():
+    code = """
+import psutil, torch
+from training.loop.allocator import keep_freed_memory, release_freed_memory
+keep_freed_memory()
+blocks = [torch.ones(5_000_000) for _ in range(10)]
+end = torch.ones(10)  # nothing before it can be returned by a lower end of the heap
+del blocks
+sizes = [psutil.Process().memory_info().rss]
+release_freed_memory()
+sizes.append(psutil.Process().memory_info().rss)
+print(sizes[0] - sizes[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150_000_000

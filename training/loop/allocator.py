@@ -7,6 +7,7 @@ process needs the same blocks in every step, so it keeps them.
 
 import ctypes
 import sys
+from typing import Any
 
 # From malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -15,7 +16,17 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """On Linux, configures glibc not to allocate large blocks with mmap and not to return the end
     of the heap to the system."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if (mallopt := _of_glibc("mallopt")) is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def release_freed_memory() -> None:
+    """Returns the kept memory once. A process that is forked afterwards would share it, and hold
+    the old pages when this one writes to them: with one worker, an epoch took twice the memory."""
+    if (malloc_trim := _of_glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

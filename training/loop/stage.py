@@ -16,6 +16,7 @@ from training.data.captions import Batch, Captions
 from training.data.features import FeatureCache, FrozenEncoder
 from training.data.photos import Augment, PhotoDataset, epoch_order, photo_batches, shard_numbers
 from training.data.seeds import seed_of
+from training.loop.allocator import release_freed_memory
 from training.loop.distributed import without_exchange
 from training.loop.optimizer import (
     Optimizer,
@@ -68,6 +69,7 @@ class Work:
             return sizes, self.features.batches(self.captions, order, self.seed, epoch)
         augment = Augment(run.preprocessing, self.stage.augment, self.stage.flip)
         dataset = PhotoDataset(run.manifest, run.train_rows, augment, self.seed, epoch)
+        release_freed_memory()  # before the workers of this epoch are forked
         return sizes, photo_batches(dataset, self.captions, order, run.workers)
 
     def set_rates(self) -> float:
