@@ -431,7 +431,10 @@ def test_an_imported_captioner_is_fine_tuned_and_exported(
     eager, exported = load_captioner("alone"), Captioner.load("export")
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 8}
     for mine, same in zip(*(c.caption(photos, **options) for c in (eager, exported)), strict=True):
-        assert [caption.ids for caption in mine] == [caption.ids for caption in same]
+        # Behind the best, two beams of random weights can be equal but for rounding.
+        assert mine[0].ids == same[0].ids
+        scores = [[caption.score for caption in best] for best in (mine, same)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
 @pytest.mark.slow
