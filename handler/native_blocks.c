@@ -299,8 +299,8 @@ static void use_tiles(int64_t rows) {
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
-#define TILE_PRODUCT(to, x, w)                      \
-    if (kind == INT8) _tile_dpbusd(to, x, w);       \
+#define TILE_PRODUCT(to, x, w)                \
+    if (kind == INT8) _tile_dpbusd(to, x, w); \
     else _tile_dpbf16ps(to, x, w);
 
 /* The products of one tile or `two` with one panel. */

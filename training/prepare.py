@@ -71,10 +71,8 @@ def find_fault(path: Path | None) -> str | None:
     if path is None or not os.path.isfile(path):
         return "photo is missing"
     try:
-        with path.open(
-            "rb"
-        ) as file:  # one byte beyond the limit: `decode` says that it is too large
-            decode(file.read(MAX_BYTES + 1))
+        with path.open("rb") as file:
+            decode(file.read(MAX_BYTES + 1))  # which says so where there is more
     except OSError as error:
         return f"photo cannot be read ({error.strerror})"
     except InvalidImage as error:
