@@ -203,8 +203,8 @@ def test_a_photo_depends_neither_on_its_batch_nor_on_the_threads(precision, tmp_
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 40) | st.integers(180, 220),  # in one group, and in two
-    inputs=st.integers(1, 90) | st.integers(700, 850),  # in one block, and in up to five
+    rows=st.integers(1, 40) | st.integers(180, 220),  # of a step, and of a photo
+    inputs=st.integers(1, 90) | st.integers(700, 850),
     outputs=st.integers(1, 90),
     kind=st.sampled_from(PRECISIONS),
     activation=st.sampled_from(("gelu", "gelu_tanh", "quick_gelu")),
