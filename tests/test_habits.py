@@ -39,6 +39,39 @@ def test_habits_are_counted():
     assert result["copied_captions"] == 2 / 5
 
 
+PEOPLE = [
+    *["a young boy in a black shirt is running in the grass", "a black and white dog runs"] * 12,
+    *["a white dog and a red ball rolls", "the red one and a black and a white dog"] * 12,
+    *["a man wearing red looks at his dog", "a swing in a garden"] * 3,
+]
+
+
+@pytest.mark.parametrize(
+    ("caption", "broken"),
+    [
+        ("A young boy in a black is running in the grass.", True),
+        ("a dog in a red and white", True),
+        ("a dog in a red and", True),
+        ("the white has a red ball", True),
+        *((caption, False) for caption in PEOPLE),
+        ("a boy in black and white", False),
+        ("a dog and a", False),
+        ("a red", True),
+        ("", False),
+    ],
+)
+def test_noun_phrases_that_lack_their_noun_are_counted(caption, broken):
+    assert describe({"1": caption}, {"1": ["x"]}, PEOPLE)["broken_noun_phrases"] == broken
+
+
+def test_only_words_that_people_use_often_enough_are_taken_for_modifiers():
+    few = ["a teal ball"] * 9
+    assert not describe({"1": "a teal"}, {"1": ["x"]}, few)["broken_noun_phrases"]
+    assert describe({"1": "a teal"}, {"1": ["x"]}, [*few, *few])["broken_noun_phrases"]
+    ends = [*["a teal ball"] * 9, "the teal"]
+    assert not describe({"1": "a teal"}, {"1": ["x"]}, ends)["broken_noun_phrases"]
+
+
 def test_distinct_captions_are_counted_once_for_all(monkeypatch):
     """Validation and report counted strings, evaluation counted captions word by word."""
     captions = ["A dog runs.", "a dog runs", "a dog, runs", "a cat", "", "."]
@@ -73,7 +106,7 @@ def test_recall_is_of_words_that_references_agree_on():
 def test_without_training_captions_the_rest_is_said():
     assert describe(PREDICTIONS, REFERENCES).keys() == describe(
         PREDICTIONS, REFERENCES, TRAINING
-    ).keys() - {"copied_captions", "recall_by_training_count"}
+    ).keys() - {"broken_noun_phrases", "copied_captions", "recall_by_training_count"}
 
 
 @pytest.mark.parametrize(

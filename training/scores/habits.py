@@ -6,7 +6,7 @@ different words.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +33,11 @@ FUNCTION_WORDS = DANGLING | _words("""
     itself many me mine more most much one ones other others she several some someone something that
     theirs them themselves they this those us we what you yours not no too very also just only so
 """)
+# A noun phrase begins behind one of these.
+DETERMINERS = _words("a an the another every each his her its my our their your")
+CONJUNCTIONS = _words("and or")
+# A word that people's noun phrases contain so often, of which so few end in it, is no noun.
+MODIFIER_COUNT, MODIFIER_ENDS = 10, 0.02
 # Lower bounds of the bins of a word's number of occurrences in training.
 BINS = (0, 1, 10, 100, 1000)
 
@@ -52,6 +57,8 @@ def describe(
 
     With the captions of the training split, also:
 
+    broken_noun_phrases share of captions in which a noun phrase lacks its noun ("a boy in a black
+                        is running"), see `breaks_off`
     copied_captions     share of captions that occur in training, word by word
     recall_by_training_count   share of the content words in a photo's references (in at least two
                         of them, if there are two) that its caption contains, by the word's number
@@ -69,6 +76,8 @@ def describe(
     }
     if training:
         known = [plain_words(caption) for caption in training]
+        modifiers = modifiers_of(known)
+        result["broken_noun_phrases"] = sum(breaks_off(c, modifiers) for c in spoken) / count
         result["copied_captions"] = copied(list(predictions.values()), training)
         frequency = Counter(word for caption in known for word in caption)
         result["recall_by_training_count"] = recall_by_count(words, references, frequency)
@@ -89,6 +98,45 @@ def copied(captions: Sequence[str], training: Sequence[str]) -> float:
 def repeats_a_bigram(words: Sequence[str]) -> bool:
     pairs = list(pairwise(words))
     return len(set(pairs)) < len(pairs)
+
+
+def noun_phrases(words: Sequence[str]) -> Iterator[list[str]]:
+    """The words behind each determiner, up to the next function word; "and" between two of them
+    belongs to the phrase. Left out are a phrase whose noun may stand elsewhere ("a black and a
+    white dog", "the red one") and one whose last word is a participle's ("a man wearing red")."""
+
+    def content(place: int) -> bool:
+        return place < len(words) and words[place] not in FUNCTION_WORDS
+
+    for first in (n + 1 for n, word in enumerate(words) if word in DETERMINERS):
+        end = first
+        while content(end) or (content(end + 1) and words[end] in CONJUNCTIONS):
+            end += 1
+        phrase = [word for word in words[first:end] if word not in CONJUNCTIONS]
+        after, following = [*words[end : end + 2], "", ""][:2]
+        elsewhere = after in ("one", "ones") or (after in CONJUNCTIONS and following in DETERMINERS)
+        if phrase and not elsewhere and not any(word.endswith("ing") for word in phrase[:-1]):
+            yield phrase
+
+
+def modifiers_of(captions: Sequence[Sequence[str]]) -> frozenset[str]:
+    """The words, such as colours, that are in many noun phrases of people and end hardly any."""
+    uses: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
+    for phrase in (phrase for words in captions for phrase in noun_phrases(words)):
+        uses.update(phrase)
+        ends[phrase[-1]] += 1
+    return frozenset(
+        word
+        for word, times in uses.items()
+        if times >= MODIFIER_COUNT and ends[word] <= MODIFIER_ENDS * times
+    )
+
+
+def breaks_off(words: Sequence[str], modifiers: frozenset[str]) -> bool:
+    """Whether a noun phrase of a caption ends in one of `modifiers`, that is, lacks its noun. A
+    verb right behind the gap hides it ("a boy in a red jumps")."""
+    return any(phrase[-1] in modifiers for phrase in noun_phrases(words))
 
 
 def recall_by_count(
