@@ -16,6 +16,8 @@ from training.config import SelfCritical, Stage, TrainConfig
 from training.data.captions import Captions
 from training.data.manifest import Row
 from training.model import Decoder, DecoderConfig
+from training.objectives.cross_entropy import CrossEntropyLoss
+from training.objectives.objective import BesideCrossEntropy, make_loss
 from training.objectives.self_critical import END_WORD, CiderD, SelfCriticalLoss, reward_words
 
 WORDS = ("a", "dog", "cat", "man", "runs", "sits", "on", "in", "the", "grass", "with", "ball")
@@ -95,13 +97,13 @@ LONGEST = 8
 
 
 def make(
-    choice: SelfCritical, forces_first: bool = False
+    choice: SelfCritical, forces_first: bool = False, dropout: float = 0.3
 ) -> tuple[SelfCriticalLoss, Decoder, torch.Tensor, Captions]:
     torch.manual_seed(0)
     captions = [caption for row in ROWS for caption in row.captions]
     tokenizer = CaptionTokenizer.train(captions, "word", 100, 1)
     tokenizer.first_id = tokenizer.encode("a")[0] if forces_first else None
-    config = DecoderConfig(tokenizer.vocab_size, LONGEST + 1, 32, 1, 2, 64, 16, dropout=0.3)
+    config = DecoderConfig(tokenizer.vocab_size, LONGEST + 1, 32, 1, 2, 64, 16, dropout=dropout)
     decoder = Decoder(config).eval()
     memory = torch.eye(4, 16).repeat(3, 1).unsqueeze(1) * 4
     loss = SelfCriticalLoss(choice, ROWS, tokenizer, LONGEST, seed=7)
@@ -172,6 +174,39 @@ def test_training_earns_more():
     assert np.mean(earned[-10:]) > 2 * np.mean(earned[:10])
 
 
+def test_cross_entropy_is_added_as_a_mean_beside_a_mean():
+    loss, decoder, memory, captions = make(SelfCritical(samples=3), dropout=0.0)
+    people = CrossEntropyLoss(0.1)
+    batch = captions.batch(memory, range(12), [False] * 12)
+    total, tokens, figures = loss(decoder, memory, batch, 0)
+    nll, count, _ = people(decoder, memory, batch, 0)
+    both, same, more = BesideCrossEntropy(loss, people, 0.25)(decoder, memory, batch, 0)
+    assert same == tokens != count and more["reward"] == figures["reward"]
+    torch.testing.assert_close(both / tokens, total / tokens + 0.25 * nll / count)
+    torch.testing.assert_close(more["cross_entropy"], (nll / count).detach())
+
+
+def test_cross_entropy_keeps_the_words_that_earn_little():
+    """Of a photo's two captions, one earns less: the reward alone unlearns it."""
+    nll = {}
+    for weight in (0.0, 0.3):
+        stage = Stage("s", 1, self_critical=SelfCritical(cross_entropy=weight))
+        _, decoder, memory, captions = make(SelfCritical())
+        size = captions.tokenizer.vocab_size
+        loss = make_loss(stage, None, ROWS, captions.tokenizer, LONGEST, 7, (), size)
+        optimizer = torch.optim.Adam(decoder.parameters(), lr=5e-3)
+        batch = captions.batch(memory, range(12), [False] * 12)
+        for step in range(60):
+            total, tokens, _ = loss(decoder, memory, batch, step)
+            (total / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        decoder.eval()
+        total, count, _ = CrossEntropyLoss(0.0)(decoder, memory, batch, 0)
+        nll[weight] = (total / count).item()
+    assert nll[0.3] < 0.5 * nll[0.0]
+
+
 def test_the_reward_costs_little():
     """So little that it needs no processes of its own."""
     references = sentences(3, 500, 5)
@@ -192,11 +227,11 @@ def test_the_reward_costs_little():
         (lambda: SelfCritical(samples=17, baseline="greedy"), "samples must be 1 to 16"),
         (
             lambda: Stage("x", 1, self_critical=SelfCritical(), label_smoothing=0.1),
-            "label_smoothing is of cross-entropy",
+            "label_smoothing is of cross-entropy, which self_critical leaves out",
         ),
         (
             lambda: Stage("x", 1, self_critical=SelfCritical(), logit_adjustment=0.1),
-            "logit_adjustment is of cross-entropy alone",
+            "logit_adjustment is of cross-entropy, neither of distillation nor of self_critical",
         ),
         (
             lambda: TrainConfig("x", "y", (Stage("z", 1, self_critical=SelfCritical()),)),

@@ -226,6 +226,14 @@ class SelfCritical:
             "the other samples of the photo"
         ),
     )
+    cross_entropy: float = field(
+        default=0.0,
+        metadata=about(
+            "Weight of the cross-entropy of people's captions beside the samples' loss: above 0, "
+            "fewer words are lost",
+            Range(0, 1000, "0 to 1000"),
+        ),
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self, "self_critical: ")
@@ -372,9 +380,11 @@ class Stage:
             self.label_smoothing is None or 0 <= self.label_smoothing < 1,
             f"{where} label_smoothing is 0 to below 1",
         )
+        rewarded = self.self_critical is not None and not self.self_critical.cross_entropy
         _require(
-            self.label_smoothing is None or self.self_critical is None,
-            f"{where} label_smoothing is of cross-entropy, not of self_critical; leave it out",
+            self.label_smoothing is None or not rewarded,
+            f"{where} label_smoothing is of cross-entropy, which self_critical leaves out without "
+            "its cross_entropy; give it one, or leave label_smoothing out",
         )
         _require(
             self.distillation is None or self.self_critical is None,
@@ -387,8 +397,9 @@ class Stage:
             f"{where} label_smoothing is of cross-entropy, which distillation.weight 1 leaves out",
         )
         _require(
-            not self.logit_adjustment or not (self.distillation or self.self_critical),
-            f"{where} logit_adjustment is of cross-entropy alone; leave it out",
+            not self.logit_adjustment or not (self.distillation or rewarded),
+            f"{where} logit_adjustment is of cross-entropy, neither of distillation nor of "
+            "self_critical without its cross_entropy; leave it out",
         )
         _require(0 < self.encoder_layer_decay <= 1, f"{where} encoder_layer_decay is above 0, to 1")
         frozen = self.encoder == "frozen"

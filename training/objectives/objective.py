@@ -30,6 +30,25 @@ class Loss(Protocol):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
 
 
+class BesideCrossEntropy:
+    """The mean of a loss over its tokens, plus `weight` times the mean cross-entropy of people's
+    captions. A reward alone is earned best by what is true of many photos, and rare words are lost;
+    Wu et al. 2016 (arXiv:1609.08144) mix the two for translation."""
+
+    def __init__(self, loss: Loss, cross_entropy: CrossEntropyLoss, weight: float) -> None:
+        self.loss, self.cross_entropy, self.weight = loss, cross_entropy, weight
+        self.dropout = loss.dropout
+
+    def __call__(
+        self, decoder: Decoder, memory_BPD: Tensor, batch: Batch, epoch: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, tokens, figures = self.loss(decoder, memory_BPD, batch, epoch)
+        nll, count, _ = self.cross_entropy(decoder, memory_BPD, batch, epoch)
+        # The stage divides the sum by the number of the first loss's tokens.
+        both = total + self.weight * tokens * nll / count
+        return both, tokens, {**figures, "cross_entropy": (nll / count).detach()}
+
+
 class Objective(nn.Module):
     """The loss of a stage in one forward pass, as DistributedDataParallel requires. With `frozen`,
     the photos of a batch are outputs of the encoder (B, P, D); otherwise images (B, 3, S, S)."""
@@ -62,9 +81,12 @@ def make_loss(
         assert teachers is not None
         frozen = stage.encoder == "frozen"
         return DistillationLoss(stage.distillation, teachers, stage.smoothing, frozen)
-    if stage.self_critical is not None:
-        return SelfCriticalLoss(stage.self_critical, rows, tokenizer, max_new_tokens, seed, prompt)
     adjustment_V = None
     if stage.logit_adjustment:
         adjustment_V = stage.logit_adjustment * log_shares(rows, tokenizer, vocabulary)
-    return CrossEntropyLoss(stage.smoothing, adjustment_V)
+    cross_entropy = CrossEntropyLoss(stage.smoothing, adjustment_V)
+    if stage.self_critical is None:
+        return cross_entropy
+    samples = SelfCriticalLoss(stage.self_critical, rows, tokenizer, max_new_tokens, seed, prompt)
+    weight = stage.self_critical.cross_entropy
+    return BesideCrossEntropy(samples, cross_entropy, weight) if weight else samples
