@@ -1,8 +1,8 @@
-# The road from photographs to served captions. `make help` lists the targets.
+# The pipeline from photographs to served captions. `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# `make data train export mar` is one road: its steps keep their order, with -j too.
+# `make data train export mar` is one pipeline: its steps keep their order, with -j too.
 .NOTPARALLEL:
 
 BIN := .venv/bin
@@ -62,7 +62,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## .venv from the pinned requirements, Java where it is missing, gRPC stubs
 
-# Java that has gone since the last set-up is brought again; a link to nothing is none.
+# Java is installed again if it has been removed since the last set-up; a broken link counts as missing.
 NO_JAVA = $(shell PATH=$(call quote,$(PATH)); command -v java >/dev/null || echo no-java)
 .PHONY: no-java
 
@@ -117,7 +117,7 @@ export: setup ## checkpoint to TorchScript, verified: CHECKPOINT=DIR PRECISION=f
 mar: setup ## export to model_store/captioner.mar: EXPORT=DIR VERSION=1.0
 	python -m export.archive --export $(call quote,$(EXPORT)) --version $(call quote,$(VERSION))
 
-serve: setup ## start TorchServe and wait for a worker: TS_CONFIG=FILE TLS=1
+serve: setup ## start TorchServe and wait for its workers: TS_CONFIG=FILE TLS=1
 	python -m handler.serve start --ts-config $(call quote,$(TS_CONFIG)) $(if $(filter-out 0,$(TLS)),--tls)
 
 stop: setup ## stop TorchServe
@@ -159,7 +159,7 @@ review: setup ## blind rating sheet: PREDICTIONS="A.json B.json" DATA= SPLIT=val
 review-score: setup ## what the ratings say: FILES="ratings-*.json" KEY=FILE
 	@python -m training.review_score $(FILES) $(call option,--key,$(KEY))
 
-demo: setup ## the whole road on drawn scenes, as run "demo"
+demo: setup ## the whole pipeline on drawn scenes, as run "demo"
 	@$(NO_SERVER)
 	@python -m training.demo
 	$(MAKE) data train export mar CONFIG=scenes DATA=scenes RUN=demo PRECISION=fp32 \
@@ -173,7 +173,7 @@ demo: setup ## the whole road on drawn scenes, as run "demo"
 	echo 'checked against what is drawn:'; python -m training.demo --check "$$rest"; \
 	test "$$rest" = "$$grpc" || { echo "error: REST and gRPC answer differently" >&2; exit 1; }
 
-bench: setup ## speed tables: ViT-B + GPT-2, BLIP, GIT, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
+bench: setup ## speed tables: ViT-B + GPT-2, BLIP, GIT, Florence-2, CHECKPOINT=DIR and EXPORT=DIR, training; ARGS="--rounds 5"
 	python -W ignore -m tests.benchmarks.decoding $(ARGS)
 	if test -e $(call quote,$(CHECKPOINT)/model.safetensors) -o -n $(call quote,$(CHECKPOINT_GIVEN)); \
 		then python -W ignore -m tests.benchmarks.decoding $(call quote,$(CHECKPOINT)) $(ARGS); fi
@@ -190,7 +190,7 @@ lint: setup ## ruff and mypy
 test: lint ## lint, types, unit, parity, archive and live-server tests
 	OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: setup ## the long proofs
+test-slow: setup ## the slow tests
 	python -m pytest -m slow
 
 clean: ## remove all that was built: datasets, checkpoints, exports, archives (not .venv)

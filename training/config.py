@@ -102,7 +102,7 @@ class EncoderSource:
         default="linear",
         metadata=about(
             "What makes a token of a patch: one linear layer, or four convolutions, which learn "
-            "faster from scratch (patch_size must be a multiple of 8)"
+            "faster from scratch (patch_size must be a multiple of 8, width of 4)"
         ),
     )
     width: int = field(default=192, metadata=about("Width of a token; a multiple of heads", WIDTH))
@@ -214,7 +214,12 @@ class TokenizerChoice:
 class SelfCritical:
     """Self-critical training on CIDEr-D (see `training.objectives.self_critical`)."""
 
-    samples: int = field(default=5, metadata=about("Number of captions that are sampled per photo"))
+    samples: int = field(
+        default=5,
+        metadata=about(
+            "Number of captions that are sampled per photo, 2 to 16; with baseline greedy also 1"
+        ),
+    )
     temperature: float = field(
         default=0.5,
         metadata=about("Sampling temperature", RATE),
@@ -229,8 +234,8 @@ class SelfCritical:
     cross_entropy: float = field(
         default=0.0,
         metadata=about(
-            "Weight of the cross-entropy of people's captions beside the samples' loss: above 0, "
-            "fewer words are lost",
+            "Weight of the cross-entropy of people's captions, added to the loss; it is there to "
+            "keep rare words",
             Range(0, 1000, "0 to 1000"),
         ),
     )
@@ -255,7 +260,9 @@ class Distillation:
     )
     weight: float = field(
         default=0.5,
-        metadata=about("Weight of the teachers' term in the loss; cross-entropy has 1 - weight"),
+        metadata=about(
+            "Weight of the teachers' term in the loss, above 0, to 1; cross-entropy has 1 - weight"
+        ),
     )
     temperature: float = field(
         default=1.0,
@@ -293,8 +300,8 @@ class Stage:
     views: int = field(
         default=1,
         metadata=about(
-            "Number of versions of each photo whose features are cached with a frozen encoder; "
-            "the first is the photo itself, the others are augmented",
+            "Number of versions of each photo whose features are cached with a frozen encoder (1 "
+            "with a trained one); the first is the photo itself, the others are augmented",
             LAYERS,
         ),
     )
@@ -330,13 +337,17 @@ class Stage:
     )
     label_smoothing: float | None = field(
         default=None,
-        metadata=about("Label smoothing of cross-entropy, 0 to below 1", default="`0.1`"),
+        metadata=about(
+            "Label smoothing of cross-entropy, 0 to below 1",
+            default="`0.1`",
+        ),
     )
     logit_adjustment: float = field(
         default=0.0,
         metadata=about(
             "Rare words are said more often: the loss is that of logits to which this times the "
-            "log of each token's share of the captions is added (Menon et al. 2021)",
+            "log of each token's share of the captions is added (Menon et al. 2021); not beside "
+            "distillation or without cross-entropy",
             Range(0, 1, "0 to 1"),
         ),
     )
@@ -362,11 +373,18 @@ class Stage:
         ),
     )
     augment: bool = field(
-        default=False, metadata=about("Random crops and colour changes of the training photos")
+        default=False,
+        metadata=about(
+            "Random crops and colour changes of the training photos; with a frozen encoder, views "
+            "must be 2 or more"
+        ),
     )
     flip: bool = field(
         default=False,
-        metadata=about("Mirror photos at random and swap left and right in their captions"),
+        metadata=about(
+            "Mirror photos at random and swap left and right in their captions; with a "
+            "frozen encoder as augment"
+        ),
     )
     gradient_checkpointing: bool = field(
         default=False, metadata=about("Recompute each block in the backward pass to save memory")
@@ -450,13 +468,16 @@ class TrainConfig:
     name: str = field(metadata=about("Name of the run", default="the name of the file"))
     data: str | None = field(
         metadata=about(
-            "Name of a dataset under build/data, or its folder; without it, `DATA=` is needed"
+            "Name of a dataset under build/data, or its folder; without it, `DATA=` is needed",
+            default="that of `DATA=`",
         )
     )
     stages: tuple[Stage, ...] = field(metadata=about("The stages, in order"))
     start: str | None = field(
         default=None,
-        metadata=about("Checkpoint that is fine-tuned; only given on the command line, `FROM=`"),
+        metadata=about(
+            "Checkpoint that is fine-tuned; given on the command line, `FROM=`, never in a config"
+        ),
     )
     seed: int = field(
         default=0,
