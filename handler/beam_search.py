@@ -58,6 +58,7 @@ from torch.nn import functional as F
 from handler.errors import UserError
 
 MAX_BEAMS = 16
+UNLIMITED = 2**31  # an upper limit that only a model sets
 NUMBER = TypeVar("NUMBER", int, float)
 Kind = Literal["integer", "number", "boolean", "string"]
 NOT_A_NUMBER = "the model's output is not a number: its weights or the photo's memory are damaged"
@@ -114,10 +115,16 @@ class Option:
         # NaN fails both comparisons; integers of any size can be compared.
         valid = isinstance(value, kinds) and not isinstance(value, bool)
         if not valid or not self.low <= value <= high or (self.above and value == self.low):
-            kind = f"{'an' if self.kind == 'integer' else 'a'} {self.kind}"
-            bounds = f"{'above' if self.above else 'from'} {self.low} to {high}"
-            why = f", {why}" if why else ""
-            raise InvalidParameter(name, f"{name} must be {kind} {bounds}{why}")
+            raise InvalidParameter(name, f"{name} must be {self.described(high, why)}")
+
+    def described(self, high: float | None = None, why: str = "") -> str:
+        """A number in words: "an integer from 1 to 16". `high` and `why` as in `check`."""
+        high = self.high if high is None else high
+        kind = f"{'an' if self.kind == 'integer' else 'a'} {self.kind}"
+        if high == UNLIMITED:
+            return f"{kind}, {self.low} or more"
+        bounds = f"{'above' if self.above else 'from'} {self.low} to {high}"
+        return f"{kind} {bounds}{f', {why}' if why else ''}"
 
     @property
     def choices(self) -> str:
@@ -165,7 +172,7 @@ class DecodeOptions:
         "integer",
         "maximum number of generated tokens, including the end token",
         low=1,
-        high=2**31,
+        high=UNLIMITED,
         limit="positions",
         unset="the model's positions less one",
     )
@@ -173,7 +180,7 @@ class DecodeOptions:
         0,
         "integer",
         "minimum number of tokens before the end token",
-        high=2**31,
+        high=UNLIMITED,
         limit="max_new_tokens",
     )
     length_penalty: float = _option(
@@ -208,7 +215,7 @@ class DecodeOptions:
         0,
         "integer",
         "sample only from this many most likely tokens",
-        high=2**31,
+        high=UNLIMITED,
         off=True,
         limit="vocabulary",
     )
@@ -274,8 +281,10 @@ class DecodeOptions:
         why = "the model's limit"
         if prompt_tokens:
             why += f" after a prompt of {prompt_tokens} tokens"
-        length = "min_new_tokens" if self.max_new_tokens is None else "max_new_tokens"
-        OPTIONS[length].check(length, getattr(self, length), longest, why)
+        # The shorter first: a default of the longer one gives way to it, and is not to blame.
+        for name in ("min_new_tokens", "max_new_tokens"):
+            if getattr(self, name) is not None:
+                OPTIONS[name].check(name, getattr(self, name), longest, why)
         OPTIONS["top_k"].check("top_k", self.top_k, vocab_size, "the vocabulary")
         return self.max_new_tokens or longest, self.top_k
 

@@ -107,8 +107,9 @@ class Captioner:
 
         `threads` sets the number of torch threads of the whole process; None does not change it. On
         a GPU, only one thread may use the captioner at a time (see `handler.cuda_graphs`). Raises
-        UserError naming the file that is missing or damaged.
+        UserError naming the file that is missing or damaged, or the device.
         """
+        check_device(device)
         directory = Path(export_dir)
         name = name_of_weights(directory)
         config = read_config(directory)
@@ -362,6 +363,14 @@ def choose_options(
             raise InvalidParameter(
                 name, f"{name} is unknown; the options are {', '.join(sorted(OPTIONS))}"
             )
+    longest = max_positions - 1
+    for name, most, why in (
+        ("min_new_tokens", longest, "the model's limit"),
+        ("max_new_tokens", longest, "the model's limit"),
+        ("top_k", vocab_size, "the vocabulary"),
+    ):
+        if given.get(name) is not None:
+            OPTIONS[name].check(name, given[name], most, why)
     options = DecodeOptions(**{**yielding(defaults, given), **given})
     prompt = written_prompt(tokenizer, encode_prompt(tokenizer, options.prompt))
     if prompt and total_lengths:
@@ -399,7 +408,7 @@ def yielding(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         for name, other, fit in ((less, more, min), (more, less, max)):
             own, limit = changed.get(name), given.get(other)
             if isinstance(own, int) and isinstance(limit, int):
-                changed[name] = fit(own, limit)
+                changed[name] = min(fit(own, limit), OPTIONS[name].high)
     if given.get("do_sample") is False and "num_return_sequences" in changed:
         beams = DecodeOptions(num_beams={**changed, **given}.get("num_beams")).beams
         changed["num_return_sequences"] = min(changed["num_return_sequences"], beams)
@@ -624,6 +633,17 @@ def _check_scripts(directory: Path, config: dict[str, Any], encoder: Any, decode
                 f"{path}: fields 'model.encoder' give {prefix} + {_short(grid)}**2 positions, "
                 f"but encoder.pt has {positions.size(1)}"
             )
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for a name that is no device, and for a GPU that this machine lacks."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r}: no such device; use cpu, cuda or cuda:N") from error
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise UserError(f"device {device}: this machine has {count} GPUs; use cpu")
 
 
 def read_script(path: Path, device: str) -> torch.jit.ScriptModule:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter, Option
 from handler.errors import (
     ImageTooComplex,
     ImageTooLarge,
@@ -173,44 +173,50 @@ def parse_fields(values: dict[str, Any], read_photo: Any) -> Request:
     request = Request(photo)
     for name, value in values.items():
         if name in FLAGS:
-            setattr(request, name, parse_truth(name, plain(value)))
+            setattr(request, name, parse_truth(name, plain(name, value)))
         elif name == "prompts":
             request.prompts = [] if value is None else value
         elif name not in IMAGE_FIELDS:
-            request.options[name] = parse_option(name, plain(value))
+            request.options[name] = parse_option(name, value)
     return request
 
 
-def plain(value: Any) -> Any:
+def plain(name: str, value: Any) -> Any:
     """Decodes form fields and gRPC values, which are bytes; JSON values are unchanged."""
-    if isinstance(value, bytes | bytearray):
-        return bytes(value).decode("utf-8", "replace")
-    return value
+    if not isinstance(value, bytes | bytearray):
+        return value
+    try:
+        return bytes(value).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidParameter(name, f"{name} must be text in UTF-8") from error
 
 
 def parse_option(name: str, value: Any) -> Any:
-    """Parses a decoding option from a JSON value or a string. DecodeOptions checks its range."""
+    """Parses a decoding option from a JSON value, or from text or its bytes. DecodeOptions checks
+    its range."""
     if name not in OPTIONS:
         known = ", ".join((*IMAGE_FIELDS, *FLAGS, "prompts", *OPTIONS))
         raise InvalidParameter(name[:50], f"{printable(name)} is unknown; the fields are {known}")
+    option, value = OPTIONS[name], plain(name, value)
     text = value.strip() if isinstance(value, str) else None
     if text == "":
-        raise InvalidParameter(name, f"{name} is empty; give a value or leave it out")
-    option = OPTIONS[name]
+        raise InvalidParameter(
+            name, f"{name} is empty; give {option.range(SIZES)}, or leave it out"
+        )
     if option.kind == "string":
         if text is None:
             raise InvalidParameter(name, f"{name} must be a string")
         return value  # not stripped: a space at the end may change the tokens
     value = value if text is None else text
     if option.kind != "boolean":
-        return parse_number(name, value, option.kind == "integer")
+        return parse_number(name, value, option)
     word = "" if text is None else text.lower()
     return word if word in option.values[2:] else parse_truth(name, value, option.choices)
 
 
-def parse_number(name: str, value: Any, integer: bool) -> int | float:
+def parse_number(name: str, value: Any, option: Option) -> int | float:
     """Parses a JSON number or a string; 3.0 and "3.0" are not integers."""
-    what = "an integer" if integer else "a number"
+    integer = option.kind == "integer"
     if isinstance(value, str) and (INTEGER if integer else NUMBER).fullmatch(value):
         return int(value) if integer else float(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -218,7 +224,7 @@ def parse_number(name: str, value: Any, integer: bool) -> int | float:
         return value if integer else float(max(-(10**30), min(10**30, value)))
     if isinstance(value, float) and not integer:
         return value
-    raise InvalidParameter(name, f"{name} must be {what}")
+    raise InvalidParameter(name, f"{name} must be {option.described()}")
 
 
 def parse_truth(name: str, value: Any, choices: str = "true or false") -> bool:

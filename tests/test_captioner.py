@@ -11,7 +11,8 @@ from PIL import Image
 from handler.beam_search import DecodeOptions, InvalidParameter, SpecialIds, search
 from handler.caption_tokenizer import CaptionTokenizer
 from handler.captioner import Captioner, check_photos
-from handler.errors import InvalidImage
+from handler.errors import InvalidImage, UserError
+from training.checkpoint import load_captioner
 from training.model import CaptioningModel, Decoder, DecoderConfig, EncoderConfig
 
 
@@ -69,6 +70,41 @@ def test_a_default_yields_to_what_is_asked(defaults, given, changed, captioner, 
     monkeypatch.setattr(captioner, "decoding", defaults)
     options = asdict(captioner.options(**given))
     assert options == asdict(DecodeOptions(**{**defaults, **given, **changed}))
+
+
+@pytest.mark.parametrize("defaults", [{}, {"num_beams": 3, "max_new_tokens": 3}])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"min_new_tokens": 99}, "min_new_tokens must be an integer from 0 to {longest}"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be an integer from 0 to {longest}"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer from 1 to {longest}"),
+        ({"max_new_tokens": 3.0}, "max_new_tokens must be an integer from 1 to {longest}"),
+        ({"top_k": -1}, "top_k must be an integer from 0 to {vocabulary}"),
+        ({"num_return_sequences": 17}, "num_return_sequences must be an integer from 1 to "),
+    ],
+)
+def test_a_refusal_names_what_was_asked_and_the_models_range(
+    given, told, defaults, captioner, monkeypatch
+):
+    """It named a default of the checkpoint, which had given way, or a range up to 2147483648."""
+    monkeypatch.setattr(captioner, "decoding", defaults)
+    sizes = {
+        "longest": captioner.decoder.max_positions - 1,
+        "vocabulary": captioner.decoder.vocab_size,
+    }
+    with pytest.raises(InvalidParameter, match=told.format(**sizes)) as refused:
+        captioner.options(**given)
+    assert refused.value.field == next(iter(given))
+
+
+@pytest.mark.parametrize("load", [Captioner.load, load_captioner])
+@pytest.mark.parametrize("device", ["cuda:9", "nonsense"])
+def test_a_device_that_is_not_there_is_named(load, device, tiny_export, tiny_run):
+    """An export was called damaged; a checkpoint ended in a traceback."""
+    folder = tiny_export if load == Captioner.load else tiny_run / "build/checkpoints/tiny"
+    with pytest.raises(UserError, match=f"device '?{device}'?: "):
+        load(folder, device=device)
 
 
 def test_sizes_that_differ_do_not_multiply(monkeypatch):

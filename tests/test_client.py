@@ -184,7 +184,10 @@ def test_a_key_that_stays_wrong_is_an_error(client, server, key_file):
         client.caption(b"x")
 
 
-@pytest.mark.parametrize("content", [None, "no json", "{}", "[]"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "no json", "{}", "[]", '{"inference": {"key": "\N{CJK UNIFIED IDEOGRAPH-4E2D}"}}'],
+)
 def test_a_missing_or_damaged_key_file_is_named(server, tmp_path, content):
     path = tmp_path / "key_file.json"
     if content is not None:

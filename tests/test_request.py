@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from handler.beam_search import OPTIONS, DecodeOptions, InvalidParameter
+from handler.beam_search import OPTIONS, UNLIMITED, DecodeOptions, InvalidParameter
 from handler.image_preprocess import ImageTooLarge, InvalidImage, UnsupportedMediaType
 from handler.request import (
     MissingImage,
@@ -294,7 +294,8 @@ def test_the_declared_range_is_what_is_checked(name):
         assert getattr(DecodeOptions(**{**wide, name: value}), name) == value
         assert parse_json(name, value).options == {name: value}
     for value in (lowest - step, option.high + step):
-        with pytest.raises(InvalidParameter, match=rf"^{name} must be .*{option.high}") as refused:
+        high = "or more" if option.high == UNLIMITED else option.high
+        with pytest.raises(InvalidParameter, match=rf"^{name} must be .*{high}") as refused:
             DecodeOptions(**{**wide, name: value})
         assert refused.value.field == name
     assert str(option.high) in option.range({}) or option.limit in option.range({})
@@ -372,6 +373,25 @@ def test_nothing_of_the_inside_is_told():
     assert said["type"] == "InternalError"
     assert said["code"] == 500
     assert "secret" not in said["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("num_beams", "three", "num_beams must be an integer from 1 to 16"),
+        ("num_beams", 3.0, "num_beams must be an integer from 1 to 16"),
+        ("temperature", "x", "temperature must be a number above 0 to 10"),
+        ("max_new_tokens", "x", "max_new_tokens must be an integer, 1 or more"),
+        ("num_beams", "", "num_beams is empty; give 1 to 16, or leave it out"),
+        ("prompt", b"caf\xe9", "prompt must be text in UTF-8"),
+        ("attention", b"\xff", "attention must be text in UTF-8"),
+    ],
+)
+def test_a_field_of_another_kind_is_told_its_range(name, value, told):
+    """Only that it was no integer; and a prompt's bytes that are no UTF-8 were captioned."""
+    with pytest.raises(InvalidParameter) as refused:
+        parse_request({"image": bytearray(PHOTO), name: value})
+    assert str(refused.value) == told and refused.value.field == name
 
 
 def test_parse_option_serves_the_command_line_too():

@@ -224,7 +224,9 @@ class Client:
             raise UserError(f"{self.key_file}: contains no key; restart the server") from error
 
     def _read_key(self, owner: str) -> str:
-        return str(json.loads(self.key_file.read_text(encoding="utf-8"))[owner]["key"])
+        key = str(json.loads(self.key_file.read_text(encoding="utf-8"))[owner]["key"])
+        key.encode("ascii")  # what a header can contain; the error is a ValueError
+        return key
 
     def _renewed(self, refused: str, owner: str = "inference") -> str:
         """A key to use instead of `refused`: the one in the file if it has changed, else a new one,
