@@ -1,8 +1,10 @@
 """Writes files and folders atomically, and reads JSON with errors that name the file."""
 
 import fcntl
+import glob
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -35,6 +37,21 @@ class FolderKind:
     fields: tuple[str, ...]
     files: tuple[str, ...]
     sure: tuple[str, ...] = ()
+
+
+def expand_range(pattern: str) -> Iterator[str]:
+    """Expands `{08..10}` in a name or URL to 08, 09, 10, as webdataset does. Raises UserError for a
+    range without numbers."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last = match[1], match[2]
+    if int(first) > int(last):
+        raise UserError(f"{pattern}: the range {match[0]} is empty; write the lower number first")
+    for number in range(int(first), int(last) + 1):
+        for rest in expand_range(pattern[match.end() :]):
+            yield pattern[: match.start()] + str(number).zfill(len(first)) + rest
 
 
 def check_apart(out: Path, inputs: Iterable[Path | str]) -> None:
@@ -182,6 +199,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # the error of a full disk does not name the file
         raise
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Removes what `atomic_path` had begun to write for the files `names` of a folder when its
+    process was killed. No other process may be writing them."""
+    for name in names:
+        for path in folder.glob(f".{glob.escape(name[:50])}.????????"):
+            path.unlink(missing_ok=True)
 
 
 def _write_out(path: Path) -> None:

@@ -425,7 +425,7 @@ def test_open_ports_are_told(tmp_path, photos, monkeypatch, capsys):
         monkeypatch.setattr(namespace, "is_possible", lambda is_possible=is_possible: is_possible)
         given = ["--source", source_, "--out", out, "--export", "x"]
         monkeypatch.setattr(sys, "argv", ["handler.batch", *given])
-        command.secure(command.parse())
+        command.secure(command.parse(), source_)
         assert told in capsys.readouterr().err
     assert not needs_network(where)
 

@@ -220,17 +220,21 @@ def test_what_cannot_start_is_one_line(tmp_path, tiny_export, monkeypatch, capsy
     where = write_folder(tmp_path / "in", {"1.jpg": JPEG})
     (tmp_path / "file").write_text("words")
     usual = {"--source": where, "--out": str(tmp_path / "out"), "--export": str(tiny_export)}
-    monkeypatch.setattr(command, "secure", lambda _: None)
+    monkeypatch.setattr(command, "secure", lambda *_: None)
     for changed, told in (
         ({"--out": "foo://x"}, "foo://x: cannot be written (Protocol not known"),
         ({"--out": str(tmp_path / "file")}, "file: "),
         ({"--out": ""}, "--out is empty"),
         ({"--source": ""}, "--source is empty"),
+        ({"--source": "x-{003..001}.tar"}, "the range {003..001} is empty"),
+        ({"--source": "typo.tar"}, "typo.tar: does not exist; correct --source"),
+        ({"--source": f"{where}/sub/1.jpg::./typo.jpg"}, "typo.jpg: does not exist; correct"),
         ({"--gpus": "4", "--workers": "3"}, "--workers 3 cannot use --gpus 4"),
     ):
         given = [word for pair in (usual | changed).items() for word in pair]
         status, line = status_and_line(monkeypatch, capsys, *given)
         assert status == 2 and told in line and line.count("\n") == 1, line
+        assert not (tmp_path / "out/shards.json").exists()  # the right source may still be given
     told = "--address nowhere: no Ray cluster answers"
     with pytest.raises(UserError, match=told), connected("nowhere", 1, 0):
         pass

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handler.errors import UserError
-from training.data.manifest import Row, read_manifest, write_manifest
+from training.data.manifest import Row, data_folder, read_manifest, write_manifest
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
@@ -122,6 +122,16 @@ def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     assert [row.id for row in manifest.split("train")] == ["a"]
     with pytest.raises(UserError, match=r"no split 'val'; it has train \(1\)"):
         manifest.split("val")
+
+
+def test_a_path_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DATA=./tiny read the dataset of that name under build/data."""
+    (tmp_path / "build/data/tiny").mkdir(parents=True)
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert data_folder("tiny") == Path("build/data/tiny")
+    for folder in ("./tiny", "tiny/", ".", str(tmp_path / "tiny")):
+        assert data_folder(folder).resolve() == (tmp_path / folder).resolve()
 
 
 def test_the_folder_of_photos_below_the_dataset_is_kept_relative(tmp_path: Path) -> None:

@@ -121,11 +121,11 @@ def caption(
         yield from Pool(ray, job, workers, arguments.gpus / workers).caption(shards)
 
 
-def secure(arguments: argparse.Namespace) -> None:
+def secure(arguments: argparse.Namespace, source: str) -> None:
     """Makes a local Ray's ports unreachable for other machines, or warns that they are open."""
     if arguments.shards or arguments.address or namespace.is_alone():
         return
-    is_local = not (URL.match(arguments.out) or needs_network(arguments.source))
+    is_local = not (URL.match(arguments.out) or needs_network(source))
     if is_local and namespace.is_possible():
         namespace.restart()
     why = "this system allows no network namespace" if is_local else "the photos need the network"
@@ -149,7 +149,7 @@ def main() -> None:
     arguments = parse()
     options = decoding_options(arguments)
     run = describe(arguments.export, options, arguments.source)
-    secure(arguments)
+    secure(arguments, run["source"])
     output = Output(absolute(arguments.out))
     with ExitStack() as stack:
         if output.folder:
@@ -161,7 +161,7 @@ def main() -> None:
         shards, notices = open_run(output, run, arguments.extend)
         for notice in notices:
             print(notice, file=sys.stderr)
-        offline = is_offline(arguments.source, shards)
+        offline = is_offline(run["source"], shards)
         shards = share(shards, arguments.shards)
         done = output.names()
         waiting = [shard for shard in shards if part_name(shard) not in done]

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from handler.errors import UserError
-from handler.files import as_utf8, walk
+from handler.files import as_utf8, expand_range, walk
 from handler.image_preprocess import MAX_BYTES
 from handler.request import MissingImage
 
@@ -75,21 +75,14 @@ def absolute(url: str) -> str:
     return url if URL.match(url) else str(Path(url).absolute())
 
 
+def parts(source: str) -> list[str]:
+    """The parts of a `::` list."""
+    return re.split(r"::(?=/|\.|[a-z][a-z0-9+.-]*://)", source)
+
+
 def expand(source: str) -> list[str]:
-    """Splits a `::` list and expands ranges such as `{000..112}`, as webdataset does."""
-    parts = re.split(r"::(?=/|\.|[a-z][a-z0-9+.-]*://)", source)
-    return [absolute(url) for part in parts for url in _expand_range(part)]
-
-
-def _expand_range(pattern: str) -> Iterator[str]:
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last = match[1], match[2]
-    for number in range(int(first), int(last) + 1):
-        for rest in _expand_range(pattern[match.end() :]):
-            yield pattern[: match.start()] + str(number).zfill(len(first)) + rest
+    """The files, folders and URLs of a `::` list, with ranges such as `{000..112}` expanded."""
+    return [absolute(url) for part in parts(source) for url in expand_range(part)]
 
 
 def find(source: str, out: str = "", first: bool = True) -> tuple[list[Shard], str, list[str]]:
@@ -102,14 +95,20 @@ def find(source: str, out: str = "", first: bool = True) -> tuple[list[Shard], s
             "or pack them into .tar files"
         )
     found: list[str] = []
-    for url in expand(source):
-        files = _wanted(url, out)
-        if first and not files:
-            raise UserError(
-                f"{url}: no photos, .tar or .parquet files there; set --source to a folder, a glob "
-                "or a list of them"
-            )
-        found += files
+    for part in parts(source):
+        here: list[str] = []
+        for url in map(absolute, expand_range(part)):
+            files = _wanted(url, out)
+            if first and not files:
+                raise UserError(
+                    f"{url}: no photos, .tar or .parquet files there; set --source to a folder, a "
+                    "glob or a list of them"
+                )
+            here += files
+        # A shard that is missing from a range is told as a failed one; a name alone is mistyped.
+        if first and not any(URL.match(file) or os.path.lexists(file) for file in here):
+            raise UserError(f"{part}: does not exist; correct --source")
+        found += here
     packed = [file for file in found if file.endswith(PACKED_SUFFIXES)]
     photos = [file for file in found if not file.endswith(PACKED_SUFFIXES)]
     if packed and photos:

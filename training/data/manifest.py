@@ -195,9 +195,11 @@ def inputs_of(manifest: Manifest, out: Path) -> list[Path]:
 
 
 def data_folder(name_or_folder: str) -> Path:
-    """The folder of a dataset, given its name (under build/data) or the folder itself."""
+    """The folder of a dataset, given its name (under build/data) or the folder itself. What has
+    another form than a name, such as "./name", is a folder."""
     named = DATASETS / name_or_folder
-    return named if named.exists() else Path(name_or_folder)
+    is_name = Path(name_or_folder).name == name_or_folder
+    return named if is_name and named.exists() else Path(name_or_folder)
 
 
 def read_manifest(directory: Path) -> Manifest:

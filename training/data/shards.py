@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from handler.errors import UserError
+from handler.files import expand_range
 from handler.image_preprocess import MAX_BYTES, PHOTO_SUFFIXES, InvalidImage, decode
 from training.data.folder import CAPTION_FIELDS, captions_of, has_caption
 from training.data.manifest import is_url
@@ -82,7 +83,7 @@ def find_shards(source: str) -> tuple[Path | str, list[str]]:
         if not names:
             raise UserError(f"{folder}: contains no .tar; SOURCE must be the folder of the shards")
         return folder, names
-    urls = [url for part in re.split("::(?=https?://)", source) for url in _expand(part)]
+    urls = [url for part in re.split("::(?=https?://)", source) for url in expand_range(part)]
     for url in urls:
         if not url.endswith(".tar"):
             raise UserError(f"{url}: not a shard; give https://host/name-{{000000..000112}}.tar")
@@ -90,20 +91,6 @@ def find_shards(source: str) -> tuple[Path | str, list[str]]:
     if not root.partition("://")[2]:
         raise UserError(f"{source}: all shards must be on one server")
     return root, [url.removeprefix(root + "/") for url in urls]
-
-
-def _expand(pattern: str) -> Iterator[str]:
-    """Expands `{08..10}` to 08, 09, 10."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    first, last = match[1], match[2]
-    if int(first) > int(last):
-        raise UserError(f"{pattern}: the range {match[0]} is empty; write the lower number first")
-    for number in range(int(first), int(last) + 1):
-        for rest in _expand(pattern[match.end() :]):
-            yield pattern[: match.start()] + str(number).zfill(len(first)) + rest
 
 
 def read_shard(root: Path | str, shard: str) -> tuple[list[ShardPhoto], list[tuple[str, str]]]:
