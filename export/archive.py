@@ -6,6 +6,7 @@ command cannot write a handler with a dotted name, and does not give the same by
 """
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -55,7 +56,7 @@ def build_archive(export: Path, out: Path, version: str) -> Path:
 
 
 def _keep_previous(out: Path, config: dict[str, Any]) -> None:
-    """Renames an archive of another checkpoint before the new one replaces it. A demo's archive
+    """Keeps an archive of another checkpoint before the new one replaces it. A demo's archive
     does not replace the archive that is kept already."""
     if not out.exists():
         return
@@ -69,7 +70,14 @@ def _keep_previous(out: Path, config: dict[str, Any]) -> None:
             f"{previous}: {out.name} would be kept under this name, but the file there is no "
             "archive of a captioner; move it elsewhere"
         )
-    out.replace(previous)
+    # Linked, not moved: `out` stays until the new archive replaces it, whatever happens before.
+    spare = previous.with_name(f".{previous.name}.new")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(out, spare)
+    except OSError:  # a file system without links
+        shutil.copyfile(out, spare)
+    spare.replace(previous)
     print(f"{previous}: the previous {out.name}, which has another checkpoint")
 
 

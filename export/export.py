@@ -7,6 +7,7 @@ only then is it moved there. If it fails, an older export is unchanged.
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,8 +41,8 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Exports in `precision` (`auto`: the fastest for this processor) and in the fastest way that
     keeps the captions (`export.verify.FLOORS`); returns the written config. The validation photos
-    of the dataset `data` are compared. The default is the dataset of the training or, if it no
-    longer exists, random images. Raises UserError; nothing is written then."""
+    of the dataset `data` are compared. The default is the dataset of the training or, if it or
+    its photos no longer exist, random images. Raises UserError; nothing is written then."""
     check_replaceable(out, EXPORT, [checkpoint])
     model, config, tokenizer = load_model(checkpoint)
     digest = hashlib.sha256((checkpoint / WEIGHTS_FILE).read_bytes()).hexdigest()
@@ -107,8 +108,15 @@ def _validation_photos(
     config: dict[str, Any], captioner: Captioner, data: str | None
 ) -> ValidationPhotos:
     name = data or config.get("training", {}).get("config", {}).get("data")
+    manifest = None
     if name is not None and (data is not None or data_folder(name).exists()):
-        manifest = read_manifest(data_folder(name))
+        try:
+            manifest = read_manifest(data_folder(name))
+        except UserError as error:  # the photos of the training may have gone since
+            if data is not None:
+                raise
+            print(f"{error}; random images are compared instead", file=sys.stderr)
+    if manifest is not None:
         rows = manifest.split("val")[:VERIFIED_PHOTOS]
         images = _Photos(captioner, manifest, rows)
         return ValidationPhotos(f"{manifest.name} val", images, [row.captions for row in rows])

@@ -154,6 +154,24 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_run, tiny_export, tmp_path
             load(folder)
 
 
+def test_weights_that_are_no_numbers_are_named(tiny_run, tmp_path):
+    """Export and fine-tuning ended in a traceback."""
+    shutil.copytree(tiny_run / "build/checkpoints/tiny", tmp_path / "x")
+    weights = load_file(tmp_path / "x/model.safetensors")
+    weights["decoder.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "x/model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors: decoder.norm.weight has values that"):
+        load_model(tmp_path / "x")
+
+
+def test_a_state_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    """The advice was to replace the run."""
+    (tmp_path / "train_state.pt").mkdir()
+    with pytest.raises(UserError, match="Is a directory") as refused:
+        read_state(tmp_path, None)  # type: ignore[arg-type]
+    assert "overwrite" not in str(refused.value)
+
+
 @pytest.mark.parametrize("state", [[1], {"config": 3}, {"config": {}}, torch.zeros(3)])
 def test_a_damaged_state_is_one_line(state, tmp_path):
     """Anything but a dict was a traceback."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +227,25 @@ def test_a_checkpoint_that_samples_by_default_is_exported(tiny_run, tmp_path):
     config["decoding"] |= {"do_sample": True, "num_return_sequences": 3, "temperature": 2.0}
     (tmp_path / "tiny/config.json").write_text(json.dumps(config))
     assert export_checkpoint(tmp_path / "tiny", tmp_path / "export")["verified"]["kept"]
+
+
+def test_an_export_does_not_need_the_photos_of_the_training(
+    tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+):
+    """It was refused while the dataset was there and its disk of photos was not."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_data, "data")
+    dataset = json.loads(Path("data/dataset.json").read_text())
+    Path("data/dataset.json").write_text(json.dumps({**dataset, "image_root": "/no/such/disk"}))
+    shutil.copytree(tiny_run / "build/checkpoints/tiny", "tiny")
+    config = json.loads(Path("tiny/config.json").read_text())
+    config["training"]["config"]["data"] = "data"
+    Path("tiny/config.json").write_text(json.dumps(config))
+    written = export_checkpoint(Path("tiny"), tmp_path / "export")
+    assert written["verified"]["source"] == "random images"
+    assert "random images are compared instead" in capsys.readouterr().err
+    with pytest.raises(UserError, match="image_root"):
+        export_checkpoint(Path("tiny"), tmp_path / "other", data="data")
 
 
 def test_another_caption_in_fp32_is_an_error(tiny_run, tiny_export):

@@ -95,6 +95,28 @@ def test_a_start_that_fails_changes_nothing(config, tiny_data, old_run, monkeypa
     assert sorted(os.listdir(old_run.parent)) == ["run", "tiny.yaml"]
 
 
+def test_what_a_killed_run_had_begun_to_write_is_removed(config, tiny_data, old_run):
+    """Such a file made --overwrite refuse the run, and each kill left another."""
+    for name in (".train_state.pt.abc_1234", ".model.safetensors.x2345678"):
+        (old_run / name).write_bytes(b"half")
+    (old_run / ".notes.mine1234").write_text("x")
+    with pytest.raises(UserError, match=r"'\.notes.mine1234' is not part of a checkpoint"):
+        train(config, read_manifest(tiny_data), old_run, overwrite=True)
+    (old_run / ".notes.mine1234").unlink()
+    train(config, read_manifest(tiny_data), old_run, overwrite=True)
+    assert not [name for name in os.listdir(f"{old_run}.previous") if name.startswith(".")]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_run_in_a_linked_folder(exists, config, tiny_data, tmp_path):
+    """It was trained until its first save, and then deleted."""
+    if exists:
+        (tmp_path / "disk/x").mkdir(parents=True)
+    Path("x").symlink_to(tmp_path / "disk/x")
+    train(config, read_manifest(tiny_data), Path("x"))
+    assert Path("x").is_symlink() and (tmp_path / "disk/x" / WEIGHTS_FILE).is_file()
+
+
 def test_weights_are_never_deleted_for_a_run_without(config, tiny_data, old_run, monkeypatch):
     """RUN.previous keeps the last run that had weights, however many interrupted ones follow."""
     before = contents(old_run)
@@ -455,6 +477,22 @@ def test_the_archive_of_another_checkpoint_is_kept(tiny_export, tmp_path, capsys
         assert checkpoint(out) == config["checkpoint"] and checkpoint(previous) == "sha256:0"
     assert capsys.readouterr().out.count("captioner.previous.mar: the previous captioner.mar") == 1
     assert sorted(os.listdir(tmp_path)) == ["captioner.mar", "captioner.previous.mar", "mine"]
+
+
+def test_an_archive_that_cannot_be_written_leaves_the_one_before(
+    tiny_export, tmp_path, monkeypatch
+):
+    """captioner.mar had been renamed to captioner.previous.mar by then."""
+    out = tmp_path / "captioner.mar"
+    out.write_bytes(b"of somebody else")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("handler.files._write_out", fail)
+    with pytest.raises(OSError, match="No space"):
+        build_archive(tiny_export, out, "1.0")
+    assert out.read_bytes() == b"of somebody else"
 
 
 def test_a_file_under_the_name_of_the_archive_that_is_kept(tiny_export, tmp_path):

@@ -91,7 +91,7 @@ STAGES = [
     {"name": "rewarded", "encoder": "frozen", "epochs": 1, "batch_photos": 8, "decoder_lr": 1e-4,
      "optimizer": "muon", "self_critical": {"samples": 3, "baseline": "greedy"}},
     {"name": "rewarded whole", "epochs": 1, "batch_photos": 4, "accumulate": 2, "flip": True,
-     "self_critical": {"samples": 3}},
+     "self_critical": {"samples": 3, "cross_entropy": 0.5}, "logit_adjustment": 0.2},
 ]  # fmt: skip
 
 
@@ -158,6 +158,10 @@ def test_a_finished_run_may_get_further_stages(tiny_run, tiny_data, tmp_path, mo
     training = json.loads(Path("longer/config.json").read_text())["training"]
     assert [stage["name"] for stage in training["stages"]] == ["scratch", "frozen", "more"]
     state = torch.load("longer/train_state.pt", weights_only=True)
+    for saved in state["config"]["stages"]:  # as before the field was added
+        del saved["logit_adjustment"]
+    torch.save(state, "longer/train_state.pt")
+    train(config, read_manifest(tiny_data), Path("longer"), None, resume=True)
     del state["best_before"]  # as an earlier version wrote it
     torch.save(state, "longer/train_state.pt")
     with pytest.raises(
@@ -308,8 +312,13 @@ def test_layers_further_down_learn_more_slowly():
         "encoder.patch_embed.weight": 0.5**13,
         "encoder.positions": 0.5**13,
         "decoder.blocks.0.mlp.up.weight": 3.0,
+        # GIT's and Florence-2's, behind the blocks, had the rate of the lowest layer.
+        "encoder.projection.0.weight": 1.0,
+        "encoder.grid_positions": 1.0,
     }
     assert {name: learning_rate(name, stage, 12) for name in rates} == rates
+    entries = {"encoder.entries.0.conv.weight": 0.5**13, "encoder.entries.3.conv.bias": 0.5**2}
+    assert {name: learning_rate(name, stage, 12, (1, 1, 9, 1)) for name in entries} == entries
 
 
 @pytest.mark.parametrize(

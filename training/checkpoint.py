@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import Captioner, check_config, load_tokenizer, read_config
+from handler.captioner import Captioner, check_config, check_device, load_tokenizer, read_config
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path, write_atomic
 from training.davit import DaViTConfig
@@ -96,6 +96,10 @@ def load_model(directory: Path) -> tuple[CaptioningModel, dict[str, Any], Captio
     model = _build(directory, encoder, decoder)
     try:
         state = load_file(path)
+        if broken := next((name for name, tensor in state.items() if tensor.isnan().any()), None):
+            raise UserError(
+                f"{path}: {broken} has values that are no numbers; train or import again"
+            )
         if decoder.tied_head:
             state[TIED] = state["decoder.token_embedding.weight"]
         model.load_state_dict(state)
@@ -182,6 +186,7 @@ def load_captioner(
     directory: str | Path, device: str = "cpu", threads: int | None = None
 ) -> Captioner:
     """The eager captioner of a checkpoint: same object, same calls, same answers as an export's."""
+    check_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     return captioner_of(*load_model(Path(directory)), device)

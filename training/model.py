@@ -308,7 +308,7 @@ class Dropout(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.dropped = round(rate * 2**16)  # of 2 ** 16 values
+        self.dropped = min(round(rate * 2**16), 2**16 - 1)  # of 2 ** 16 values
 
     def forward(self, x: Tensor) -> Tensor:
         return self._drop(x) if self.training and self.dropped else x

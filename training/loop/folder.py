@@ -1,13 +1,14 @@
 """The folder of a run. It is created beside its final location and moved there when the first state
 or checkpoint is saved. A run that fails before leaves no files, and an earlier run is unchanged."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from handler.errors import UserError
-from handler.files import check_replaceable, locked
+from handler.files import check_replaceable, locked, remove_leftovers
 from training.folders import CHECKPOINT, LOG_FILE, STATE_FILE, WEIGHTS_FILE
 
 
@@ -15,7 +16,8 @@ class RunFolder:
     """`final` is the final location of the run; `path` is where its files are at present."""
 
     def __init__(self, final: Path) -> None:
-        self.final = self.path = final
+        # A link to a folder elsewhere stays: what it names is replaced.
+        self.final = self.path = Path(os.path.realpath(final)) if final.is_symlink() else final
 
     @property
     def previous(self) -> Path:
@@ -34,6 +36,8 @@ class RunFolder:
             if not self.final.exists() and (self._staging / STATE_FILE).is_file():
                 self._staging.rename(self.final)  # killed while it was moved
             shutil.rmtree(self._staging, ignore_errors=True)
+            for folder in (self.final, self.previous):
+                remove_leftovers(folder, CHECKPOINT.files)
             if not resume:
                 self._check_new(overwrite)
                 self.path = self._staging

@@ -1,6 +1,7 @@
 """Learning rates, the optimizer, the average of the weights, gradient checkpointing."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,17 +23,25 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
 
-def learning_rate(name: str, stage: Stage, encoder_layers: int) -> float:
+# The parts of an encoder behind its last block.
+TOP = ("norm", "projection", "grid_positions")
+
+
+def learning_rate(
+    name: str, stage: Stage, encoder_layers: int, depths: Sequence[int] = ()
+) -> float:
     """The peak learning rate of a parameter. In the encoder it is multiplied by
     `encoder_layer_decay` for each layer below the last norm (Clark et al. 2020, as in BEiT's
-    fine-tuning)."""
+    fine-tuning). A DaViT has stages of so many blocks as `depths` says, each with an entry."""
     part, *rest = name.split(".")
     if part == "decoder":
         return stage.decoder_lr
     if rest[0] == "blocks":
         below = encoder_layers - int(rest[1])
+    elif rest[0] == "entries":
+        below = encoder_layers + 1 - sum(depths[: int(rest[1])])
     else:
-        below = 0 if rest[0] == "norm" else encoder_layers + 1
+        below = 0 if rest[0] in TOP else encoder_layers + 1
     return stage.encoder_lr * stage.encoder_layer_decay**below
 
 
@@ -81,7 +90,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.") and stage.encoder == "frozen":
             continue
-        rate = learning_rate(name, stage, len(model.encoder.blocks))
+        depths = getattr(model.encoder_config, "depths", ())
+        rate = learning_rate(name, stage, len(model.encoder.blocks), depths)
         decay = parameter.ndim > 1 and "position" not in name
         is_matrix = stage.optimizer == "muon" and parameter.ndim == 2 and ".blocks." in name
         groups.setdefault((is_matrix, rate, decay), []).append(parameter)

@@ -17,12 +17,18 @@ from typing import Any
 import torch
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import Captioner, encode_prompt, read_config, written_prompt
+from handler.captioner import (
+    Captioner,
+    check_device,
+    encode_prompt,
+    read_config,
+    written_prompt,
+)
 from handler.errors import UserError
 from handler.files import FORMAT, atomic_path, write_atomic
 from handler.image_preprocess import PreprocessConfig
 from training.checkpoint import encoder_config, load_model, save_checkpoint, update_training
-from training.config import TrainConfig
+from training.config import TrainConfig, build_config
 from training.data.manifest import Manifest, Row
 from training.folders import LOG_FILE, STATE_FILE, WEIGHTS_FILE
 from training.loop.distributed import Processes, join
@@ -47,12 +53,12 @@ def pick_device(config: TrainConfig) -> tuple[torch.device, bool]:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ":" in name and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(f"device {name}: each process needs a GPU of its own; set device: cuda")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    check_device(name)
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"device {name}: this machine has {count} GPUs; set device: auto or cpu")
     if config.precision != "auto":
         return device, config.precision == "bf16"
     if device.type == "cuda":
@@ -282,6 +288,10 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: nothing to resume; train without --resume") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files raise exceptions of many types
         raise UserError(f"{path}: damaged; train again with --overwrite") from error
     if not isinstance(state, dict) or not isinstance(state.get("config"), dict):
@@ -290,7 +300,7 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
         raise UserError(f"{path}: written by another version; train again with --overwrite")
     if missing := set(PROGRESS) - state.keys():
         raise UserError(f"{path}: field {min(missing)!r} is missing; train again with --overwrite")
-    given, saved = dataclasses.asdict(config), dict(state["config"])
+    given, saved = dataclasses.asdict(config), with_defaults(state["config"])
     for fields in (given, saved):
         fields["stages"] = fields["stages"][: state["stage"] + 1]
     if "data_hash" in state:  # wherever the dataset is now
@@ -300,6 +310,14 @@ def read_state(folder: Path, config: TrainConfig) -> dict[str, Any]:
             f"{path}: field {name!r} of the config has changed; resume with its old value"
         )
     return dict(state)
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of the fields that have been added since."""
+    try:
+        return dataclasses.asdict(build_config(json.loads(json.dumps(saved))))
+    except UserError:  # allowed then, but no longer
+        return dict(saved)
 
 
 def changed_field(given: dict[str, Any], saved: dict[str, Any]) -> str | None:

@@ -98,6 +98,8 @@ def run_stage(
     work = Work(run, captions, features_of(run, stage, first))
     if state is not None:
         run.restore(state, work.optimizer)
+        for copied in ("model", "average", "optimizer"):
+            del state[copied]  # several times the model's size, until the end of the stage
     if run.config.start is not None and run.best is None:
         score_start(work, validate)
     photos = len(run.train_rows)
@@ -130,6 +132,7 @@ def score_start(work: Work, validate: Callable[[Run], None]) -> None:
     if run.processes.first:
         run.save_state(work.optimizer, 0, 0)  # validation may fail
         validate(run)
+        run.best_before = run.best
         run.save_state(work.optimizer, 0, 0)
     run.best = run.best_before = run.processes.tell(run.best)
     run.since_best = 0
@@ -151,7 +154,7 @@ def train_epoch(work: Work, skip: int) -> int:
             with without_exchange(work.objective, pending > 0):
                 with run.autocast():
                     total, tokens, figures = work.objective(batch, run.epoch)
-                part = processes.mean(total, tokens) / size
+                part = processes.mean(total, tokens).sum() / size
                 part.backward()
             loss += part.detach()
             photos += len(batch.indices) * processes.world

@@ -6,6 +6,7 @@ Dimension key: B photos, P memory tokens, D width, Q packed tokens of a photo.
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from handler.caption_tokenizer import CaptionTokenizer
@@ -21,7 +22,8 @@ from training.objectives.self_critical import SelfCriticalLoss
 
 class Loss(Protocol):
     """`dropout` is whether the model is trained with dropout. A call returns the loss summed over
-    tokens, the number of tokens, and figures for the log."""
+    tokens, the number of tokens, and figures for the log. A loss of several terms, each a mean over
+    its own tokens, returns a vector of sums and one of numbers."""
 
     dropout: bool
 
@@ -44,9 +46,15 @@ class BesideCrossEntropy:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, tokens, figures = self.loss(decoder, memory_BPD, batch, epoch)
         nll, count, _ = self.cross_entropy(decoder, memory_BPD, batch, epoch)
-        # The stage divides the sum by the number of the first loss's tokens.
-        both = total + self.weight * tokens * nll / count
-        return both, tokens, {**figures, "cross_entropy": (nll / count).detach()}
+        sums = torch.stack([total, self.weight * nll])
+        return (
+            sums,
+            torch.stack([tokens, count]),
+            {
+                **figures,
+                "cross_entropy": (nll / count).detach(),
+            },
+        )
 
 
 class Objective(nn.Module):
