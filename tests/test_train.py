@@ -463,6 +463,8 @@ def test_mirrored_captions_swap_sides_and_nothing_else():
     assert mirrored("r\u0131ght of a left one") == "r\u0131ght of a right one"
 
 
-@pytest.mark.parametrize("name", ["scenes", "scenes_full", "flickr8k", "coco", "coco_large"])
+@pytest.mark.parametrize(
+    "name", ["scenes", "scenes_full", "flickr8k", "flickr8k_full", "coco", "coco_large"]
+)
 def test_presets_are_valid(name):
     assert load_config(name).name == name
