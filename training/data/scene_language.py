@@ -231,10 +231,10 @@ class _Describer:
             return f"{every} shapes here are {look} on a {self.background()} background"
         verb = "is" if len(group) == 1 else "are"
         noun = self.rng.choice(("shapes", "objects"))
-        where = self.place(group) if self.rng.random() < 0.75 else None
-        where = where or self.rng.choice(
-            ("among them", f"against a {self.background()} background")
-        )
+        where = self.place(group) if self.rng.random() < 0.65 else None
+        if where is None and self.rng.random() < 0.15:
+            where = "among them"
+        where = where or f"against a {self.background()} background"
         return f"{NUMBERS[total]} {noun} in all and {self.thing(group[0])} {verb} {where}"
 
     def place_first(self) -> str | None:
