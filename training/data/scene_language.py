@@ -231,9 +231,7 @@ class _Describer:
             return f"{every} shapes here are {look} on a {self.background()} background"
         verb = "is" if len(group) == 1 else "are"
         noun = self.rng.choice(("shapes", "objects"))
-        where = self.place(group) if self.rng.random() < 0.65 else None
-        if where is None and self.rng.random() < 0.15:
-            where = "among them"
+        where = self.place(group) if self.rng.random() < 0.6 else None
         where = where or f"against a {self.background()} background"
         return f"{NUMBERS[total]} {noun} in all and {self.thing(group[0])} {verb} {where}"
 
