@@ -40,8 +40,8 @@ class FolderKind:
 
 
 def expand_range(pattern: str) -> Iterator[str]:
-    """Expands `{08..10}` in a name or URL to 08, 09, 10, as webdataset does. Raises UserError for a
-    range without numbers."""
+    """Expands `{08..10}` in a name or URL to 08, 09, 10, as webdataset does. Raises UserError if
+    the first number is the higher one."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         yield pattern

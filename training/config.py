@@ -337,10 +337,7 @@ class Stage:
     )
     label_smoothing: float | None = field(
         default=None,
-        metadata=about(
-            "Label smoothing of cross-entropy, 0 to below 1",
-            default="`0.1`",
-        ),
+        metadata=about("Label smoothing of cross-entropy, 0 to below 1", default="`0.1`"),
     )
     logit_adjustment: float = field(
         default=0.0,
@@ -382,8 +379,8 @@ class Stage:
     flip: bool = field(
         default=False,
         metadata=about(
-            "Mirror photos at random and swap left and right in their captions; with a "
-            "frozen encoder as augment"
+            "Mirror photos at random and swap left and right in their captions; needs "
+            "views as augment does"
         ),
     )
     gradient_checkpointing: bool = field(

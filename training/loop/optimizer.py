@@ -87,10 +87,10 @@ def parameter_groups(
     """The parameter groups for Muon and for AdamW by learning rate. Vectors (biases, norms) and
     position embeddings have no weight decay."""
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    depths = getattr(model.encoder_config, "depths", ())
     for name, parameter in model.named_parameters():
         if name.startswith("encoder.") and stage.encoder == "frozen":
             continue
-        depths = getattr(model.encoder_config, "depths", ())
         rate = learning_rate(name, stage, len(model.encoder.blocks), depths)
         decay = parameter.ndim > 1 and "position" not in name
         is_matrix = stage.optimizer == "muon" and parameter.ndim == 2 and ".blocks." in name

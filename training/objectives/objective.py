@@ -46,15 +46,8 @@ class BesideCrossEntropy:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, tokens, figures = self.loss(decoder, memory_BPD, batch, epoch)
         nll, count, _ = self.cross_entropy(decoder, memory_BPD, batch, epoch)
-        sums = torch.stack([total, self.weight * nll])
-        return (
-            sums,
-            torch.stack([tokens, count]),
-            {
-                **figures,
-                "cross_entropy": (nll / count).detach(),
-            },
-        )
+        figures["cross_entropy"] = (nll / count).detach()
+        return torch.stack([total, self.weight * nll]), torch.stack([tokens, count]), figures
 
 
 class Objective(nn.Module):
