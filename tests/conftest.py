@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ REPOSITORY = Path(__file__).parent.parent
 # A make that a test starts is not one of those that `make test` starts, which say more.
 for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)
+# A shell makes what it starts in the background ignore Ctrl-C, and so would the programs that tests
+# start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 TINY = {
     "data": "tiny",
     "encoder": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "heads": 2},
