@@ -231,13 +231,9 @@ class _Describer:
             return f"{every} shapes here are {look} on a {self.background()} background"
         verb = "is" if len(group) == 1 else "are"
         noun = self.rng.choice(("shapes", "objects"))
-        # One thing has a place, several mostly have not. With one share for both, five beams always
-        # say the likelier of place and background, and another seed turns over which it is.
-        where = self.place(group) if self.rng.random() < (0.9 if len(group) == 1 else 0.1) else None
+        where = self.place(group) if self.rng.random() < 0.6 else None
         where = where or f"against a {self.background()} background"
-        thing = self.thing(group[0])
-        said = f"among them {verb} {thing}" if self.rng.random() < 0.2 else f"{thing} {verb}"
-        return f"{NUMBERS[total]} {noun} in all and {said} {where}"
+        return f"{NUMBERS[total]} {noun} in all and {self.thing(group[0])} {verb} {where}"
 
     def place_first(self) -> str | None:
         groups = [(group, self.place(group)) for group in self.groups]
