@@ -108,6 +108,7 @@ def run(clone: Path, command: str, **more) -> subprocess.CompletedProcess[str]:
     for port, name in (("8080", "inference_address"), ("8081", "management_address")):
         command = command.replace(f"127.0.0.1:{port}", settings[name].removeprefix("http://"))
     command = command.replace("127.0.0.1:7070", f"127.0.0.1:{settings['grpc_inference_port']}")
+    command = command.replace("checkpoints/NAME", "checkpoints/flickr8k")
     stamps = "-o .venv/.installed -o .venv/.installed-batch"
     command = re.sub(r"\bmake\b(?! -o)", f"make {stamps}", command)
     environment = {
