@@ -195,7 +195,7 @@ def test_a_reader_types_what_the_documents_show(clone):
 
 
 def ask_the_server(clone: Path, take) -> None:
-    for command in take(r"^make serve( TLS=1)?$"):
+    for command in take(r"^make (stop )?serve( TLS=1)?$"):
         succeeds(clone, command)
         succeeds(clone, "make stop")
     for command in take(r"^torchserve\b"):
