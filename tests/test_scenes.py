@@ -88,6 +88,18 @@ def test_most_captions_say_what_is_salient(rows):
     assert share("size", different) > 2 * share("size", alike) > 0.2
 
 
+def test_what_follows_a_count_depends_on_the_things(captions):
+    """With one share for all, beams would always say the same of place and background."""
+    counted = [caption for caption in captions if " in all and " in caption]
+    for alone, low, high in ((True, 0.0, 0.3), (False, 0.8, 1.0)):
+        said = [
+            "background" in caption
+            for caption in counted
+            if (caption.startswith("three") and " is " in caption) == alone
+        ]
+        assert len(said) > 30 and low <= sum(said) / len(said) <= high
+
+
 def test_mirrored_captions_are_true_of_the_mirrored_picture(rows):
     for row in rows:
         boxes = [item["box"] for item in row.scene["objects"]]
