@@ -30,7 +30,7 @@ from training.data.captions import mirrored, pack_captions
 from training.data.features import FeatureCache, FrozenEncoder
 from training.data.manifest import read_manifest
 from training.data.photos import Augment, epoch_order
-from training.loop.distributed import Processes, processes_for
+from training.loop.distributed import Processes, processes_for, threads_of_all
 from training.loop.optimizer import learning_rate, set_checkpointing
 from training.loop.train import train
 from training.model import CaptioningModel, DecoderConfig, EncoderConfig
@@ -421,6 +421,20 @@ def test_processes_share_each_batch():
     assert shares == [[[1, 4], [6]], [[2, 5], [7]], [[3], [8]]]
     with pytest.raises(UserError, match="4 processes for a batch of 3 photos"):
         Processes(0, 4).share(batches)
+
+
+def test_the_first_process_computes_in_all_threads_while_the_others_wait(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert Processes().one_first(torch.get_num_threads) == 1
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        assert Processes().one_first(torch.get_num_threads) == 2
+        with pytest.raises(ZeroDivisionError), threads_of_all():
+            print(torch.get_num_threads() / 0)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_two_runs_make_the_same_features_once(tiny_data, tmp_path):

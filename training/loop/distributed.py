@@ -110,12 +110,24 @@ class Processes:
         made: list[T] = []
         for number in range(3 if self.world > 1 else 1):
             if number == turn:
-                made.append(make())
+                with threads_of_all():
+                    made.append(make())
             self.wait()
         return made[0]
 
     def parallel(self, module: nn.Module) -> nn.Module:
         return module if self.world == 1 else DistributedDataParallel(module)
+
+
+@contextlib.contextmanager
+def threads_of_all() -> Iterator[None]:
+    """While the other processes on this machine wait, this one computes in their threads, too."""
+    own = torch.get_num_threads()
+    torch.set_num_threads(own * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def join(device: torch.device) -> Processes:
