@@ -225,9 +225,10 @@ def as_utf8(text: str) -> str:
 
 
 def walk(folder: Path | str) -> Iterator[str]:
-    """The files below a folder. Links to folders are followed, each folder once."""
+    """The files below a folder. Links to folders are followed, each folder once. Raises UserError
+    naming a folder that cannot be read: its files would be missing without a word."""
     seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             folders.clear()
@@ -235,6 +236,12 @@ def walk(folder: Path | str) -> Iterator[str]:
         seen.add(real)
         folders.sort()
         yield from (os.path.join(parent, file) for file in files)
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # gone in the meantime
+        name = as_utf8(str(error.filename))
+        raise UserError(f"{name}: {error.strerror}; let it be read, or move it elsewhere")
 
 
 def read_json(path: Path) -> Any:

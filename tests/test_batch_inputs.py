@@ -65,6 +65,16 @@ def test_a_linked_folder_is_read_once(tmp_path):
     assert find(str(tmp_path / "a"))[2] == ["link/sub/2.jpg", "sub/1.jpg"]
 
 
+def test_the_attributes_of_macos_are_no_photos(tmp_path):
+    names = {"1.jpg": JPEG, "._1.jpg": b"\0\5\26\7 attributes"}
+    write_folder(tmp_path / "a", names)
+    assert find(str(tmp_path / "a"))[2] == ["sub/1.jpg"]
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(tmp_path / "a", ".")
+    assert [photo.id for photo in read(Shard(str(path), "tar", str(path)))] == ["./sub/1.jpg"]
+
+
 def test_each_part_of_a_list_must_exist_at_the_first_start(tmp_path, tiny_export):
     write_folder(tmp_path / "a", {"1.jpg": JPEG})
     where = f"{tmp_path}/a::{tmp_path}/b"
@@ -189,6 +199,45 @@ def test_a_failed_shard_with_a_part_is_not_failed(tmp_path):
         "shards_done": 0,
         "shards_failed": 1,
     }
+
+
+@pytest.mark.parametrize("content", ["cut", "saved again"])
+def test_a_part_that_was_changed_is_named(tmp_path, content):
+    """Every later start ended in a traceback, though all shards were done."""
+    output, shard = Output(str(tmp_path)), Shard("x.tar", "tar", "x.tar")
+    finish(output, shard, [{"id": "a", "caption": "b", "captions": None, "error": None}])
+    part = tmp_path / part_name(shard)
+    if content == "cut":
+        part.write_bytes(part.read_bytes()[:-9])
+    else:
+        pq.write_table(pq.read_table(part).replace_schema_metadata(None), part)
+    with pytest.raises(UserError, match=f"{part}: damaged, or written by another program"):
+        totals(output, [shard], {})
+
+
+def test_an_object_store_that_fails_is_named():
+    output = Output("memory://store")
+
+    class Failing:
+        def __getattr__(self, name):
+            if name == "invalidate_cache":
+                return lambda: None
+            return self.fail
+
+        def fail(self, *_, **__):
+            raise RuntimeError("the store is away")
+
+    output.system = Failing()
+    calls = {
+        "written": (lambda: output.write("a", b""), lambda: output.create("a", b"")),
+        "read": (lambda: output.read("a"), lambda: output.open("a"), output.names),
+        "removed": (lambda: output.remove("a"),),
+    }
+    for what, attempts in calls.items():
+        for attempt in attempts:
+            said = rf"memory://store/a?: cannot be {what} \(the store is away\)"
+            with pytest.raises(UserError, match=said):
+                attempt()
 
 
 def test_a_device_that_failed_ends_its_process(tmp_path, tiny_export):

@@ -64,6 +64,20 @@ def test_a_linked_folder_is_captioned_and_long_names_are_written(folder, tmp_pat
     assert (other / name).read_bytes() == b"changed"
 
 
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    """Its photos were left out without a word."""
+    scan = os.scandir
+
+    def forbidden(path):
+        if Path(path).name == "deeper":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(UserError, match=f"{folder}/deeper: Permission denied"):
+        find_photos(folder)
+
+
 def test_photos_are_told_by_content_or_name(folder, monkeypatch):
     (folder / "broken.jpg").write_text("no photo")
     names = ["a.jpg", "broken.jpg", "deeper/b.PNG", "no_suffix"]
@@ -297,14 +311,18 @@ def test_another_file_is_not_overwritten(tmp_path, content, line):
     ],
 )
 @pytest.mark.parametrize("end", ["\n", ""])
-def test_captions_of_somebody_else_are_not_replaced(folder, tmp_path, row, end):
-    """A file of captions by hand, which trains a captioner, became one of generated captions."""
+@pytest.mark.parametrize("name", ["a.jpg", "images/a.jpg"])
+def test_captions_of_somebody_else_are_not_replaced(folder, tmp_path, row, end, name):
+    """A file of captions by hand, which trains a captioner, became one of generated captions, and
+    kept one caption of five where its names begin with a folder."""
     out = tmp_path / "captions.jsonl"
-    out.write_text(row + end)
+    row = row.replace("a.jpg", name)
+    out.write_text(f"{row}\n{row}{end}")
     asked = Asked()
-    with pytest.raises(UserError, match=r"captions.jsonl: the caption of 'a.jpg' was not written"):
+    said = f"captions.jsonl: the caption of '{name}' was not written"
+    with pytest.raises(UserError, match=said):
         caption_folder(asked, folder, out, {})
-    assert out.read_text() == row + end and asked.photos == []
+    assert out.read_text() == f"{row}\n{row}{end}" and asked.photos == []
 
 
 @pytest.mark.parametrize("size", [*range(len(ROW)), len(ROW)])
@@ -314,7 +332,7 @@ def test_half_a_row_is_cut_and_a_whole_one_is_kept(tmp_path, size):
     out.write_bytes(ROW + b"\n" + ROW.replace(b"a.jpg", b"b.jpg")[:size])
     with CaptionFile(out) as file:
         assert list(file.rows) == ["a.jpg", "b.jpg"][: 2 if size == len(ROW) else 1]
-        file.append({"image": "c.jpg"})
+        file.append({"image": "c.jpg", "captions": []})
     assert [row["image"] for row in rows_of(out)] == [*file.rows]
 
 

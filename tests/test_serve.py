@@ -78,6 +78,7 @@ def test_addresses_that_one_can_connect_to():
         ("inference_address", "http://127.0.0.1:abc"),
         ("metrics_address", "http://127.0.0.1:99999"),
         ("grpc_inference_port", "x"),
+        ("grpc_inference_port", "70700"),
     ],
 )
 def test_a_port_that_is_none_is_named(name, value, home):
@@ -166,6 +167,14 @@ def test_a_port_in_use_is_named(home):
         settings["grpc_management_port"] = "0"
         with pytest.raises(UserError, match=f"grpc inference port {port} is in use"):
             serve.start(config_in(home, **settings), home=home)
+
+
+def test_an_address_of_another_machine_is_not_called_in_use(home):
+    settings = {"model_store": "model_store", "load_models": "captioner.mar"}
+    settings["inference_address"] = "http://192.0.2.7:18080"
+    said = "inference port 18080 cannot be opened on 192.0.2.7"
+    with pytest.raises(UserError, match=said):
+        serve.start(config_in(home, **settings), home=home)
 
 
 def test_mistakes_are_one_line_and_status_2(tmp_path):

@@ -20,7 +20,7 @@ from handler.client.connection import ServerError
 from handler.errors import UserError
 from handler.image_preprocess import MAX_BYTES
 from handler.serve import server as serve
-from handler.web.server import WebServer, serve_page
+from handler.web.server import WebServer, host_headers, serve_page
 
 TOKENS = ["a", "red", "<b>"]
 MAPS = [[1 / 16] * 16, [0.85] + [0.01] * 15, [0.01] * 15 + [0.85]]
@@ -165,6 +165,12 @@ def test_the_map_lies_where_the_model_saw(page, client, photo_file, preprocessin
 def test_without_a_model_card_the_default_is_taken(page, client, photo_file):
     client.card = {}
     assert seen_in(ask(page, body=photo_file.read_bytes())[2]) == [0, 0, 1, 1]
+
+
+def test_port_80_is_not_in_the_name():
+    """Browsers leave it out, and were sent to an address that they shorten again."""
+    assert host_headers(80) >= {"127.0.0.1", "localhost", "localhost:80"}
+    assert "localhost" not in host_headers(8090)
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "", None])

@@ -157,7 +157,8 @@ def main() -> None:
             part = (
                 arguments.shards and output.folder / f"shards-{arguments.shards.replace('/', '-')}"
             )
-            stack.enter_context(locked(part or output.folder))
+            # Inside the folder: its parent need not be writable, as that of a mounted volume.
+            stack.enter_context(locked(part or output.folder / "job"))
         shards, notices = open_run(output, run, arguments.extend)
         for notice in notices:
             print(notice, file=sys.stderr)

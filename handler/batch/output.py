@@ -1,6 +1,8 @@
 """The output folder of a job, local or on an object store. Each file is written completely or not
 at all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,8 @@ class Output:
         if self.folder:
             write_atomic(self.folder / name, content)
             return
-        try:
+        with self._naming(name, "written"):
             self.system.pipe_file(f"{self.path}/{name}", content)
-        except Exception as error:  # each filesystem has its own exception types
-            raise UserError(f"{self.url}/{name}: cannot be written ({error})") from error
 
     def create(self, name: str, content: bytes) -> bool:
         """Writes a file unless it exists; returns False if it does. If several processes create it
@@ -42,7 +42,8 @@ class Output:
             write_atomic(self.folder / name, content)
             return True
         try:
-            self.system.pipe_file(f"{self.path}/{name}", content, mode="create")
+            with self._naming(name, "written"):
+                self.system.pipe_file(f"{self.path}/{name}", content, mode="create")
         except FileExistsError:
             return False
         return True
@@ -50,22 +51,39 @@ class Output:
     def read(self, name: str) -> bytes | None:
         """The content of a file, or None if it does not exist."""
         try:
-            return self.system.cat_file(f"{self.path}/{name}")
+            with self._naming(name, "read"):
+                return self.system.cat_file(f"{self.path}/{name}")
         except FileNotFoundError:
             return None
 
     def open(self, name: str) -> Any:
-        return self.system.open(f"{self.path}/{name}", "rb")
+        with self._naming(name, "read"):
+            return self.system.open(f"{self.path}/{name}", "rb")
 
     def remove(self, name: str) -> None:
-        if self.system.exists(f"{self.path}/{name}"):
-            self.system.rm_file(f"{self.path}/{name}")
+        with self._naming(name, "removed"):
+            if self.system.exists(f"{self.path}/{name}"):
+                self.system.rm_file(f"{self.path}/{name}")
 
     def names(self) -> set[str]:
         """The names of all files; empty ones, which a power cut can leave, do not count."""
         self.system.invalidate_cache()
-        if not self.system.exists(self.path):
-            return set()
-        entries = self.system.ls(self.path, detail=True)
+        with self._naming("", "read"):
+            if not self.system.exists(self.path):
+                return set()
+            entries = self.system.ls(self.path, detail=True)
         kept = (one for one in entries if one["type"] != "file" or one.get("size") != 0)
         return {one["name"].rpartition("/")[2] for one in kept}
+
+    @contextmanager
+    def _naming(self, name: str, what: str) -> Iterator[None]:
+        """Names the file in the errors of an object store: each kind has exception types of its
+        own. Those of a file that exists, or does not, are answers."""
+        try:
+            yield
+        except (FileExistsError, FileNotFoundError):
+            raise
+        except Exception as error:
+            if self.folder:
+                raise
+            raise UserError(f"{self.url}/{name}: cannot be {what} ({error})") from error

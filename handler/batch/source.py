@@ -136,9 +136,15 @@ def _wanted(url: str, out: str) -> list[str]:
     return [
         file
         for file in _files(url)
-        if (file.endswith(PACKED_SUFFIXES) or file.lower().endswith(PHOTO_SUFFIXES))
+        if (file.endswith(PACKED_SUFFIXES) or _is_photo(file))
         and not (folder and is_output(file.rpartition("/")[0]))
     ]
+
+
+def _is_photo(name: str) -> bool:
+    """By its name. macOS puts a file `._NAME` with attributes beside each photo."""
+    is_attributes = name.rpartition("/")[2].startswith("._")
+    return name.lower().endswith(PHOTO_SUFFIXES) and not is_attributes
 
 
 def needs_network(source: str) -> bool:
@@ -306,7 +312,7 @@ def _read_tar(shard: Shard) -> Iterator[Photo]:
             for member in tar:
                 # It would hold half a gigabyte for a million photos.
                 tar.members = []  # type: ignore[attr-defined]
-                if not member.name.lower().endswith(PHOTO_SUFFIXES):
+                if not _is_photo(member.name):
                     continue
                 if member.isfile():
                     yield Photo(member.name, _member(tar, member))

@@ -179,7 +179,8 @@ class Client:
                 )
             except requests.Timeout as error:
                 raise self._no_answer(self.url, f"none within {self.timeout:g} s") from error
-            except OSError as error:  # requests' own errors and those of a damaged certificate
+            # requests' own errors, those of a damaged certificate, and urllib3's of a host's name.
+            except (OSError, ValueError) as error:
                 raise self._no_answer(self.url, type(error).__name__) from error
             return answer.status_code, answer.content
 

@@ -83,13 +83,14 @@ ROW_START = b'{"image": '
 
 
 class CaptionFile:
-    """The file of captions; `rows` contains the latest row of each photo. An incomplete last line,
-    left by a killed run, is removed. Raises UserError if the file contains anything else, and
-    leaves it unchanged."""
+    """The file of captions; `rows` contains the latest row of each photo, and `foreign` the photos
+    of rows that another program or a person wrote. An incomplete last line, left by a killed run,
+    is removed. Raises UserError if the file contains anything else, and leaves it unchanged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[str, Row] = {}
+        self.foreign: list[str] = []
         data = read_file(path) if path.is_file() else b""
         complete = data[: data.rfind(b"\n") + 1]
         if not _is_incomplete(data[len(complete) :]):
@@ -97,12 +98,15 @@ class CaptionFile:
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 row = json.loads(line)
-                self.rows[str(row["image"])] = row
+                image = str(row["image"])
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path}: line {number} has no field 'image', so it is not a file of captions; "
                     "set another OUT="
                 ) from error
+            self.rows[image] = row
+            if not is_ours(row):
+                self.foreign.append(image)
         # Unbuffered, so that closing the file cannot fail on a full disk.
         self.file = path.open("ab", buffering=0)
         self.file.truncate(len(complete))
@@ -227,11 +231,10 @@ def caption_folder(
     request = FolderRequest(ask, options, photos)
     refused: Refused = []
     with CaptionFile(out) as file:
-        foreign = [name for name in photos if name in file.rows and not is_ours(file.rows[name])]
-        if foreign:
+        if file.foreign:  # of which there may be several for a photo
             raise UserError(
-                f"{out}: the caption of {foreign[0]!r} was not written by this command; give the "
-                "new captions another file"
+                f"{out}: the caption of {file.foreign[0]!r} was not written by this command; give "
+                "the new captions another file"
             )
         again = differences(request, file)
         unchanged = [name for name in photos if name in file.rows and name not in again]

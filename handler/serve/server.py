@@ -6,6 +6,7 @@ for them nor reports their failure.
 """
 
 import datetime
+import errno
 import ipaddress
 import json
 import os
@@ -82,10 +83,8 @@ def start(ts_config: Path, tls: bool = False, home: Path | None = None) -> Serve
     with naming(ts_config):
         addresses = ports(settings, tls)
     for name, (host, port) in addresses.items():
-        if not is_free(host, port):
-            raise UserError(
-                f"{ts_config}: {name} port {port} is in use; free it or set another one"
-            )
+        if (obstacle := obstacle_to(host, port)) is not None:
+            raise UserError(f"{ts_config}: {name} port {port} {obstacle}")
     if tls:
         settings = with_tls(settings, *make_certificate(home / "build" / "tls"))
     folder = (home / STATE).parent
@@ -304,21 +303,24 @@ def ports(settings: dict[str, str], tls: bool) -> dict[str, tuple[str, int]]:
     for name, default in GRPC.items():
         host = settings.get(f"grpc_{name}_address", "127.0.0.1")
         text = str(settings.get(f"grpc_{name}_port", default))
-        if not re.fullmatch(r"[0-9]{1,5}", text):
+        if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
             raise UserError(f"grpc_{name}_port is {text!r}; set a port of 1 to 65535")
         addresses[f"grpc {name}"] = (host, int(text))
     anywhere = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}
     return {name: (anywhere.get(host, host), port) for name, (host, port) in addresses.items()}
 
 
-def is_free(host: str, port: int) -> bool:
+def obstacle_to(host: str, port: int) -> str | None:
+    """Why no server can listen on a port, and what to do; None if one can."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return "is in use; free it or set another one"
+            return f"cannot be opened on {host} ({error.strerror}); set another address or port"
+    return None
 
 
 def environment(temporary: str) -> dict[str, str]:

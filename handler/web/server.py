@@ -55,7 +55,7 @@ class WebServer(ThreadingHTTPServer):
         self.port = self.server_address[1]
         # Like Jupyter's token: other users of this machine, and other pages, do not know it.
         self.key = secrets.token_urlsafe(24)
-        self.names = {f"{name}:{self.port}" for name in (HOST, "localhost")}
+        self.names = host_headers(self.port)
         self.page = page(
             TEMPLATES / "demo.html",
             [HERE / "web.css"],
@@ -78,6 +78,12 @@ class WebServer(ThreadingHTTPServer):
                 return PreprocessConfig()
             self.preprocessings[checkpoint] = PreprocessConfig.from_dict(card["preprocessing"])
         return self.preprocessings[checkpoint]
+
+
+def host_headers(port: int) -> set[str]:
+    """The values of the Host header for this machine, from which browsers leave out port 80."""
+    hosts = (HOST, "localhost")
+    return {f"{host}:{port}" for host in hosts} | (set(hosts) if port == 80 else set())
 
 
 class PageHandler(BaseHTTPRequestHandler):
