@@ -90,7 +90,7 @@ data: setup ## prepare a dataset: DATA=scenes|scenes_full|flickr8k|flickr30k|coc
 
 shards: setup ## pack a dataset into webdataset shards: DATA=NAME SHARDS=DIR ARGS="--shard-mb 256"
 	python -m training.shards --data $(call quote,$(or $(DATA),scenes)) \
-		--out $(call quote,$(or $(SHARDS),build/shards/$(notdir $(or $(DATA),scenes)))) $(ARGS)
+		--out $(call quote,$(or $(SHARDS),build/shards/$(call stem,$(or $(DATA),scenes)))) $(ARGS)
 
 import: setup ## a Hugging Face captioner to a checkpoint: MODEL=NAME_OR_DIR RUN=NAME
 	@$(if $(MODEL),,echo "error: make import needs MODEL=NAME_OR_DIR: a name on the Hugging Face Hub, \

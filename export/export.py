@@ -24,7 +24,7 @@ from handler.errors import ArgumentParser, UserError, run_command
 from handler.files import FORMAT, FolderKind, as_utf8, check_replaceable, replace_folder
 from training.checkpoint import captioner_of, load_model
 from training.data.manifest import Manifest, Row, data_folder, read_manifest
-from training.data.photos import read_photo
+from training.data.photos import read_bytes, read_photo, stamp
 from training.folders import WEIGHTS_FILE
 from training.model import CaptioningModel
 
@@ -112,18 +112,29 @@ def _validation_photos(
     if name is not None and (data is not None or data_folder(name).exists()):
         try:
             manifest = read_manifest(data_folder(name))
+            rows = manifest.split("val")[:VERIFIED_PHOTOS]
+            if data is None:
+                _check_present(manifest, rows)
         except UserError as error:  # the photos of the training may have gone since
             if data is not None:
                 raise
+            manifest = None
             print(f"{error}; random images are compared instead", file=sys.stderr)
     if manifest is not None:
-        rows = manifest.split("val")[:VERIFIED_PHOTOS]
         images = _Photos(captioner, manifest, rows)
         return ValidationPhotos(f"{manifest.name} val", images, [row.captions for row in rows])
     generator = torch.Generator().manual_seed(0)
     size = captioner.preprocessing.image_size
     random = list(torch.randn(8, 3, size, size, generator=generator))
     return ValidationPhotos("random images", random, None)
+
+
+def _check_present(manifest: Manifest, rows: Sequence[Row]) -> None:
+    """Raises UserError if the file of a photo is missing or the server of the first one is away."""
+    for row in rows:
+        stamp(manifest, row)
+    for row in rows[:1]:
+        read_bytes(manifest, row)
 
 
 def described(config: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner
 from handler.errors import UserError
+from training.scores.captions import scored_text
 from training.scores.metrics import score
 
 # The largest allowed difference, relative to the largest number. In fp32, only the order of sums
@@ -63,8 +64,9 @@ def verify(
     kept = verified["identical_captions"] >= least
     if photos.references is not None and precision != "fp32":
         references = {str(i): list(r) for i, r in enumerate(photos.references)}
+        options = eager.options()
         for name, candidates in (("cider", captions), ("cider_eager", expected)):
-            texts = {str(i): caption.text for i, caption in enumerate(candidates)}
+            texts = {str(i): scored_text(eager, options, c) for i, c in enumerate(candidates)}
             verified[name] = score(texts, references, metrics=("cider",))["CIDEr"]
         kept = kept and verified["cider"] >= (1 - loss) * verified["cider_eager"]
     return {**verified, "kept": kept}

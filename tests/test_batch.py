@@ -389,8 +389,6 @@ def test_a_second_driver_and_a_part_that_is_none_are_refused(
     where, out = write_folder(tmp_path / "in", photos), tmp_path / "out"
     given = ["--source", where, "--out", str(out), "--export", str(tiny_export)]
     monkeypatch.setattr(namespace, "is_alone", lambda: True)
-    with locked(out), pytest.raises(UserError, match="another process is writing it"):
-        run_command(monkeypatch, *given)
     for wrong in ("3/2", "0/0", "1", "-1/2"):
         with pytest.raises(SystemExit):
             run_command(monkeypatch, *given, f"--shards={wrong}")
@@ -401,6 +399,9 @@ def test_a_second_driver_and_a_part_that_is_none_are_refused(
         with pytest.raises(UserError, match="does not contain the figures of a batch"):
             run_command(monkeypatch, *given, f"--metrics={path}")
     assert thesis.read_text() == '{"title": "of the user"}' and not out.exists()
+    with locked(out / "job"), pytest.raises(UserError, match="another process is writing it"):
+        run_command(monkeypatch, *given)
+    assert list(out.iterdir()) == []
 
 
 def test_options_that_the_model_cannot_do_start_nothing(tmp_path, tiny_export, photos):

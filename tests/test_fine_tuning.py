@@ -76,6 +76,27 @@ def config_from(start: Path, folder: Path, fields: dict[str, Any] | None = None)
 # --- what a run takes from its start
 
 
+@pytest.mark.parametrize(
+    ("usual", "given", "expected"),
+    [
+        ({"min_new_tokens": 5, "max_new_tokens": 9}, {"max_new_tokens": 4},
+         {"min_new_tokens": 4, "max_new_tokens": 4}),
+        ({"num_return_sequences": 3, "num_beams": 3}, {"num_beams": 1},
+         {"num_return_sequences": 1, "num_beams": 1}),
+        ({"do_sample": True}, {"num_beams": 3}, {"num_beams": 3}),
+        ({"num_beams": 4}, {"do_sample": True}, {"do_sample": True}),
+    ],
+)  # fmt: skip
+def test_the_configs_options_win_where_they_contradict(start, tmp_path, usual, given, expected):
+    """As those of a request do."""
+    shutil.copytree(start, tmp_path / "start")
+    written = json.loads((start / "config.json").read_text())
+    written["decoding"] = usual
+    (tmp_path / "start/config.json").write_text(json.dumps(written))
+    config = config_from(tmp_path / "start", tmp_path, {"decoding": given})
+    assert {n: v for n, v in config.decoding.items() if n in {**usual, **given}} == expected
+
+
 def test_everything_comes_from_the_checkpoint(start, tiny_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(config_from(start, tmp_path), read_manifest(tiny_data), Path("run"))
@@ -181,6 +202,9 @@ def test_what_is_lost_of_the_captions_is_told_before_training(start):
     long, _ = said.notes(5, "runs/tiny")
     assert long.startswith("1 of 3 captions are longer than any that is written: raise decoding.")
     assert "lower tokenizer.min_count" in said.notes(9)[0]  # of a vocabulary that was fitted
+    behind = Captions([Row("a", "a.png", captions[2:], "train")], tokenizer, 9, [5, 6])
+    said = behind.notes(6, "x")
+    assert "are cut" in said[0] and "raise decoding" not in str(said)
     known = Captions([Row("a", "a.png", captions[:1], "train")], tokenizer, 10)
     assert known.notes(9, "x") == []
 

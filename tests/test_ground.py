@@ -109,6 +109,7 @@ def test_a_line_of_goals_keeps_its_order_and_its_variables():
     [
         (["data"], "training.prepare --data 'scenes'"),
         (["train"], "--config 'scenes' --run 'scenes'"),
+        (["shards", "DATA=build/data/my photos/"], "--out 'build/shards/my photos'"),
         (["train", "CONFIG=my presets/vit.b16.yaml"], "--run 'vit.b16'"),
         (["train", "CONFIG=flickr8k", "RUN=first try"], "--run 'first try'"),
         (["train", "ARGS=--epochs 3"], "--epochs 3"),

@@ -19,6 +19,8 @@ from export.verify import FLOORS, ValidationPhotos, captions_of, verify
 from handler.captioner import Captioner
 from handler.errors import UserError
 from training.checkpoint import load_captioner, load_model
+from training.data.manifest import read_manifest
+from training.data.photos import read_photo
 
 # Relative error of a layer: rounding to 8 bits of mantissa; weights to 11 of them; both to 8 bits.
 LAYERS = {
@@ -229,14 +231,43 @@ def test_a_checkpoint_that_samples_by_default_is_exported(tiny_run, tmp_path):
     assert export_checkpoint(tmp_path / "tiny", tmp_path / "export")["verified"]["kept"]
 
 
+def test_the_checkpoints_own_prompt_is_not_scored(tiny_run, tiny_data, tmp_path, monkeypatch):
+    """The references do not have it, and `evaluate` does not score it."""
+    shutil.copytree(tiny_run / "build/checkpoints/tiny", tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny/config.json").read_text())
+    config["decoding"]["prompt"] = "a"
+    (tmp_path / "tiny/config.json").write_text(json.dumps(config))
+    captioner = load_captioner(tmp_path / "tiny")
+    rows = read_manifest(tiny_data).split("val")
+    images = [captioner.preprocess(read_photo(read_manifest(tiny_data), row)) for row in rows]
+    captions = captions_of(captioner, images)
+    scored: list[str] = []
+
+    def scores(texts, references, metrics):
+        scored.extend(texts.values())
+        return {"CIDEr": 1.0}
+
+    monkeypatch.setattr("export.verify.verify_numbers", lambda *_: 0.0)
+    monkeypatch.setattr("export.verify.score", scores)
+    photos = ValidationPhotos("val", images, [row.captions for row in rows])
+    assert verify(captioner, captioner, photos, captions, "bf16")["kept"]
+    assert scored == 2 * [captioner.tokenizer.decode(caption.ids) for caption in captions]
+    assert all(caption.text.startswith("a") for caption in captions)
+    assert scored != 2 * [caption.text for caption in captions]
+
+
+@pytest.mark.parametrize("gone", ["disk", "photos"])
 def test_an_export_does_not_need_the_photos_of_the_training(
-    tiny_run, tiny_data, tmp_path, monkeypatch, capsys
+    tiny_run, tiny_data, tmp_path, monkeypatch, capsys, gone
 ):
-    """It was refused while the dataset was there and its disk of photos was not."""
+    """It was refused while the dataset was there and its disk of photos was not, or while the disk
+    was there and the photos were not."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_data, "data")
+    (tmp_path / "empty").mkdir()
+    root = {"disk": "/no/such/disk", "photos": str(tmp_path / "empty")}[gone]
     dataset = json.loads(Path("data/dataset.json").read_text())
-    Path("data/dataset.json").write_text(json.dumps({**dataset, "image_root": "/no/such/disk"}))
+    Path("data/dataset.json").write_text(json.dumps({**dataset, "image_root": root}))
     shutil.copytree(tiny_run / "build/checkpoints/tiny", "tiny")
     config = json.loads(Path("tiny/config.json").read_text())
     config["training"]["config"]["data"] = "data"
@@ -244,7 +275,7 @@ def test_an_export_does_not_need_the_photos_of_the_training(
     written = export_checkpoint(Path("tiny"), tmp_path / "export")
     assert written["verified"]["source"] == "random images"
     assert "random images are compared instead" in capsys.readouterr().err
-    with pytest.raises(UserError, match="image_root"):
+    with pytest.raises(UserError, match="image_root|prepare the data again"):
         export_checkpoint(Path("tiny"), tmp_path / "other", data="data")
 
 

@@ -272,7 +272,11 @@ def test_a_run_is_continued_on_its_own_data(config, tiny_data, tmp_path):
 
 
 def test_an_interrupted_run_says_how_it_goes_on(tiny_data, tmp_path):
-    """Ctrl-C was answered with "error: interrupted" alone."""
+    """Ctrl-C was answered with "error: interrupted" alone; in a linked folder nothing had been
+    saved, it said."""
+    (tmp_path / "build/checkpoints").mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "build/checkpoints/tiny").symlink_to(tmp_path / "disk")
     (tmp_path / "tiny.yaml").write_text(
         yaml.safe_dump({**TINY, "stages": [{**ONE_STAGE[0], "epochs": 10_000}]})
     )

@@ -74,6 +74,13 @@ def update_training(directory: Path, fields: dict[str, Any]) -> None:
     write_atomic(directory / "config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
 
+def refuse_export(directory: Path, config: dict[str, Any]) -> None:
+    if "precision" in config:
+        raise UserError(
+            f"{directory}: this is an export; give the checkpoint that it was made from"
+        )
+
+
 def load_model(directory: Path) -> tuple[CaptioningModel, dict[str, Any], CaptionTokenizer]:
     """The eager model of a checkpoint in evaluation mode, its config and its tokenizer.
 
@@ -83,6 +90,7 @@ def load_model(directory: Path) -> tuple[CaptioningModel, dict[str, Any], Captio
     directory = Path(directory)
     config = read_config(directory)
     check_config(directory, config)
+    refuse_export(directory, config)
     path = directory / WEIGHTS_FILE
     shapes = read_shapes(path)
     encoder, decoder = _model_configs(directory, config, tensors=len(shapes))

@@ -449,7 +449,7 @@ class Validation:
     patience: int = field(
         default=0,
         metadata=about(
-            "Training stops after this many validations without a better CIDEr; 0: never",
+            "A stage stops after this many validations without a better CIDEr; 0: never",
             Range(0, MOST, "0 (never) or more"),
         ),
     )

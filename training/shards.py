@@ -119,7 +119,7 @@ def main() -> None:
     if not 0 < arguments.shard_mb < float("inf"):
         raise UserError(f"--shard-mb must be above 0, not {arguments.shard_mb}")
     manifest = read_manifest(data_folder(arguments.data))
-    write_shards(manifest, arguments.out, round(arguments.shard_mb * 2**20))
+    write_shards(manifest, arguments.out, max(1, round(arguments.shard_mb * 2**20)))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class Captions:
                 f"({self.max_tokens}) and are cut; the longest has {self.longest} tokens"
             )
         unsaid = sum(len(ids) > max_new_tokens for photo in self.plain for ids in photo)
-        if max_new_tokens < self.max_tokens - 1 and unsaid:
+        if max_new_tokens < self.max_tokens - 1 - len(self.given) and unsaid:
             notes.append(
                 f"{unsaid} of {self.total} captions are longer than any that is written: raise "
                 f"decoding.max_new_tokens ({max_new_tokens})"

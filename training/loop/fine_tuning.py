@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from handler.caption_tokenizer import CaptionTokenizer
-from handler.captioner import check_config, encode_prompt, read_config
+from handler.captioner import check_config, encode_prompt, read_config, yielding
 from handler.errors import UserError, naming
 from handler.files import read_object
 from handler.image_preprocess import PreprocessConfig
-from training.checkpoint import load_model
+from training.checkpoint import load_model, refuse_export
 from training.config import TrainConfig, build_config, decode_options, read_fields
 from training.data.manifest import Row
 from training.model import CaptioningModel
@@ -47,8 +47,7 @@ def fine_tuning_config(
         fields["tokenizer"] = {**fields.get("tokenizer", {}), "add_words": add_words}
     checkpoint = read_config(start)
     check_config(start, checkpoint)
-    if "precision" in checkpoint:
-        raise UserError(f"{start}: this is an export; give the checkpoint that it was made from")
+    refuse_export(start, checkpoint)
     vocabulary = _section(read_object(start / "tokenizer.json"), "model")
     kind = KINDS.get(str(vocabulary.get("type")))
     with naming(path):
@@ -111,7 +110,7 @@ def complete(
         for name in ("max_new_tokens", "min_new_tokens"):
             if suggested.get(name):
                 suggested[name] = min(suggested[name], longest - 1)
-    suggested |= given["decoding"]
+    suggested = {**yielding(suggested, given["decoding"]), **given["decoding"]}
     unknown = {n: v for n, v in given["tokenizer"].items() if n not in SETTLED["tokenizer"]}
     return {
         **fields,

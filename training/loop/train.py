@@ -64,7 +64,8 @@ def train(
         try:
             train_stages(run, prepare(run, weights, resume))
         except KeyboardInterrupt:
-            saved = (folder / STATE_FILE).exists() and run_folder.path == folder
+            final = run_folder.final  # which is not `folder` where that is a link
+            saved = (final / STATE_FILE).exists() and run_folder.path == final
             again = typed = "--resume"
             if os.environ.get(STORE):
                 again += f" --processes {run.processes.world}"
