@@ -384,6 +384,7 @@ def test_a_folder_with_refused_photos_is_status_2(server, key_file, folder, run)
         (["--images", "missing"], "missing"),
         (["--images", "."], "no photo there"),
         (["--image", "key_file.json", "--url", "http://127.0.0.1:9"], "no answer"),
+        (["--image", "key_file.json", "--url", "http://a..b:1"], "no answer"),
         (["--image", "key_file.json", "--beams", "3"], "--beams"),
         (["--image", "key_file.json", "--alt-text"], "--images"),
         (["--image", "key_file.json", "--url", "nonsense"], "nonsense"),
