@@ -18,7 +18,15 @@ from handler.batch import source
 from handler.batch.output import Output
 from handler.batch.pool import connected
 from handler.batch.record import describe, open_run
-from handler.batch.shard import Job, Worker, failed_name, finish, give_up, part_name
+from handler.batch.shard import (
+    Job,
+    Worker,
+    failed_name,
+    finish,
+    give_up,
+    part_name,
+    part_summary,
+)
 from handler.batch.source import WHOLE, Photo, Shard, find, needs_network, read
 from handler.batch.summary import totals
 from handler.errors import UserError, run_main
@@ -238,6 +246,8 @@ def test_an_object_store_that_fails_is_named():
             said = rf"memory://store/a?: cannot be {what} \(the store is away\)"
             with pytest.raises(UserError, match=said):
                 attempt()
+    with pytest.raises(UserError, match="the store is away"):  # and not that the part is damaged
+        part_summary(output, Shard("x.tar", "tar", "x.tar"))
 
 
 def test_a_device_that_failed_ends_its_process(tmp_path, tiny_export):

@@ -235,11 +235,11 @@ def part_summary(output: Output, shard: Shard) -> dict[str, Any]:
     """Reads {rows, errors} from the footer of an existing part. Raises UserError if another program
     has changed it."""
     name = part_name(shard)
-    try:
-        with output.open(name) as file:
+    with output.open(name) as file:
+        try:
             return json.loads(pq.read_metadata(file).metadata[COUNTS])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{output.url}/{name}: damaged, or written by another program; move it elsewhere and "
-            "start again"
-        ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{output.url}/{name}: damaged, or written by another program; move it elsewhere "
+                "and start again"
+            ) from error

@@ -17,7 +17,7 @@ from training.data.features import FeatureCache, FrozenEncoder
 from training.data.photos import Augment, PhotoDataset, epoch_order, photo_batches, shard_numbers
 from training.data.seeds import seed_of
 from training.loop.allocator import release_freed_memory
-from training.loop.distributed import threads_of_all, without_exchange
+from training.loop.distributed import without_exchange
 from training.loop.optimizer import (
     Optimizer,
     learning_rate_factor,
@@ -117,8 +117,7 @@ def run_stage(
         if run.processes.first:
             if run.epoch + 1 == stage.epochs or (run.epoch + 1) % run.config.validation.every == 0:
                 run.save_state(work.optimizer, run.epoch, done)  # validation may fail
-                with threads_of_all():
-                    validate(run)
+                validate(run)
             run.save_state(work.optimizer, run.epoch + 1, 0)
         run.best, run.since_best = run.processes.tell((run.best, run.since_best))
     run.log.end()
@@ -132,8 +131,7 @@ def score_start(work: Work, validate: Callable[[Run], None]) -> None:
     run = work.run
     if run.processes.first:
         run.save_state(work.optimizer, 0, 0)  # validation may fail
-        with threads_of_all():
-            validate(run)
+        validate(run)
         run.best_before = run.best
         run.save_state(work.optimizer, 0, 0)
     run.best = run.best_before = run.processes.tell(run.best)

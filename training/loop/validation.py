@@ -12,6 +12,7 @@ from handler.captioner import Captioner
 from handler.errors import UserError
 from training.data.captions import Captions
 from training.data.manifest import Row
+from training.loop.distributed import threads_of_all
 from training.loop.run import Run
 from training.objectives.cross_entropy import CrossEntropyLoss
 from training.scores.captions import preprocessed, scored_text
@@ -25,6 +26,7 @@ from training.scores.pointing import LayerChoice
 LEAST_PHOTOS_FOR_CIDER = 10
 
 
+@threads_of_all()
 def validate(run: Run) -> None:
     """Scores the averaged weights. If they are not worse than the best so far, they become the
     checkpoint. The figure is CIDEr, or the loss if there are too few photos for CIDEr."""
